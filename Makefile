@@ -1,0 +1,42 @@
+# make book   make test   make notebooks [NB=04_mlp_adam_vs_sgd] [FORCE=1]   make help
+PYTHON ?= python3
+PY := .venv/bin/python
+PORT ?= 8000
+export REPOSITORY
+
+.PHONY: help env book serve test notebooks lint bench lock clean
+
+help: ## what there is
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+env:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) tools/bootstrap.py
+
+book: env ## build the HTML from the stored outputs  [REPOSITORY=https://...]
+	@$(PY) -m tools.book
+
+serve: book ## show the book on http://127.0.0.1:8000  [PORT=...]
+	@$(PY) -m tools.serve $(PORT)
+
+test: env ## prove it: the helpers, every notebook again, the built book
+	@$(PY) -m pytest -n 2 --dist loadfile --nbval --nbval-current-env
+
+notebooks: env ## make and execute the notebooks from their sources  [NB=one] [FORCE=1]
+	@$(PY) -m tools.notebooks $(NB) $(if $(FORCE),--force)
+
+lint: env ## check style and types
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+bench: env ## speed and accuracy beside a peer
+	@$(PY) -m benchmarks.training_step
+
+lock: env ## bring requirements.lock up to date with requirements.txt and pyproject.toml
+	@$(PY) -m uv pip compile requirements.txt --group dev --universal --python-version 3.11 \
+		--generate-hashes --custom-compile-command "make lock" --quiet -o requirements.lock
+
+clean: ## remove what was built; the environment, .venv, stays
+	rm -rf _build .hypothesis .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,481 @@
+"""The virtual GPU beside published measurements, and the rules it accounts by."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn, optim
+
+from helpers.allocator import CachingAllocator
+from helpers.gpu import (
+    CUBLAS_WORKSPACE,
+    GPU,
+    KINDS,
+    CudaGPU,
+    VirtualGPU,
+    cublas_workspace_size,
+    open_gpu,
+)
+from helpers.mlp import SimpleMLP
+from helpers.units import GiB, MiB
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def gpu() -> Iterator[VirtualGPU]:
+    with VirtualGPU() as opened:
+        yield opened
+
+
+# The article's experiment: figures printed there, completed to the byte (README, chapter 04).
+
+MODEL, BATCH, WORKSPACE = 204_032_512, 402_432, 8_519_680
+OPTIMIZERS: dict[str, tuple[Callable[..., optim.Optimizer], int, int]] = {
+    # after one step, its peak; no published peak for SGD, whose gradients arrive in backward
+    "SGD": (lambda p: optim.SGD(p, lr=0.001), 425_512_448, 0),
+    "momentum": (lambda p: optim.SGD(p, lr=0.001, momentum=0.9), 629_544_960, 0),
+    "Adam": (lambda p: optim.Adam(p, lr=0.001), 833_577_472, 833_577_472 + MODEL),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_articles_experiment(gpu: VirtualGPU, name: str) -> None:
+    make_optimizer, after_step, peak = OPTIMIZERS[name]
+    with gpu.device:
+        model = SimpleMLP()
+    assert gpu.memory_allocated() == MODEL
+
+    images, labels = torch.randn(128, 1, 28, 28), torch.randint(0, 10, (128,))
+    data, target = images.to(gpu.device), labels.to(gpu.device)
+    assert gpu.memory_allocated() == MODEL + BATCH
+
+    optimizer = make_optimizer(model.parameters())
+    optimizer.zero_grad()
+    output = model(data)
+    loss = nn.CrossEntropyLoss()(output, target)
+    loss.backward()
+    optimizer.step()
+    assert gpu.memory_allocated() == after_step
+    rows = gpu.breakdown(model, optimizer)
+    assert tuple(rows) == KINDS
+    assert rows.total == after_step
+    states = round((after_step - 425_512_448) / MODEL)
+    assert rows["parameters"] == rows["gradients"] == 51_008_010 * 4
+    assert rows["optimizer states"] == states * 51_008_010 * 4
+    assert rows["batch"] == BATCH
+    assert rows["workspaces"] == 2 * WORKSPACE
+    assert rows["activations"] == 128 * 10 * 4 + 4  # the output and the loss
+    assert rows["rounding"] == (2 + states) * 472 + 508
+    assert rows["buffers"] == rows["temporaries"] == 0
+    if peak:
+        assert gpu.max_memory_allocated() == peak
+
+    del optimizer, target
+    model.zero_grad()
+    with torch.no_grad():
+        data = images.to(gpu.device)
+        output = model(data)
+    assert gpu.memory_allocated() == 221_478_400 + 512
+    del loss
+    assert gpu.memory_allocated() == 221_478_400
+
+    del model, data, output
+    gpu.clear_cublas_workspaces()
+    assert gpu.memory_allocated() == 0
+    gpu.empty_cache()
+    assert gpu.memory_reserved() == 0
+
+
+def test_the_readme_shows_these_figures() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for _, after_step, _ in OPTIMIZERS.values():
+        assert f"{after_step:,}" in readme
+
+
+def test_loading_by_to_and_by_device_gives_the_same_bytes() -> None:
+    figures = []
+    for load in (lambda gpu: nn.Linear(3000, 1000).to(gpu.device), None):
+        with VirtualGPU() as gpu:
+            if load:
+                model = load(gpu)
+            else:
+                with gpu.device:
+                    model = nn.Linear(3000, 1000)
+            figures.append((gpu.memory_allocated(), gpu.memory_reserved(), gpu.breakdown(model)))
+    assert figures[0] == figures[1]
+
+
+# What counts, and when
+
+
+def test_views_and_in_place_operations_count_once(gpu: VirtualGPU) -> None:
+    x = torch.empty(1000, 1000, device=gpu.device)
+    before = gpu.memory_allocated()
+    kept = [x.view(-1), x[10:20], x.t(), x.detach(), x.expand(5, 1000, 1000)]
+    x.add_(1).mul_(2)
+    x[3] = 0
+    assert gpu.memory_allocated() == before
+    del x
+    assert gpu.memory_allocated() == before  # the views hold the storage
+    del kept
+    assert gpu.memory_allocated() == 0
+
+
+def test_an_output_given_by_hand_counts_once(gpu: VirtualGPU) -> None:
+    a = torch.empty(512, 512, device=gpu.device)
+    out = torch.empty(512, 512, device=gpu.device)
+    before = gpu.memory_allocated()
+    torch.add(a, a, out=out)
+    assert gpu.memory_allocated() == before
+
+
+def test_a_resized_storage_counts_at_its_new_size(gpu: VirtualGPU) -> None:
+    x = torch.empty(128, device=gpu.device)
+    x.resize_(1024)
+    assert gpu.memory_allocated() == 4096
+    del x
+    assert gpu.memory_allocated() == 0
+
+
+def test_tensors_of_the_host_do_not_count(gpu: VirtualGPU) -> None:
+    here = torch.zeros(10**6)
+    assert gpu.memory_allocated() == 0
+    there = here.to(gpu.device)
+    assert gpu.breakdown()["batch"] == 4 * 10**6 == there.nbytes
+
+
+def test_adams_step_counter_is_the_hosts(gpu: VirtualGPU) -> None:
+    weight = nn.Parameter(torch.empty(128, device=gpu.device))
+    weight.grad = torch.empty_like(weight)
+    optimizer = optim.Adam([weight])
+    optimizer.step()
+    assert optimizer.state[weight]["step"].device.type == "cpu"
+    assert gpu.memory_allocated() == 4 * 512
+
+
+def test_autograd_holds_activations_until_backward(gpu: VirtualGPU) -> None:
+    with gpu.device:
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(256, 256), nn.ReLU()) for _ in range(4)))
+        x = torch.empty(256, 256)
+    loss = model(x).sum()
+    held = gpu.breakdown(model)["activations"]
+    # x, four outputs of ReLU (which needs its output, not its input), the loss
+    assert held == 5 * 256 * 256 * 4 + 4
+    loss.backward()
+    assert gpu.breakdown(model)["activations"] == 256 * 256 * 4 + 4
+
+
+def test_without_gradients_activations_go_at_once(gpu: VirtualGPU) -> None:
+    peaks = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        gpu.clear_cublas_workspaces()
+        gpu.reset_peak_memory_stats()
+        with gpu.device, mode():
+            model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
+            x = torch.empty(256, 256)
+            y = model(x)
+        peaks.append((gpu.memory_allocated(), gpu.max_memory_allocated()))
+        del model, x, y
+    assert peaks[0] == peaks[1]
+    assert peaks[0][0] == 4 * (2 * (256 * 256 + 256) + 2 * 256 * 256) + WORKSPACE
+
+
+def test_buffers_are_the_models(gpu: VirtualGPU) -> None:
+    with gpu.device:
+        model = nn.BatchNorm1d(1000)
+    rows = gpu.breakdown(model)
+    assert rows["parameters"] == 8000
+    assert rows["buffers"] == 8000 + 8  # mean, variance, and a 64-bit counter
+    assert rows.total == gpu.memory_allocated()
+
+
+def test_tied_parameters_count_once(gpu: VirtualGPU) -> None:
+    with gpu.device:
+        embedding, head = nn.Embedding(100, 64), nn.Linear(64, 100, bias=False)
+    head.weight = embedding.weight
+    assert gpu.breakdown(nn.ModuleList([embedding, head]))["parameters"] == 100 * 64 * 4
+    assert gpu.memory_allocated() == 100 * 64 * 4
+
+
+def test_each_thread_takes_its_workspace_at_its_first_matrix_product(gpu: VirtualGPU) -> None:
+    x = torch.empty(64, 64, device=gpu.device, requires_grad=True)
+    y = x * 2
+    assert gpu.breakdown()["workspaces"] == 0
+    z = y @ y
+    assert gpu.breakdown()["workspaces"] == WORKSPACE
+    z = z @ y
+    assert gpu.breakdown()["workspaces"] == WORKSPACE
+    z.sum().backward()
+    assert gpu.breakdown()["workspaces"] == 2 * WORKSPACE
+    gpu.clear_cublas_workspaces()
+    assert gpu.breakdown()["workspaces"] == 0
+
+
+def test_a_product_on_the_host_takes_no_workspace(gpu: VirtualGPU) -> None:
+    torch.ones(4, 4) @ torch.ones(4, 4)
+    assert gpu.memory_allocated() == 0
+
+
+def test_the_workspaces_size_is_pytorchs_own_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with VirtualGPU() as gpu:
+        x = torch.empty(64, 64, device=gpu.device)
+        y = x @ x
+        assert gpu.breakdown()["workspaces"] == 16 * 1024 * 8
+        del y
+    assert cublas_workspace_size(CUBLAS_WORKSPACE) == WORKSPACE
+    with pytest.raises(ValueError, match="CUBLAS_WORKSPACE_CONFIG is 'large'"):
+        cublas_workspace_size("large")
+
+
+def test_optimizers_run_as_on_cuda(gpu: VirtualGPU) -> None:
+    peaks = {}
+    for foreach in (None, True, False):
+        weights = [nn.Parameter(torch.empty(2**20, device=gpu.device)) for _ in range(8)]
+        for weight in weights:
+            weight.grad = torch.empty_like(weight)
+        optimizer = optim.Adam(weights, foreach=foreach)
+        gpu.reset_peak_memory_stats()
+        optimizer.step()
+        peaks[foreach] = gpu.max_memory_allocated() / (8 * weights[0].nbytes)
+        del weights, weight, optimizer
+        gpu.empty_cache()
+    assert peaks[None] == peaks[True]  # foreach is CUDA's default
+    assert peaks[True] == 5
+    # One tensor in eight at a time: a square root, its quotient, and the quotient of
+    # the tensor before, which the loop's variable still holds.
+    assert peaks[False] == 4 + 3 / 8
+
+
+# A card of a given size
+
+
+def test_a_card_of_a_given_size_runs_out_of_memory() -> None:
+    with VirtualGPU(capacity=1 * GiB, name="Small card") as gpu:
+        assert str(gpu).startswith("Small card, 1024.00 MiB")
+        kept = torch.empty(700 * MiB, dtype=torch.uint8, device=gpu.device)
+        with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 400\.00 MiB\. GPU 0"):
+            torch.empty(400 * MiB, dtype=torch.uint8, device=gpu.device)
+        assert gpu.memory_allocated() == 700 * MiB
+        del kept
+        torch.empty(1000 * MiB, dtype=torch.uint8, device=gpu.device)
+
+
+def test_an_operation_that_fails_leaves_nothing_behind() -> None:
+    with VirtualGPU(capacity=100 * MiB) as gpu:
+        x = torch.empty(30 * MiB, dtype=torch.uint8, device=gpu.device)
+        for _ in range(3):
+            try:
+                torch.cat([x, x, x])
+            except torch.OutOfMemoryError:
+                pass
+        assert gpu.memory_allocated() == 30 * MiB
+        del x
+        assert gpu.memory_allocated() == 0
+
+
+def test_a_step_that_fails_does_not_colour_what_follows() -> None:
+    with VirtualGPU(capacity=90 * MiB) as gpu:
+        weight = nn.Parameter(torch.empty(5 * MiB, device=gpu.device))
+        weight.grad = torch.empty_like(weight)
+        with pytest.raises(torch.OutOfMemoryError):
+            optim.Adam([weight]).step()
+        rows = gpu.breakdown()
+        kept = torch.empty(512, device=gpu.device)
+        assert gpu.breakdown()["activations"] == rows["activations"] + kept.nbytes
+
+
+# Opening and closing
+
+
+def test_closed_it_sees_nothing_new_and_still_frees() -> None:
+    gpu = VirtualGPU().open()
+    seen = torch.empty(1000, device="meta")
+    gpu.close()
+    unseen = torch.empty(1000, device="meta")
+    assert gpu.memory_allocated() == 4096
+    del seen, unseen
+    assert gpu.memory_allocated() == 0
+    gpu.close()  # harmless
+
+
+def test_the_gpu_opened_last_is_in_use() -> None:
+    with VirtualGPU() as outer:
+        with VirtualGPU() as inner:
+            x = torch.empty(1000, device="meta")
+            assert (outer.memory_allocated(), inner.memory_allocated()) == (0, 4096)
+            with pytest.raises(RuntimeError, match="opened later: close it first"):
+                outer.close()
+        y = torch.empty(10, device="meta")
+        assert (outer.memory_allocated(), inner.memory_allocated()) == (512, 4096)
+        del x, y
+
+
+def test_opening_twice_is_refused(gpu: VirtualGPU) -> None:
+    with pytest.raises(RuntimeError, match="is open already"):
+        gpu.open()
+
+
+def test_open_gpu_returns_the_gpu_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu = open_gpu()
+    try:
+        assert isinstance(gpu, VirtualGPU)
+        assert open_gpu() is gpu
+    finally:
+        gpu.close()
+
+
+def test_what_is_patched_is_restored() -> None:
+    import torch.utils._foreach_utils as foreach
+
+    with VirtualGPU():
+        assert "meta" in foreach._get_foreach_kernels_supported_devices()
+    assert "meta" not in foreach._get_foreach_kernels_supported_devices()
+
+
+# The timeline
+
+
+def test_a_recorded_step_adds_up(gpu: VirtualGPU) -> None:
+    with gpu.device:
+        model = nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, 512))
+        x = torch.empty(64, 512)
+    optimizer = optim.Adam(model.parameters())
+    gpu.reset_peak_memory_stats()
+    with gpu.record(model, optimizer) as recorded:
+        recorded.mark("forward")
+        loss = model(x).sum()
+        recorded.mark("backward")
+        loss.backward()
+        recorded.mark("optimizer")
+        optimizer.step()
+    steps = recorded.steps
+    assert steps[recorded.peak].total == gpu.max_memory_allocated() == max(s.total for s in steps)
+    assert steps[-1] == gpu.breakdown(model, optimizer)
+    assert all(min(row.values()) >= 0 for row in steps)
+    assert list(recorded.marks) == ["forward", "backward", "optimizer"]
+    parameters = steps[0]["parameters"]
+    at = recorded.marks
+    assert steps[at["backward"]]["gradients"] == 0
+    assert steps[at["optimizer"]]["gradients"] == parameters
+    assert steps[at["optimizer"]]["optimizer states"] == 0
+    assert steps[-1]["optimizer states"] == 2 * parameters
+    assert steps[recorded.peak]["temporaries"] == parameters
+    assert steps[-1]["temporaries"] == 0
+
+
+def test_recording_is_refused_where_it_cannot_be(gpu: VirtualGPU) -> None:
+    with gpu.record() as recorded:
+        with pytest.raises(RuntimeError, match="another recording is under way"):
+            with gpu.record():
+                pass
+    with pytest.raises(RuntimeError, match="after the recording"):
+        recorded.mark("late")
+    gpu.close()
+    with pytest.raises(RuntimeError, match="it is not open"):
+        with gpu.record():
+            pass
+
+
+# The real one, as far as a machine without one can tell: torch.cuda's memory
+# functions stand in for the card, everything above them is what runs there.
+
+
+class CardStandIn(CudaGPU):
+    """A `CudaGPU` on the meta device, whose torch.cuda is fed by a virtual one's rules."""
+
+    def __init__(self, card: CachingAllocator) -> None:
+        super().__init__()
+        self.device = torch.device("meta")
+        self.card = card
+
+    def _malloc(self, nbytes: int) -> int:
+        return self.card.malloc(nbytes)
+
+    def _free(self, storage) -> None:  # type: ignore[no-untyped-def]
+        self.card.free(storage.handle)
+
+
+def test_the_real_gpu_accounts_by_the_same_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = CachingAllocator()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: getattr(card, name)())
+    stats = {"requested_bytes.all.current": card.memory_requested}
+    monkeypatch.setattr(
+        torch.cuda, "memory_stats", lambda device: {key: read() for key, read in stats.items()}
+    )
+
+    def rows(gpu: GPU, workspace: Callable[[], object]) -> list[dict[str, int]]:
+        model = nn.Linear(100, 100, device=gpu.device)
+        x = torch.empty(10, 100).to(gpu.device)
+        workspace()
+        loss = model(x).sum()
+        return [gpu.breakdown(model), {"all": gpu.memory_allocated() + 0 * loss.ndim}]
+
+    with CardStandIn(card) as real:
+        on_card = rows(real, lambda: card.malloc(WORKSPACE))
+    with VirtualGPU() as virtual:
+        replayed = rows(virtual, lambda: None)
+    assert on_card == replayed
+    assert on_card[0]["workspaces"] == WORKSPACE
+
+
+def test_a_cuda_gpu_without_cuda_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match=r"CudaGPU needs an NVIDIA GPU .* VirtualGPU\(\) needs"):
+        CudaGPU()
+
+
+# No hardware, and next to no memory
+
+EXPERIMENT = """
+import re
+import torch
+def peak():  # of this program alone; getrusage would count the one that started it
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+before = peak()
+from torch import nn, optim
+from helpers.gpu import VirtualGPU
+from helpers.mlp import SimpleMLP
+with VirtualGPU() as gpu:
+    with gpu.device:
+        model = SimpleMLP()
+    data = torch.randn(128, 1, 28, 28).to(gpu.device)
+    target = torch.randint(0, 10, (128,)).to(gpu.device)
+    optimizer = optim.Adam(model.parameters())
+    loss = nn.CrossEntropyLoss()(model(data), target)
+    loss.backward()
+    optimizer.step()
+    assert gpu.memory_allocated() > 833_000_000
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_the_experiment_takes_under_100_mb_more_than_importing_torch() -> None:
+    command = [sys.executable, "-c", EXPERIMENT]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert 0 < int(run.stdout) < 100e6
+
+
+def test_dynamo_is_there_for_those_who_need_it() -> None:
+    code = """
+import sys, torch
+from helpers.gpu import VirtualGPU
+with VirtualGPU() as gpu:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.empty(3, device=gpu.device))])
+    optimizer.step()
+    assert "torch._dynamo.config" not in sys.modules
+    import torch._dynamo.config
+    assert torch._dynamo.is_compiling() is False
+compiled = torch.compile(lambda x: x + 1, backend="eager")
+assert compiled(torch.ones(2)).tolist() == [2, 2]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

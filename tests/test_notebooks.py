@@ -1,0 +1,182 @@
+"""The notebooks as files: in step with their sources, and compared to the last digit.
+
+nbval executes them itself, beside these tests (see Makefile: make test).
+"""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+
+from tools.notebooks import STAMP, made, main, problems, sources
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sources(ROOT / "notebooks")
+NAMES = [source.stem for source in SOURCES]
+
+
+def read(source: Path) -> NotebookNode:
+    return nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+
+
+def test_there_are_notebooks_and_each_has_its_source() -> None:
+    assert SOURCES
+    assert {p.stem for p in (ROOT / "notebooks").glob("*.ipynb")} == set(NAMES)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=NAMES)
+def test_a_notebook_is_in_step_with_its_source(source: Path) -> None:
+    assert problems(source, read(source)) == []
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=NAMES)
+def test_what_is_not_compared_says_what_bounds_it(source: Path) -> None:
+    """Only the set-up cell, and cells that end in an assertion, are kept from nbval."""
+    code = [cell for cell in read(source).cells if cell.cell_type == "code"]
+    tags = [set(cell.metadata.get("tags", [])) for cell in code]
+    assert not any({"nbval-skip", "raises-exception"} & of for of in tags)
+    assert not any("NBVAL" in cell.source for cell in code)
+    for cell, of in zip(code[1:], tags[1:], strict=True):
+        if "nbval-ignore-output" in of:
+            assert cell.source.splitlines()[-1].startswith("assert "), cell.source
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=NAMES)
+def test_figures_have_a_text_of_their_own(source: Path) -> None:
+    for cell in read(source).cells:
+        if any("image/svg+xml" in output.get("data", {}) for output in cell.get("outputs", [])):
+            assert len(cell.metadata["mystnb"]["image"]["alt"]) > 60, cell.source
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=NAMES)
+def test_an_unexecuted_notebook_is_found_out(source: Path) -> None:
+    notebook = made(source, None)
+    found = problems(source, notebook)
+    assert "it was not executed since its source changed" in found
+    assert "it has no outputs" in found
+
+
+def break_source_hash(notebook: NotebookNode) -> None:
+    notebook.metadata[STAMP]["source_sha256"] = "0" * 64
+
+
+def break_cell(notebook: NotebookNode) -> None:
+    notebook.cells[3].source += " "
+
+
+def break_order(notebook: NotebookNode) -> None:
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    code[0].execution_count, code[1].execution_count = 2, 1
+
+
+def break_with_error(notebook: NotebookNode) -> None:
+    cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    cell.outputs.append(nbformat.v4.new_output("error", ename="E", evalue="", traceback=[]))
+
+
+def break_with_stderr(notebook: NotebookNode) -> None:
+    cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    cell.outputs.append(nbformat.v4.new_output("stream", name="stderr", text="12%"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (break_source_hash, "it was not executed since its source changed"),
+        (break_cell, "its cells are not those of its source"),
+        (break_order, "its cells were not executed in order"),
+        (break_with_error, "a cell ended in an error"),
+        (break_with_stderr, "a cell wrote to stderr"),
+    ],
+)
+def test_each_way_out_of_step_is_found(damage, expected: str) -> None:  # type: ignore[no-untyped-def]
+    notebook = copy.deepcopy(read(SOURCES[0]))
+    damage(notebook)
+    (found,) = problems(SOURCES[0], notebook)
+    assert found.startswith(expected)
+
+
+def nbval(notebook: NotebookNode, folder: Path) -> subprocess.CompletedProcess[str]:
+    nbformat.write(notebook, folder / "notebook.ipynb")
+    command = "-m pytest --nbval --nbval-current-env -q -p no:xdist -p no:cacheprovider"
+    return subprocess.run(
+        [sys.executable, *command.split(), "notebook.ipynb"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_nbval_fails_where_a_stored_digit_is_changed(tmp_path: Path) -> None:
+    """On chapter 04's own cells, up to the first figure that the GPU gives."""
+    figure = "204,032,512 B"
+    notebook = read(ROOT / "notebooks" / "04_mlp_adam_vs_sgd.py")
+    ends = [i for i, cell in enumerate(notebook.cells) if "for stage, row in" in cell.source]
+    notebook.cells = notebook.cells[: ends[0] + 1]
+    (output,) = notebook.cells[-1].outputs
+    assert figure in output.text
+    honest = nbval(notebook, tmp_path)
+    assert honest.returncode == 0, honest.stdout
+    output.text = output.text.replace(figure, "204,032,513 B", 1)
+    changed = nbval(notebook, tmp_path)
+    assert changed.returncode == 1
+    assert "204,032,513 B" in changed.stdout
+
+
+SOURCE = """# %% [markdown]
+# # A notebook
+
+# %%
+REPOSITORY = ""
+print(6 * 7)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "01_small.py").write_text(SOURCE)
+    return tmp_path
+
+
+def test_a_second_run_changes_no_byte(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = folder / "01_small.ipynb"
+    assert main(["--folder", str(folder)]) == 0
+    first = small.read_bytes()
+    assert main(["--folder", str(folder)]) == 0
+    assert capsys.readouterr().out.endswith("01_small: fresh\n")
+    assert main(["--folder", str(folder), "--force"]) == 0  # nor does a second execution
+    assert small.read_bytes() == first
+    assert problems(folder / "01_small.py", read(folder / "01_small.py")) == []
+    assert not list(folder.glob("*.new"))
+
+
+def test_a_cell_that_fails_leaves_the_notebook_as_it_was(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = folder / "01_small.ipynb"
+    small.write_text("old")
+    (folder / "01_small.py").write_text(SOURCE + "1 / 0\n")
+    assert main(["--folder", str(folder)]) == 1
+    assert "01_small.ipynb is as it was" in capsys.readouterr().err
+    assert small.read_text() == "old"
+
+
+def test_an_unknown_name_is_one_clear_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--folder", str(folder), "05_other"]) == 2
+    assert capsys.readouterr().err == "NB is '05_other': expected one of 01_small\n"
+
+
+def test_the_set_up_cell_takes_the_repositorys_address(folder: Path) -> None:
+    notebook = made(folder / "01_small.py", "https://github.com/someone/every-byte")
+    assert 'REPOSITORY = "https://github.com/someone/every-byte"' in notebook.cells[1].source
+    for source in SOURCES:
+        first = next(c for c in made(source, "https://e.org/x").cells if c.cell_type == "code")
+        assert 'REPOSITORY = "https://e.org/x"' in first.source
+        assert "git+{REPOSITORY}" in first.source

@@ -1,0 +1,203 @@
+"""Make and execute the notebooks: from NN_name.py, which people edit, NN_name.ipynb.
+
+One way only. A notebook that is fresh, by the hashes that its execution left in
+it, is not executed again.
+"""
+
+import argparse
+import hashlib
+import itertools
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+
+from tools.repository import ROOT, address
+
+STAMP = "every_byte"  # our key in a notebook's metadata
+PLACEHOLDER = 'REPOSITORY = ""'  # in the set-up cell; filled in with the book's address
+PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "bitsandbytes", "matplotlib")
+
+
+def sources(folder: Path) -> list[Path]:
+    """The percent sources of the notebooks in a folder, in order."""
+    return sorted(folder.glob("[0-9][0-9]_*.py"))
+
+
+def digest(paths: Iterable[Path]) -> str:
+    """SHA-256 over the contents of files, in order of their names."""
+    total = hashlib.sha256()
+    for path in sorted(paths):
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+def stamp(source: Path, repository: str | None) -> dict[str, Any]:
+    """What an execution leaves in the notebook that does not depend on the machine."""
+    return {
+        "source_sha256": digest([source]),
+        "helpers_sha256": digest((ROOT / "helpers").rglob("*.py")),
+        "repository": repository,
+    }
+
+
+def made(source: Path, repository: str | None) -> NotebookNode:
+    """The notebook that a percent source stands for, not executed."""
+    text = source.read_text("utf-8")
+    if repository:
+        text = text.replace(PLACEHOLDER, f'REPOSITORY = "{repository}"')
+    notebook = jupytext.reads(text, fmt="py:percent")
+    for number, cell in enumerate(notebook.cells):
+        cell.id = f"{source.stem.replace('_', '-')}-{number:02}"
+        cell.metadata.pop("lines_to_next_cell", None)
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    notebook.metadata = NotebookNode(
+        kernelspec={"display_name": "Python 3", "language": "python", "name": "python3"},
+        language_info={"name": "python", "pygments_lexer": "ipython3"},
+    )
+    return notebook
+
+
+def problems(source: Path, notebook: NotebookNode) -> list[str]:
+    """Why a notebook is not what its source would give today; nothing if it is."""
+    left = notebook.metadata.get(STAMP, {})
+    expected = made(source, left.get("repository"))
+    found = []
+    if left.get("source_sha256") != digest([source]):
+        found.append("it was not executed since its source changed")
+    if [_essence(c) for c in notebook.cells] != [_essence(c) for c in expected.cells]:
+        found.append("its cells are not those of its source")
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    counts = [cell.execution_count for cell in code]
+    if counts != list(range(1, len(code) + 1)):
+        found.append(f"its cells were not executed in order: {counts}")
+    outputs = [output for cell in code for output in cell.outputs]
+    if not outputs:
+        found.append("it has no outputs")
+    if any(output.output_type == "error" for output in outputs):
+        found.append("a cell ended in an error")
+    if any(output.get("name") == "stderr" for output in outputs):
+        found.append("a cell wrote to stderr")
+    return found
+
+
+def _essence(cell: NotebookNode) -> tuple[str, str, str, dict[str, Any]]:
+    return cell.id, cell.cell_type, cell.source, dict(cell.metadata)
+
+
+def execute(source: Path, repository: str | None) -> NotebookNode:
+    """Make a notebook and run it in a kernel of this environment, beside its source.
+
+    Raises:
+        CellExecutionError: a cell failed.
+    """
+    notebook = made(source, repository)
+    cells = sum(cell.cell_type == "code" for cell in notebook.cells)
+    number = itertools.count(1)
+
+    def progress(**_: object) -> None:
+        end = "\r" if sys.stdout.isatty() else "\n"
+        print(f"{source.stem}: cell {next(number)} of {cells}", end=end, flush=True)
+
+    client = NotebookClient(
+        notebook,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        timeout=1800,
+        resources={"metadata": {"path": str(source.parent)}},
+        extra_arguments=["--log-level=ERROR"],  # no warning of local, unencrypted transport
+        on_cell_execute=progress,
+    )
+    client.execute()
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata.language_info = made(source, None).metadata.language_info
+    notebook.metadata[STAMP] = stamp(source, repository) | {
+        "device": _device(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+    }
+    return notebook
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}"
+    return "virtual GPU"
+
+
+def _write(path: Path, notebook: NotebookNode) -> None:
+    """Write beside, then move into place: an interruption leaves the old file."""
+    beside = path.with_suffix(".ipynb.new")
+    nbformat.validate(notebook)
+    beside.write_text(nbformat.writes(notebook) + "\n", "utf-8")
+    os.replace(beside, path)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="make notebooks", description=__doc__)
+    parser.add_argument(
+        "name", nargs="?", help="one notebook, such as 04_mlp_adam_vs_sgd; else all"
+    )
+    parser.add_argument("--force", action="store_true", help="execute fresh notebooks too")
+    parser.add_argument("--folder", type=Path, default=ROOT / "notebooks", help="where they are")
+    options = parser.parse_args(arguments)
+
+    chosen = sources(options.folder)
+    if options.name:
+        stem = Path(options.name).stem
+        chosen = [source for source in chosen if source.stem == stem]
+        if not chosen:
+            known = ", ".join(source.stem for source in sources(options.folder))
+            print(f"NB is {options.name!r}: expected one of {known}", file=sys.stderr)
+            return 2
+    try:
+        repository = address()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for source in chosen:
+        target = source.with_suffix(".ipynb")
+        if not options.force and _is_fresh(source, target, repository):
+            print(f"{source.stem}: fresh")
+            continue
+        try:
+            notebook = execute(source, repository)
+        except CellExecutionError as error:
+            print(
+                f"\n{source.name}: a cell failed; {target.name} is as it was.\n{error}",
+                file=sys.stderr,
+            )
+            return 1
+        _write(target, notebook)
+        print(f"{source.stem}: made")
+    return 0
+
+
+def _is_fresh(source: Path, target: Path, repository: str | None) -> bool:
+    try:
+        notebook = nbformat.read(target, as_version=4)
+    except (FileNotFoundError, nbformat.reader.NotJSONError):
+        return False
+    left = notebook.metadata.get(STAMP, {})
+    return not problems(source, notebook) and stamp(source, repository).items() <= left.items()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\ninterrupted: notebooks not finished are as they were", file=sys.stderr)
+        sys.exit(130)

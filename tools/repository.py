@@ -1,0 +1,56 @@
+"""The address of the book's repository, from one place: for buttons and for Colab.
+
+The first that is set of: the environment's ``REPOSITORY`` (``make book
+REPOSITORY=https://...``), ``repository.url`` in ``_config.yml``, the clone's
+``origin``. Where none is a web address, there is none, and no button.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def web_address(remote: str) -> str | None:
+    """The https address of a git remote: ``git@host:a/b.git`` gives ``https://host/a/b``.
+
+    None for what no browser can open, such as a folder.
+    """
+    remote = remote.strip().removesuffix("/").removesuffix(".git")
+    ssh = re.fullmatch(r"(?:ssh://)?git@([\w.-]+)[:/](.+)", remote)
+    if ssh:
+        return f"https://{ssh[1]}/{ssh[2]}"
+    web = re.fullmatch(r"https?://(?:[^@/]*@)?([\w.-]+\.\w+/.+)", remote)
+    return f"https://{web[1]}" if web else None
+
+
+def address(root: Path = ROOT) -> str | None:
+    """The repository's https address, or None where it has none.
+
+    Raises:
+        ValueError: ``REPOSITORY`` is set, and is no web address.
+    """
+    chosen = os.environ.get("REPOSITORY")
+    if chosen:
+        found = web_address(chosen)
+        if found is None:
+            raise ValueError(
+                f"REPOSITORY is {chosen!r}: expected a web address "
+                "such as https://github.com/someone/every-byte"
+            )
+        return found
+    config = yaml.safe_load((root / "_config.yml").read_text("utf-8"))
+    configured = (config.get("repository") or {}).get("url") or ""
+    return web_address(configured) or web_address(_origin(root))
+
+
+def _origin(root: Path) -> str:
+    command = ["git", "-C", str(root), "config", "--get", "remote.origin.url"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:  # no git
+        return ""
