@@ -1,8 +1,7 @@
 """One interface, two GPUs: the real one, and a virtual one that needs no hardware.
 
 `open_gpu` gives a `CudaGPU` where CUDA is available, else a `VirtualGPU`. Both
-answer with ``torch.cuda``'s names, in bytes, and both watch the tensors on
-their device through a ``TorchDispatchMode``, so that `breakdown` and `record`
+answer with ``torch.cuda``'s names, in bytes, and with `helpers.accounting` both
 can say what each byte is for.
 
 The virtual one computes on PyTorch's ``meta`` device: every operation goes
@@ -13,12 +12,9 @@ Each storage's birth and death is replayed on `helpers.allocator`.
 import os
 import re
 import sys
-import weakref
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from typing import Any, ClassVar, Self
 from unittest import mock
 
@@ -28,29 +24,13 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 from torch.utils import _foreach_utils
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from helpers.allocator import CachingAllocator, OutOfMemoryError, SegmentInfo
+from helpers.accounting import Breakdown, Timeline, Tracker, in_backward
+from helpers.allocator import CachingAllocator, SegmentInfo
 from helpers.units import KiB, binary
 from helpers.without_dynamo import without_dynamo
-
-KINDS = (
-    "parameters",
-    "gradients",
-    "optimizer states",
-    "buffers",
-    "batch",
-    "activations",
-    "temporaries",
-    "workspaces",
-    "rounding",
-)
-"""What a byte can be for. Batch: copied from the host. Activations: made outside
-of backward and of the optimizer. Temporaries: made inside of either, and neither
-gradients of parameters nor optimizer states. Workspaces: cuBLAS's. Rounding: the
-allocator's, from the bytes asked for to the block handed out."""
 
 # The default of every NVIDIA chip but Hopper and newer, fixed for all of them:
 # 2 buffers of 4096 KiB and 8 of 16 KiB.
@@ -75,117 +55,11 @@ def cublas_workspace_size(config: str) -> int:
     return sum(int(size) * KiB * int(count) for size, count in pairs)
 
 
-class Breakdown(dict[str, int]):
-    """Bytes by kind, in the order of `KINDS`; `total` is ``memory_allocated()``."""
-
-    @property
-    def total(self) -> int:
-        """The sum of all kinds, in bytes."""
-        return sum(self.values())
-
-
-@dataclass(eq=False, slots=True)
-class _Storage:
-    """A storage on the device: its bytes, the kind it was born as, the allocator's handle."""
-
-    nbytes: int
-    kind: str
-    handle: int | None
-
-
-@dataclass(slots=True)
-class Timeline:
-    """Allocated bytes after each operation that changed them, by kind.
-
-    Attributes:
-        steps: one `Breakdown` for each such operation, in order; the first is
-            the state before.
-        marks: name of a phase: index in `steps` at which it begins.
-    """
-
-    steps: list[Breakdown] = field(default_factory=list)
-    marks: dict[str, int] = field(default_factory=dict)
-    _mark: Callable[[str], None] | None = None
-
-    def mark(self, name: str) -> None:
-        """Say that the phase `name` begins here.
-
-        Raises:
-            RuntimeError: the recording has ended.
-        """
-        if self._mark is None:
-            raise RuntimeError(f"mark({name!r}) after the recording: call it inside of record()")
-        self._mark(name)
-
-    @property
-    def peak(self) -> int:
-        """Index in `steps` of the largest total, the first of equals."""
-        return max(range(len(self.steps)), key=lambda i: (self.steps[i].total, -i))
-
-
-class _Recording:
-    """What `GPU.record` writes down while operations run."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[_Storage, int]] = []  # and +1 for born, -1 for died
-        self.samples: list[tuple[int, int, int]] = []  # events so far, allocated, requested
-        self.marks: dict[str, int] = {}
-        self.roles: dict[_Storage, str] = {}
-
-
-class _Watch(TorchDispatchMode):
-    """Shows each operation's results to the GPU."""
-
-    def __init__(self, gpu: "GPU") -> None:
-        super().__init__()
-        self.gpu = gpu
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True would import all of torch._dynamo: 150 MB, 1 s
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if GPU._open[-1] is not self.gpu:  # a GPU opened later has taken over
-            return func(*args, **kwargs)
-        if torch.is_inference_mode_enabled():
-            # Only there do composite operations arrive whole, with the tensors
-            # that they make on the way out of sight.
-            with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        self.gpu._sample()  # what died since the last operation
-        result = None
-        try:
-            result = func(*args, **kwargs)
-            self.gpu._see(func, args, result)
-        except OutOfMemoryError as error:
-            del result  # or the traceback would keep it alive
-            self.gpu._in_optimizer = False
-            raise torch.OutOfMemoryError(str(error)) from None
-        except BaseException:
-            self.gpu._in_optimizer = False  # its hook at the end will not be called
-            raise
-        self.gpu._sample()
-        return result
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
 class GPU(ABC):
-    """What `CudaGPU` and `VirtualGPU` share: opening, watching, accounting.
+    """What `CudaGPU` and `VirtualGPU` share: opening, closing, accounting.
 
-    While open (``with gpu:``, or `open` until `close`) it sees the tensors on
-    its device. The one opened last is the one in use.
+    While open (``with gpu:``, or `open` until `close`) it accounts for the tensors
+    on its device. The one opened last is the one in use.
     """
 
     device: torch.device
@@ -193,16 +67,11 @@ class GPU(ABC):
     _open: ClassVar[list["GPU"]] = []
 
     def __init__(self) -> None:
-        self._storages: dict[int, _Storage] = {}  # address of the StorageImpl: what it is
-        self._watch = _Watch(self)
+        self._tracker = Tracker(self, in_use=lambda: GPU._open[-1] is self)
         self._stack = ExitStack()
-        self._recording: _Recording | None = None
-        self._in_optimizer = False
-
-    # Opening and closing
 
     def open(self) -> Self:
-        """Begin to watch the device. Returns itself.
+        """Begin to account for the device's memory. Returns itself.
 
         Raises:
             RuntimeError: it is open already.
@@ -212,19 +81,18 @@ class GPU(ABC):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
         with ExitStack() as stack:
             self._enter(stack)
-            for register, inside in (
-                (register_optimizer_step_pre_hook, True),
-                (register_optimizer_step_post_hook, False),
-            ):
-                stack.callback(register(self._optimizer_hook(inside)).remove)
+            begins = register_optimizer_step_pre_hook(partial(self._optimizer_runs, True))
+            stack.callback(begins.remove)
+            ends = register_optimizer_step_post_hook(partial(self._optimizer_runs, False))
+            stack.callback(ends.remove)
             GPU._open.append(self)
             stack.callback(GPU._open.remove, self)
-            stack.enter_context(self._watch)
+            stack.enter_context(self._tracker)
             self._stack = stack.pop_all()
         return self
 
     def close(self) -> None:
-        """Stop watching. Tensors that live on stay accounted for. Harmless if closed.
+        """Stop looking. Tensors that live on stay accounted for. Harmless if closed.
 
         Raises:
             RuntimeError: a GPU opened later is still open.
@@ -240,8 +108,29 @@ class GPU(ABC):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _enter(self, stack: ExitStack) -> None:
-        """What else has to be in force while this GPU is open."""
+    # What each byte is for
+
+    def breakdown(
+        self,
+        model: torch.nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> Breakdown:
+        """What the allocated bytes are for; see `helpers.accounting.Tracker.breakdown`."""
+        return self._tracker.breakdown(model, optimizer)
+
+    def record(
+        self,
+        model: torch.nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> AbstractContextManager[Timeline]:
+        """What each operation does to memory; see `helpers.accounting.Tracker.record`.
+
+        Raises:
+            RuntimeError: the GPU is not open, or another recording is under way.
+        """
+        if self not in GPU._open:
+            raise RuntimeError(f"{self} cannot record: open() it first")
+        return self._tracker.record(model, optimizer)
 
     # The names of torch.cuda
 
@@ -284,169 +173,23 @@ class GPU(ABC):
     def _memory_requested(self) -> int:
         """Bytes asked for, before rounding (``requested_bytes`` of ``torch.cuda.memory_stats``)."""
 
-    # Accounting
+    # What the two kinds of GPU do in their own ways
 
-    def breakdown(
-        self,
-        model: torch.nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-    ) -> Breakdown:
-        """What the allocated bytes are for: one row for each of `KINDS`.
-
-        The rows add up to `memory_allocated` exactly. Parameters, gradients and
-        buffers are recognised as the model's, states as the optimizer's: without
-        them these bytes count as what they were born as, a batch or activations.
-
-        Args:
-            model: whose parameters, their ``.grad``, and buffers.
-            optimizer: whose states.
-        """
-        roles = self._roles(model, optimizer)
-        counts: Counter[str] = Counter()
-        for storage in self._storages.values():
-            counts[roles.get(storage, storage.kind)] += storage.nbytes
-        return _account(counts, self.memory_allocated(), self._memory_requested())
-
-    @contextmanager
-    def record(
-        self,
-        model: torch.nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-    ) -> Iterator[Timeline]:
-        """Record what each operation does to memory, while the context lasts.
-
-        The timeline is filled when the context ends. Kinds are those of
-        `breakdown`, for `model` and `optimizer` as they are at the beginning, at
-        each optimizer step, and at the end.
-
-        Raises:
-            RuntimeError: another recording is under way, or the GPU is not open.
-        """
-        if self._recording is not None or self not in GPU._open:
-            why = "another recording is under way" if self._recording else "it is not open"
-            raise RuntimeError(f"{self} cannot record: {why}")
-        timeline = Timeline()
-        recording = self._recording = _Recording()
-        before = Counter[str]()
-        recording.roles |= self._roles(model, optimizer)
-        alive = list(self._storages.values())
-        recording.samples.append((0, self.memory_allocated(), self._memory_requested()))
-
-        def mark(name: str) -> None:
-            self._sample()
-            recording.marks[name] = len(recording.samples) - 1
-
-        def look(*_: object) -> None:
-            recording.roles |= self._roles(model, optimizer)
-
-        timeline._mark = mark
-        at_step = register_optimizer_step_pre_hook(look)
-        try:
-            yield timeline
-        finally:
-            at_step.remove()
-            self._sample()
-            look()
-            timeline._mark, self._recording = None, None
-
-        def kind(storage: _Storage) -> str:
-            return recording.roles.get(storage, storage.kind)
-
-        for storage in alive:
-            before[kind(storage)] += storage.nbytes
-        seen = 0
-        for events, allocated, requested in recording.samples:
-            for storage, sign in recording.events[seen:events]:
-                before[kind(storage)] += sign * storage.nbytes
-            seen = events
-            timeline.steps.append(_account(before, allocated, requested))
-        timeline.marks |= recording.marks
-
-    def _roles(
-        self, model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None
-    ) -> dict[_Storage, str]:
-        """The storages that model and optimizer hold, and as what."""
-        roles: dict[_Storage, str] = {}
-
-        def note(kind: str, *tensors: object) -> None:
-            for tensor in tensors:
-                if isinstance(tensor, torch.Tensor) and tensor.device == self.device:
-                    storage = self._storages.get(tensor.untyped_storage()._cdata)
-                    if storage is not None:
-                        roles[storage] = kind
-
-        if optimizer is not None:
-            note("optimizer states", *tree_leaves(list(optimizer.state.values())))
-        if model is not None:
-            note("buffers", *model.buffers())
-            note("gradients", *(p.grad for p in model.parameters()))
-            note("parameters", *model.parameters())
-        return roles
-
-    def _optimizer_hook(self, inside: bool) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            self._in_optimizer = inside
-
-        return hook
-
-    def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
-        """Account for the storages that an operation made."""
-        for tensor in tree_leaves(result):
-            if not isinstance(tensor, torch.Tensor) or tensor.device != self.device:
-                continue
-            storage = tensor.untyped_storage()
-            key, nbytes = storage._cdata, storage.nbytes()
-            known = self._storages.get(key)
-            if known is None:
-                known = _Storage(nbytes, self._birth(func, args), self._malloc(nbytes))
-                self._storages[key] = known
-                weakref.finalize(storage, self._died, key).atexit = False
-                self._log(known, +1)
-            elif known.nbytes != nbytes:  # resized in place: PyTorch takes the new block first
-                handle = self._malloc(nbytes)
-                self._log(known, -1)
-                self._free(known)
-                self._storages[key] = new = _Storage(nbytes, known.kind, handle)
-                self._log(new, +1)
-
-    def _birth(self, func: Any, args: tuple[Any, ...]) -> str:
-        """The kind of a storage that an operation makes."""
-        if _in_backward() or self._in_optimizer:
-            return "temporaries"
-        copied = func.overloadpacket is torch.ops.aten._to_copy
-        return "batch" if copied and args[0].device.type == "cpu" else "activations"
-
-    def _died(self, key: int) -> None:
-        storage = self._storages.pop(key)
-        self._log(storage, -1)
-        self._free(storage)
-
-    def _log(self, storage: _Storage, sign: int) -> None:
-        if self._recording is not None:
-            self._recording.events.append((storage, sign))
-
-    def _sample(self) -> None:
-        """Between two operations: note what memory is now, if it changed."""
-        if self._recording is None:
-            return
-        now = (len(self._recording.events), self.memory_allocated(), self._memory_requested())
-        if now != self._recording.samples[-1]:
-            self._recording.samples.append(now)
+    def _enter(self, stack: ExitStack) -> None:
+        """Put into force what holds while this GPU is open."""
 
     def _malloc(self, nbytes: int) -> int | None:
-        """Take `nbytes` from the replayed allocator, where there is one."""
+        """Take a new storage's bytes from the replayed allocator, where there is one."""
         return None
 
-    def _free(self, storage: _Storage) -> None:
-        """Give a dead storage's bytes back to the replayed allocator, where there is one."""
+    def _free(self, handle: int) -> None:
+        """Give back to the replayed allocator what `_malloc` took."""
 
+    def _computed(self, operation: Any, result: Any) -> None:
+        """Take what an operation takes beside its results, where it is replayed."""
 
-def _account(counts: Counter[str], allocated: int, requested: int) -> Breakdown:
-    """Complete the bytes of tensors by kind with what no tensor holds."""
-    rows = Breakdown((kind, counts[kind]) for kind in KINDS)
-    rows["workspaces"] = requested - sum(counts.values())
-    rows["rounding"] = allocated - requested
-    return rows
+    def _optimizer_runs(self, now: bool, *_: object) -> None:
+        self._tracker.in_optimizer = now
 
 
 class CudaGPU(GPU):
@@ -605,20 +348,17 @@ class VirtualGPU(GPU):
         return self._allocator.malloc(nbytes)
 
     @override
-    def _free(self, storage: _Storage) -> None:
-        assert storage.handle is not None
-        self._allocator.free(storage.handle)
+    def _free(self, handle: int) -> None:
+        self._allocator.free(handle)
 
     @override
-    def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
-        super()._see(func, args, result)
+    def _computed(self, operation: Any, result: Any) -> None:
         # On CUDA, backward runs in a thread of its own, and each thread's cuBLAS
         # handle takes a workspace at its first product, after the result's block.
-        if func.overloadpacket in self._matrix_products and _in_backward() not in self._workspaces:
-            if any(
-                isinstance(t, torch.Tensor) and t.device == self.device for t in tree_leaves(result)
-            ):
-                self._workspaces[_in_backward()] = self._malloc(self._workspace_size)
+        thread = in_backward()
+        if operation.overloadpacket in self._matrix_products and thread not in self._workspaces:
+            if any(isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves(result)):
+                self._workspaces[thread] = self._malloc(self._workspace_size)
 
 
 def open_gpu() -> GPU:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from helpers.gpu import KINDS, Breakdown, Timeline
+from helpers.accounting import KINDS, Breakdown, Timeline
 from helpers.units import MB
 
 # Each at least 3 : 1 against white and against the dark theme's background

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn, optim
 
+from helpers.accounting import KINDS
 from helpers.allocator import CachingAllocator
 from helpers.gpu import (
     CUBLAS_WORKSPACE,
     GPU,
-    KINDS,
     CudaGPU,
     VirtualGPU,
     cublas_workspace_size,
@@ -182,6 +182,14 @@ def test_without_gradients_activations_go_at_once(gpu: VirtualGPU) -> None:
         del model, x, y
     assert peaks[0] == peaks[1]
     assert peaks[0][0] == 4 * (2 * (256 * 256 + 256) + 2 * 256 * 256) + WORKSPACE
+
+
+def test_a_sparse_tensor_is_refused_rather_than_miscounted(gpu: VirtualGPU) -> None:
+    with gpu.device:
+        embedding = nn.Embedding(1000, 64, sparse=True)
+        tokens = torch.empty(10, dtype=torch.int64)
+    with pytest.raises(NotImplementedError, match="only dense tensors are accounted"):
+        embedding(tokens).sum().backward()
 
 
 def test_buffers_are_the_models(gpu: VirtualGPU) -> None:
@@ -369,6 +377,15 @@ def test_a_recorded_step_adds_up(gpu: VirtualGPU) -> None:
     assert steps[-1]["temporaries"] == 0
 
 
+def test_a_recording_that_ends_in_an_error_is_kept() -> None:
+    with VirtualGPU(capacity=100 * MiB) as gpu:
+        with pytest.raises(torch.OutOfMemoryError), gpu.record() as recorded:
+            kept = [torch.empty(40 * MiB, dtype=torch.uint8, device="meta") for _ in range(3)]
+        totals = [step.total // MiB for step in recorded.steps]
+        assert totals == [0, 40, 80, 0]
+        assert "kept" not in locals()
+
+
 def test_recording_is_refused_where_it_cannot_be(gpu: VirtualGPU) -> None:
     with gpu.record() as recorded:
         with pytest.raises(RuntimeError, match="another recording is under way"):
@@ -377,7 +394,7 @@ def test_recording_is_refused_where_it_cannot_be(gpu: VirtualGPU) -> None:
     with pytest.raises(RuntimeError, match="after the recording"):
         recorded.mark("late")
     gpu.close()
-    with pytest.raises(RuntimeError, match="it is not open"):
+    with pytest.raises(RuntimeError, match=r"cannot record: open\(\) it first"):
         with gpu.record():
             pass
 
@@ -397,8 +414,8 @@ class CardStandIn(CudaGPU):
     def _malloc(self, nbytes: int) -> int:
         return self.card.malloc(nbytes)
 
-    def _free(self, storage) -> None:  # type: ignore[no-untyped-def]
-        self.card.free(storage.handle)
+    def _free(self, handle: int) -> None:
+        self.card.free(handle)
 
 
 def test_the_real_gpu_accounts_by_the_same_rules(monkeypatch: pytest.MonkeyPatch) -> None:

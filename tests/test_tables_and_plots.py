@@ -7,7 +7,7 @@ matplotlib.use("agg")
 
 from matplotlib import pyplot as plt
 
-from helpers.gpu import KINDS, Breakdown, Timeline
+from helpers.accounting import KINDS, Breakdown, Timeline
 from helpers.plots import loss_curves, stacked_bars, timeline
 from helpers.tables import table
 

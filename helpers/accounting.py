@@ -1,0 +1,337 @@
+"""What each byte on a device is for: every storage, from its birth to its death.
+
+A `Tracker` sees PyTorch's operations through a ``TorchDispatchMode``. It knows a
+storage when an operation first returns it, and its end from a finalizer. The
+same accounting serves a real GPU and a virtual one: what they differ in stands
+behind `Card`.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from helpers.allocator import OutOfMemoryError
+
+KINDS = (
+    "parameters",
+    "gradients",
+    "optimizer states",
+    "buffers",
+    "batch",
+    "activations",
+    "temporaries",
+    "workspaces",
+    "rounding",
+)
+"""What a byte can be for. Batch: copied from the host. Activations: made outside
+of backward and of the optimizer. Temporaries: made inside of either, and neither
+gradients of parameters nor optimizer states. Workspaces: cuBLAS's. Rounding: the
+allocator's, from the bytes asked for to the block handed out."""
+
+
+class Breakdown(dict[str, int]):
+    """Bytes by kind, in the order of `KINDS`; `total` is ``memory_allocated()``."""
+
+    @property
+    def total(self) -> int:
+        """The sum of all kinds, in bytes."""
+        return sum(self.values())
+
+
+@dataclass(eq=False, slots=True)
+class _Storage:
+    """A storage on the device: its bytes, the kind it was born as, the allocator's handle."""
+
+    nbytes: int
+    kind: str
+    handle: int | None
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Allocated bytes after each operation that changed them, by kind.
+
+    Attributes:
+        steps: one `Breakdown` for each such operation, in order; the first is
+            the state before.
+        marks: name of a phase: index in `steps` at which it begins.
+    """
+
+    steps: list[Breakdown] = field(default_factory=list)
+    marks: dict[str, int] = field(default_factory=dict)
+    _mark: Callable[[str], None] | None = None
+
+    def mark(self, name: str) -> None:
+        """Say that the phase `name` begins here.
+
+        Raises:
+            RuntimeError: the recording has ended.
+        """
+        if self._mark is None:
+            raise RuntimeError(f"mark({name!r}) after the recording: call it inside of record()")
+        self._mark(name)
+
+    @property
+    def peak(self) -> int:
+        """Index in `steps` of the largest total, the first of equals."""
+        return max(range(len(self.steps)), key=lambda i: (self.steps[i].total, -i))
+
+
+class _Recording:
+    """What `Tracker.record` writes down while operations run."""
+
+    def __init__(self, alive: list[_Storage]) -> None:
+        self.alive = alive  # at the beginning
+        self.events: list[tuple[_Storage, int]] = []  # +1: born, -1: died
+        self.samples: list[tuple[int, int, int]] = []  # events so far, allocated, requested
+        self.roles: dict[_Storage, str] = {}
+
+    def steps(self) -> Iterator[Breakdown]:
+        """The bytes by kind at each sample."""
+        counts: Counter[str] = Counter()
+        changes = [(storage, 1) for storage in self.alive]
+        seen = 0
+        for events, allocated, requested in self.samples:
+            changes += self.events[seen:events]
+            seen = events
+            for storage, sign in changes:
+                counts[self.roles.get(storage, storage.kind)] += sign * storage.nbytes
+            changes.clear()
+            yield _account(counts, allocated, requested)
+
+
+class Card(Protocol):
+    """The memory that a `Tracker` accounts for. All sizes are bytes."""
+
+    device: torch.device
+
+    def memory_allocated(self) -> int:
+        """Bytes in blocks handed out."""
+
+    def _memory_requested(self) -> int:
+        """Bytes asked for, before rounding."""
+
+    def _malloc(self, nbytes: int) -> int | None:
+        """Take a new storage's bytes, where allocations are replayed; a handle for `_free`."""
+
+    def _free(self, handle: int) -> None:
+        """Give back what `_malloc` took."""
+
+    def _computed(self, operation: Any, result: Any) -> None:
+        """Learn that an operation was carried out, after its results were taken in."""
+
+
+def in_backward() -> bool:
+    """Whether autograd is at work on a backward pass in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class Tracker(TorchDispatchMode):
+    """Accounts for the storages on a card, and sorts them by kind.
+
+    Entered as a context, it sees operations; of several, only `in_use` does.
+
+    Args:
+        card: the memory to account for.
+        in_use: tells whether this tracker is to look at operations at present.
+    """
+
+    def __init__(self, card: Card, in_use: Callable[[], bool]) -> None:
+        super().__init__()
+        self.card, self.in_use = card, in_use
+        self.in_optimizer = False  # set while an optimizer's step runs
+        self._storages: dict[int, _Storage] = {}  # address of the StorageImpl: what it is
+        self._recording: _Recording | None = None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would import all of torch._dynamo: 150 MB, 1 s
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Carry out an operation, then account for what it returns."""
+        kwargs = kwargs or {}
+        if not self.in_use():
+            return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled():
+            # Only there do composite operations arrive whole, with the tensors
+            # that they make on the way out of sight.
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        self._sample()  # what died since the last operation
+        result = None
+        try:
+            result = func(*args, **kwargs)
+            self._see(func, args, result)
+            self.card._computed(func, result)
+        except OutOfMemoryError as error:
+            del result  # or the traceback would keep it alive
+            self.in_optimizer = False
+            raise torch.OutOfMemoryError(str(error)) from None
+        except BaseException:
+            self.in_optimizer = False  # the hook at the step's end will not be called
+            raise
+        self._sample()
+        return result
+
+    def breakdown(
+        self,
+        model: torch.nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> Breakdown:
+        """What the allocated bytes are for: one row for each of `KINDS`.
+
+        The rows add up to `memory_allocated` exactly. Parameters, gradients and
+        buffers are recognised as the model's, states as the optimizer's: without
+        them these bytes count as what they were born as, a batch or activations.
+
+        Args:
+            model: whose parameters, their ``.grad``, and buffers.
+            optimizer: whose states.
+        """
+        roles = self._roles(model, optimizer)
+        counts: Counter[str] = Counter()
+        for storage in self._storages.values():
+            counts[roles.get(storage, storage.kind)] += storage.nbytes
+        return _account(counts, self.card.memory_allocated(), self.card._memory_requested())
+
+    @contextmanager
+    def record(
+        self,
+        model: torch.nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> Iterator[Timeline]:
+        """Record what each operation does to memory, while the context lasts.
+
+        The timeline is filled when the context ends, by an error too. Kinds are those of
+        `breakdown`, for `model` and `optimizer` as they are at the beginning, at
+        each optimizer step, and at the end.
+
+        Raises:
+            RuntimeError: another recording is under way.
+        """
+        if self._recording is not None:
+            raise RuntimeError(f"{self.card} cannot record: another recording is under way")
+        recording = self._recording = _Recording(list(self._storages.values()))
+        timeline = Timeline()
+
+        def mark(name: str) -> None:
+            self._sample()
+            timeline.marks[name] = len(recording.samples) - 1
+
+        def look(*_: object) -> None:
+            recording.roles |= self._roles(model, optimizer)
+
+        look()
+        self._sample()
+        timeline._mark = mark
+        at_step = register_optimizer_step_pre_hook(look)
+        try:
+            yield timeline
+        finally:
+            at_step.remove()
+            look()
+            self._sample()
+            timeline._mark, self._recording = None, None
+            timeline.steps += recording.steps()
+
+    def _roles(
+        self, model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None
+    ) -> dict[_Storage, str]:
+        """The storages that model and optimizer hold, and as what."""
+        roles: dict[_Storage, str] = {}
+
+        def note(kind: str, *tensors: object) -> None:
+            for tensor in tensors:
+                if isinstance(tensor, torch.Tensor) and tensor.device == self.card.device:
+                    storage = self._storages.get(tensor.untyped_storage()._cdata)
+                    if storage is not None:
+                        roles[storage] = kind
+
+        if optimizer is not None:
+            note("optimizer states", *tree_leaves(list(optimizer.state.values())))
+        if model is not None:
+            note("buffers", *model.buffers())
+            note("gradients", *(p.grad for p in model.parameters()))
+            note("parameters", *model.parameters())
+        return roles
+
+    def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        """Account for the storages that an operation made."""
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, torch.Tensor) or tensor.device != self.card.device:
+                continue
+            if tensor.layout is not torch.strided:
+                raise NotImplementedError(
+                    f"{func} makes a tensor of layout {tensor.layout}: "
+                    "only dense tensors are accounted for"
+                )
+            storage = tensor.untyped_storage()
+            key, nbytes = storage._cdata, storage.nbytes()
+            known = self._storages.get(key)
+            if known is None:
+                known = _Storage(nbytes, self._birth(func, args), self.card._malloc(nbytes))
+                self._storages[key] = known
+                weakref.finalize(storage, self._died, key).atexit = False
+                self._log(known, +1)
+            elif known.nbytes != nbytes:  # resized in place: PyTorch takes the new block first
+                handle = self.card._malloc(nbytes)
+                self._log(known, -1)
+                self._free(known)
+                self._storages[key] = new = _Storage(nbytes, known.kind, handle)
+                self._log(new, +1)
+
+    def _birth(self, func: Any, args: tuple[Any, ...]) -> str:
+        """The kind of a storage that an operation makes."""
+        if in_backward() or self.in_optimizer:
+            return "temporaries"
+        copied = func.overloadpacket is torch.ops.aten._to_copy
+        return "batch" if copied and args[0].device.type == "cpu" else "activations"
+
+    def _died(self, key: int) -> None:
+        storage = self._storages.pop(key)
+        self._log(storage, -1)
+        self._free(storage)
+
+    def _log(self, storage: _Storage, sign: int) -> None:
+        if self._recording is not None:
+            self._recording.events.append((storage, sign))
+
+    def _sample(self) -> None:
+        """Between two operations: note what memory is now, if it changed."""
+        if self._recording is None:
+            return
+        now = (
+            len(self._recording.events),
+            self.card.memory_allocated(),
+            self.card._memory_requested(),
+        )
+        if self._recording.samples[-1:] != [now]:
+            self._recording.samples.append(now)
+
+    def _free(self, storage: _Storage) -> None:
+        if storage.handle is not None:
+            self.card._free(storage.handle)
+
+
+def _account(counts: Counter[str], allocated: int, requested: int) -> Breakdown:
+    """Complete the bytes of tensors by kind with what no tensor holds."""
+    rows = Breakdown((kind, counts[kind]) for kind in KINDS)
+    rows["workspaces"] = requested - sum(counts.values())
+    rows["rounding"] = allocated - requested
+    return rows
