@@ -180,14 +180,16 @@ class Tracker(TorchDispatchMode):
             self._see(func, args, result)
             self.card._computed(func, result)
         except OutOfMemoryError as error:
-            del result  # or the traceback would keep it alive
-            self.in_optimizer = False
-            raise torch.OutOfMemoryError(str(error)) from None
+            message = str(error)
         except BaseException:
             self.in_optimizer = False  # the hook at the step's end will not be called
             raise
-        self._sample()
-        return result
+        else:
+            self._sample()
+            return result
+        # Raised out here, where no frame of a traceback holds the results any more.
+        result, self.in_optimizer = None, False
+        raise torch.OutOfMemoryError(message)
 
     def breakdown(
         self,

@@ -135,6 +135,15 @@ def test_out_of_memory_tells_what_pytorch_tells() -> None:
 
 def test_a_full_card_can_be_filled_to_the_last_byte() -> None:
     allocator = CachingAllocator(capacity=20 * MiB)
+    allocator.free(allocator.malloc(20 * MiB))
+    allocator.malloc(10 * MiB)
+    allocator.malloc(10 * MiB)
+    assert allocator.memory_allocated() == 20 * MiB
+
+
+def test_a_card_can_be_filled_with_what_was_given_back() -> None:
+    allocator = CachingAllocator(capacity=20 * MiB)
+    allocator.free(allocator.malloc(10 * MiB))
     allocator.malloc(20 * MiB)
     assert allocator.memory_allocated() == 20 * MiB
 

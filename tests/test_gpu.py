@@ -286,6 +286,15 @@ def test_an_operation_that_fails_leaves_nothing_behind() -> None:
         assert gpu.memory_allocated() == 0
 
 
+def test_an_error_that_is_kept_keeps_no_memory() -> None:
+    with VirtualGPU(capacity=100 * MiB) as gpu:
+        x = torch.empty(2, 30 * MiB, dtype=torch.uint8, device=gpu.device)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            x.max(dim=0)  # the values fit, their 64-bit indices do not
+        assert gpu.memory_allocated() == x.nbytes
+        assert "240.00 MiB" in str(caught.value)
+
+
 def test_a_step_that_fails_does_not_colour_what_follows() -> None:
     with VirtualGPU(capacity=90 * MiB) as gpu:
         weight = nn.Parameter(torch.empty(5 * MiB, device=gpu.device))
@@ -362,11 +371,15 @@ def test_a_recorded_step_adds_up(gpu: VirtualGPU) -> None:
         loss.backward()
         recorded.mark("optimizer")
         optimizer.step()
+        recorded.mark("end")
+        kept = gpu.breakdown(model, optimizer)
+        optimizer.zero_grad()
     steps = recorded.steps
     assert steps[recorded.peak].total == gpu.max_memory_allocated() == max(s.total for s in steps)
+    assert steps[recorded.marks["end"]] == kept
     assert steps[-1] == gpu.breakdown(model, optimizer)
     assert all(min(row.values()) >= 0 for row in steps)
-    assert list(recorded.marks) == ["forward", "backward", "optimizer"]
+    assert list(recorded.marks) == ["forward", "backward", "optimizer", "end"]
     parameters = steps[0]["parameters"]
     at = recorded.marks
     assert steps[at["backward"]]["gradients"] == 0
