@@ -27,6 +27,8 @@ class _StandIn(ModuleType):
         return None
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__path__":  # of no use but to look around
+            raise AttributeError(name)
         if sys.modules.get(_NAME) is self:
             del sys.modules[_NAME]
         return getattr(importlib.import_module(_NAME), name)
