@@ -1,0 +1,302 @@
+"""The closed formulas, against published counts and against replays of the real models."""
+
+import dataclasses
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn, optim
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import logging as transformers_logging
+
+from helpers import estimate
+from helpers.estimate import Dimensions
+from helpers.gpu import VirtualGPU
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", estimate.known_models())
+def test_counts_are_the_published_ones(name: str) -> None:
+    sizes = estimate.dimensions(name)
+    assert sum(estimate.parameters(sizes).values()) == estimate.known_models()[name]["published"]
+    assert estimate.known_models()[name]["source"].startswith("https://huggingface.co/")
+
+
+def test_a_mixture_of_experts_uses_fewer_than_it_loads() -> None:
+    sizes = estimate.dimensions("Mixtral-8x7B-v0.1")
+    # "uses 13B active parameters": Jiang et al. 2024, arXiv 2401.04088
+    assert round(estimate.active_parameters(sizes) / 1e9) == 13
+    dense = estimate.dimensions("Llama-3.1-8B")
+    assert estimate.active_parameters(dense) == sum(estimate.parameters(dense).values())
+
+
+# Against replays
+
+
+def build(sizes: Dimensions, dtype: str) -> PreTrainedModel:
+    """The real model of these sizes, eager, without dropout, on the device in force."""
+    given = dataclasses.asdict(sizes) | {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    if not sizes.num_local_experts:
+        del given["num_local_experts"], given["num_experts_per_tok"]
+    if sizes.model_type == "gpt2":
+        del given["intermediate_size"], given["num_key_value_heads"], given["head_dim"]
+        given |= {"resid_pdrop": 0, "attn_pdrop": 0, "embd_pdrop": 0}
+    config = AutoConfig.for_model(
+        given.pop("model_type"), attn_implementation="eager", use_cache=False, **given
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).train()
+
+
+def step(
+    gpu: VirtualGPU, sizes: Dimensions, optimizer: str, dtype: str, batch: int, length: int
+) -> tuple[dict[str, int], int]:
+    """One real training step, replayed: bytes by kind after it, and activations before backward."""
+    transformers_logging.set_verbosity_error()
+    with gpu.device:
+        model = build(sizes, dtype)
+    ids = torch.zeros(batch, length, dtype=torch.int64).to(gpu.device)
+    causal = torch.zeros(batch, 1, length, length, dtype=DTYPES[dtype]).to(gpu.device)
+    positions = torch.arange(length)[None].to(gpu.device)
+    logits = model(input_ids=ids, attention_mask=causal, position_ids=positions).logits
+    loss = cross_entropy(logits.flatten(0, 1), ids.flatten())
+    held = gpu.breakdown(model)["activations"]
+    loss.backward()
+    opt = OPTIMIZERS[optimizer](model.parameters())
+    opt.step()
+    return dict(gpu.breakdown(model, opt)), held
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: optim.SGD(p),
+    "momentum": lambda p: optim.SGD(p, momentum=0.9),
+    "adam": lambda p: optim.Adam(p),
+    "adamw": lambda p: optim.AdamW(p),
+}
+SMALL = {
+    "gpt2": Dimensions("gpt2", 1000, 256, 3, 4, True, 1024),
+    "llama": Dimensions("llama", 1000, 256, 3, 4, False, 2048, 768, 2),
+    "qwen2": Dimensions("qwen2", 1000, 256, 2, 4, True, 2048, 768, 4),
+    "qwen3": Dimensions("qwen3", 1000, 256, 2, 4, True, 2048, 768, 2, 128),
+    "one key head": Dimensions("mistral", 1000, 256, 2, 4, False, 2048, 768, 1),
+}
+CASES = [
+    *((SMALL["gpt2"], "adam", dtype, 2, 128) for dtype in DTYPES),
+    *((SMALL["llama"], optimizer, "fp32", 2, 128) for optimizer in OPTIMIZERS),
+    *((SMALL["qwen2"], "adamw", dtype, 1, 192) for dtype in DTYPES),
+    *((SMALL["qwen3"], "momentum", dtype, 3, 64) for dtype in DTYPES),
+    *((SMALL["one key head"], "adam", dtype, batch, 128) for dtype in DTYPES for batch in (1, 2)),
+    (estimate.dimensions("gpt2-large"), "adam", "fp32", 1, 512),
+    (estimate.dimensions("Qwen2-0.5B"), "adamw", "bf16", 2, 256),
+]
+
+
+@pytest.mark.parametrize(("sizes", "optimizer", "dtype", "batch", "length"), CASES)
+def test_a_training_step_is_as_estimated(
+    sizes: Dimensions, optimizer: str, dtype: str, batch: int, length: int
+) -> None:
+    expected = estimate.training(sizes, optimizer, dtype, batch, length)
+    with VirtualGPU() as gpu:
+        rows, held = step(gpu, sizes, optimizer, dtype, batch, length)
+    assert rows["parameters"] == expected.parameters
+    assert rows["gradients"] == expected.gradients
+    assert rows["optimizer states"] == expected.optimizer_states
+    # To the byte, but for the loss: its value, its mean's weight, and its counters.
+    assert 0 <= held - expected.activations - expected.logits <= 64
+
+
+@pytest.mark.parametrize("name", ["adam 8-bit", "lion", "lion 8-bit"])
+def test_the_states_of_bitsandbytes_optimizers(name: str) -> None:
+    import bitsandbytes
+
+    classes = {"adam 8-bit": "Adam8bit", "lion": "Lion", "lion 8-bit": "Lion8bit"}
+    with VirtualGPU() as gpu:
+        with gpu.device:
+            model = nn.Sequential(nn.Linear(1000, 500), nn.Linear(500, 30))
+        opt = getattr(bitsandbytes.optim, classes[name])(model.parameters())
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        opt.step()
+        states = gpu.breakdown(model, opt)["optimizer states"]
+    assert states == estimate.optimizer_states([p.shape for p in model.parameters()], name)
+
+
+def test_the_states_of_adafactor() -> None:
+    """On the host: its step looks at values, which the virtual GPU does not have."""
+    model = nn.Sequential(nn.Linear(100, 50), nn.LayerNorm(50))
+    opt = optim.Adafactor(model.parameters())
+    model(torch.ones(2, 100)).sum().backward()
+    opt.step()
+    found = sum(
+        value.nbytes
+        for state in opt.state.values()
+        for name, value in state.items()
+        if name != "step" and value is not None
+    )
+    assert found == estimate.optimizer_states([p.shape for p in model.parameters()], "adafactor")
+
+
+def test_the_kv_cache_is_that_of_transformers() -> None:
+    from transformers import DynamicCache
+
+    sizes = SMALL["llama"]
+    cache = DynamicCache()
+    keys = torch.empty(2, sizes.num_key_value_heads, 40, sizes.head_dim, dtype=torch.bfloat16)
+    for layer in range(sizes.num_hidden_layers):
+        cache.update(keys, keys.clone(), layer)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert held == estimate.kv_cache(sizes, 2, 40, "bf16")
+
+
+# Properties
+
+SIZES = st.builds(
+    lambda kind, vocabulary, width, layers, groups, keys, tied: Dimensions(
+        kind, vocabulary, 16 * groups * keys * width, layers, groups * keys, tied, 512, 64, keys
+    ),
+    st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]),
+    st.integers(1, 1000),
+    st.integers(1, 4),
+    st.integers(0, 5),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.booleans(),
+)
+KINDS = st.sampled_from(["fp32", "fp16", "bf16"])
+
+
+@settings(deadline=None, derandomize=True)
+@given(SIZES, KINDS, st.sampled_from(estimate.OPTIMIZERS), st.integers(0, 4), st.integers(0, 64))
+def test_parts_add_up(
+    sizes: Dimensions, dtype: str, optimizer: str, batch: int, length: int
+) -> None:
+    memory = estimate.training(sizes, optimizer, dtype, batch, length)
+    assert memory.total == sum(dataclasses.asdict(memory).values())
+    assert min(dataclasses.asdict(memory).values()) >= 0
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    SIZES,
+    KINDS,
+    st.integers(1, 4),
+    st.integers(1, 64),
+    st.sampled_from(["num_hidden_layers", "vocab_size", "intermediate_size"]),
+)
+def test_more_takes_more(
+    sizes: Dimensions, dtype: str, batch: int, length: int, grown: str
+) -> None:
+    larger = dataclasses.replace(sizes, **{grown: getattr(sizes, grown) + 1})
+    for attention in estimate.ATTENTION:
+        for checkpointing in (False, True):
+            base = estimate.training(
+                sizes, "adam", dtype, batch, length, attention, checkpointing
+            ).total
+            for other, b, n in ((larger, batch, length), (sizes, batch + 1, length)):
+                more = estimate.training(other, "adam", dtype, b, n, attention, checkpointing)
+                assert more.total >= base
+            longer = estimate.training(
+                sizes, "adam", dtype, batch, length + 1, attention, checkpointing
+            )
+            assert longer.total > base
+    assert (
+        estimate.inference(larger, dtype, batch, length).total
+        >= estimate.inference(sizes, dtype, batch, length).total
+    )
+
+
+@settings(deadline=None, derandomize=True)
+@given(SIZES, st.integers(1, 4), st.integers(1, 64))
+def test_dtypes_are_in_their_ratio(sizes: Dimensions, batch: int, length: int) -> None:
+    double, whole, half = (
+        estimate.training(sizes, "adam", d, batch, length) for d in ("fp64", "fp32", "bf16")
+    )
+    for name in ("parameters", "gradients", "optimizer_states", "logits"):
+        assert getattr(whole, name) == 2 * getattr(half, name)
+        assert getattr(double, name) == 2 * getattr(whole, name)
+    caches = [estimate.kv_cache(sizes, batch, length, d) for d in ("fp32", "bf16", "fp8")]
+    assert caches[0] == 2 * caches[1] == 4 * caches[2]
+
+
+@settings(deadline=None, derandomize=True)
+@given(SIZES, KINDS)
+def test_training_is_linear_in_the_parameters(sizes: Dimensions, dtype: str) -> None:
+    count = sum(estimate.parameters(sizes).values())
+    width = estimate.bytes_per_parameter(dtype)
+    for optimizer, copies in (("sgd", 2), ("momentum", 3), ("adam", 4), ("adamw", 4), ("lion", 3)):
+        assert estimate.training(sizes, optimizer, dtype).total == copies * count * width
+
+
+@settings(deadline=None, derandomize=True)
+@given(SIZES, st.integers(1, 4), st.integers(1, 64))
+def test_flash_attention_and_checkpointing_never_cost_more(
+    sizes: Dimensions, batch: int, length: int
+) -> None:
+    eager = estimate.activations(sizes, batch, length)
+    assert estimate.activations(sizes, batch, length, attention="flash") <= eager
+    if sizes.num_hidden_layers > 1:
+        assert estimate.activations(sizes, batch, length, checkpointing=True) <= eager
+
+
+def test_quantised_bytes_of_a_parameter() -> None:
+    digits = {d: round(float(estimate.bytes_per_parameter(d)), 3) for d in estimate.QUANTISED}
+    assert digits == {"int8": 1.0, "nf4": 0.562, "nf4 double": 0.516}
+    assert estimate.bytes_per_parameter("nf4") == Fraction(9, 16)
+
+
+def test_what_is_quantised_and_what_is_not() -> None:
+    sizes = SMALL["llama"]
+    parts = estimate.parameters(sizes)
+    rest = parts["embedding"] + parts["norm"] + parts["head"]
+    blocks = parts["attention"] + parts["mlp"]
+    assert estimate.parameter_bytes(sizes, "bf16", "nf4") == rest * 2 + blocks * 9 // 16
+    rows = sizes.num_hidden_layers * (256 + 128 + 128 + 256 + 768 + 768 + 256)
+    assert estimate.parameter_bytes(sizes, "bf16", "int8") == rest * 2 + blocks + rows * 4
+
+
+# Impossible input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "bert"}, "model_type is 'bert': expected one of gpt2, llama, mistral"),
+        ({"hidden_size": -1}, "hidden_size is -1: expected a whole number from 1 up"),
+        ({"vocab_size": 1.5}, "vocab_size is 1.5: expected a whole number"),
+        ({"num_hidden_layers": -2}, "num_hidden_layers is -2: expected a whole number from 0 up"),
+        ({"num_attention_heads": 3}, "num_attention_heads is 3: expected a divisor of"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads is 3: expected a divisor of 4"),
+        ({"num_experts_per_tok": 2}, "num_experts_per_tok is 2: expected at most"),
+    ],
+)
+def test_impossible_sizes_are_refused(change: dict[str, object], message: str) -> None:
+    given = {**dataclasses.asdict(SMALL["llama"]), "head_dim": 0, **change}
+    with pytest.raises(ValueError, match=message):
+        Dimensions(**given)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: estimate.training(s, "adagrad"), "optimizer is 'adagrad': expected one of sgd"),
+        (lambda s: estimate.training(s, dtype="fp12"), "dtype is 'fp12': expected one of fp64"),
+        (lambda s: estimate.activations(s, 1, 1, "nf4"), "dtype is 'nf4': expected one that is"),
+        (lambda s: estimate.activations(s, -1, 1), "batch is -1: expected a whole number from 0"),
+        (lambda s: estimate.kv_cache(s, 1, 2.5), "length is 2.5: expected a whole number from 0"),
+        (
+            lambda s: estimate.activations(s, 1, 1, attention="linear"),
+            "attention is 'linear': expected one of eager, flash",
+        ),
+        (
+            lambda s: estimate.inference(s, quantised="int3"),
+            "quantised is 'int3': expected None or one of int8",
+        ),
+        (lambda s: estimate.dimensions("gpt5"), "model is 'gpt5': expected one of gpt2, gpt2-m"),
+    ],
+)
+def test_impossible_questions_are_refused(call, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        call(SMALL["llama"])
