@@ -13,6 +13,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from helpers import precision
+
 # What tells the architectures apart, by transformers' model_type.
 _TRAITS: dict[str, frozenset[str]] = {
     "gpt2": frozenset({"biases", "layer norm", "learned positions"}),
@@ -174,10 +176,9 @@ def active_parameters(sizes: Dimensions) -> int:
 
 # Bytes of a parameter
 
-# Quantised weights with their scales: LLM.int8() keeps one FP32 scale a row and
-# is therefore counted apart (arXiv 2208.07339); the 4-bit formats one for each 64
-# weights, in FP32, or twice quantised: 8 bits, and FP32 for 256 of these
-# (QLoRA, arXiv 2305.14314).
+# Of quantised weights with their scales: 4-bit formats have one for each 64
+# weights. LLM.int8() has one FP32 scale a row, which is counted apart
+# (arXiv 2208.07339).
 BYTES: dict[str, Fraction] = {
     "fp64": Fraction(8),
     "fp32": Fraction(4),
@@ -186,8 +187,8 @@ BYTES: dict[str, Fraction] = {
     "fp8": Fraction(1),
     "int8": Fraction(1),
     "int4": Fraction(1, 2),
-    "nf4": Fraction(1, 2) + Fraction(4, 64),
-    "nf4 double": Fraction(1, 2) + Fraction(1, 64) + Fraction(4, 64 * 256),
+    "nf4": Fraction(precision.bytes_per_parameter(4, block=64)),
+    "nf4 double": Fraction(precision.bytes_per_parameter(4, block=64, double=True)),
 }
 QUANTISED = ("int8", "nf4", "nf4 double")
 
@@ -276,6 +277,21 @@ def optimizer_states(
     store, states, once = _OPTIMIZERS[optimizer]
     width = bytes_per_parameter(dtype)
     return sum(store(shape, int(width), states) for shape in tensors) + once
+
+
+def lora_parameters(sizes: Dimensions, rank: int) -> int:
+    """The number of parameters of LoRA's adapters, beside every matrix of the blocks.
+
+    A matrix from n to m gets two factors of `rank`, n x rank and rank x m
+    (Hu et al. 2021, arXiv 2106.09685).
+
+    Raises:
+        ValueError: the rank is no whole number, or below 1.
+    """
+    if type(rank) is not int or rank < 1:
+        raise _refuse("rank", rank, "a whole number from 1 up")
+    matrices = (s for part, s in shapes(sizes) if part in ("attention", "mlp") and len(s) == 2)
+    return sum(rank * sum(shape) for shape in matrices)
 
 
 # Activations

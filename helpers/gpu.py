@@ -304,6 +304,11 @@ class VirtualGPU(GPU):
         for module in (_foreach_utils, sys.modules[torch.optim.Optimizer.__module__]):
             name = "_get_foreach_kernels_supported_devices"
             stack.enter_context(mock.patch.object(module, name, lambda: list(devices)))
+        # ``.to()`` keeps a module's Parameters, and what is tied, on CUDA; between
+        # other devices only if told so.
+        swaps = torch.__future__.get_swap_module_params_on_conversion()
+        stack.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)
+        torch.__future__.set_swap_module_params_on_conversion(True)
         stack.enter_context(without_dynamo())
 
     @override

@@ -3,7 +3,9 @@
 SVG, the same bytes at every run, so that nbval can compare them.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -12,13 +14,15 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from helpers.accounting import KINDS, Breakdown, Timeline
-from helpers.units import MB
+from helpers.allocator import SegmentInfo
+from helpers.estimate import Memory
+from helpers.units import GB, MB, KiB, MiB
 
 # Each at least 3 : 1 against white and against the dark theme's background
 # (WCAG 1.4.11), after the palette of Okabe and Ito for all kinds of sight.
 COLORS = dict(
     zip(
-        KINDS,
+        (*KINDS, "logits", "KV cache"),  # the last two of estimates alone
         (
             "#0072b2",  # parameters
             "#d55e00",  # gradients
@@ -29,6 +33,8 @@ COLORS = dict(
             "#c2568f",  # temporaries
             "#767676",  # workspaces
             "#8c6d5a",  # rounding
+            "#c4742f",  # logits
+            "#5b86a8",  # KV cache
         ),
         strict=True,
     )
@@ -54,6 +60,24 @@ def use_book_style() -> None:
     set_matplotlib_formats("svg", metadata={"Date": None, "Creator": None})
 
 
+def by_kind(memory: Memory) -> Breakdown:
+    """An estimate as a bar: the kinds that an estimate has, zero for the others."""
+    kinds = {
+        "parameters": memory.parameters,
+        "gradients": memory.gradients,
+        "optimizer states": memory.optimizer_states,
+        "activations": memory.activations,
+        "logits": memory.logits,
+        "KV cache": memory.kv_cache,
+    }
+    return Breakdown({kind: kinds.get(kind, 0) for kind in COLORS})
+
+
+def _unit(rows: Sequence[Breakdown]) -> tuple[int, str]:
+    """What to count in: GB from 10 GB up, else MB."""
+    return (GB, "GB") if max(row.total for row in rows) >= 10 * GB else (MB, "MB")
+
+
 def stacked_bars(groups: Mapping[str, Mapping[str, Breakdown]]) -> Figure:
     """One horizontal bar for each breakdown, its bytes stacked by kind.
 
@@ -76,43 +100,121 @@ def stacked_bars(groups: Mapping[str, Mapping[str, Breakdown]]) -> Figure:
             rows.append(row)
         place += 1.3
     left = [0.0] * len(rows)
+    unit, name = _unit(rows)
     for kind in _present(rows):
-        widths = [row[kind] / MB for row in rows]
+        widths = [row.get(kind, 0) / unit for row in rows]
         axes.barh(places, widths, 0.78, left, color=COLORS[kind], label=kind)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for at, row in zip(places, rows, strict=True):
-        _note(axes, f"{row.total / MB:.2f}", (row.total / MB, at), va="center")
+        _note(axes, f"{row.total / unit:.2f}", (row.total / unit, at), va="center")
     axes.set_yticks(places, labels)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.16 * max(left))
-    axes.set_xlabel("allocated (MB)")
+    axes.set_xlabel(f"allocated ({name})")
     _legend(figure, axes)
     return figure
 
 
 def timeline(recorded: Timeline) -> Figure:
-    """Allocated bytes after each operation that changed them, stacked by kind."""
+    """Allocated bytes after each operation that changed them visibly, stacked by kind."""
     figure, axes = plt.subplots(figsize=(5.4, 3.9))
-    steps = range(len(recorded.steps))
+    steps = _told_apart(recorded)
     kinds = _present(recorded.steps)
+    unit, name = _unit(recorded.steps)
     axes.stackplot(
-        steps,
-        [[row[kind] / MB for row in recorded.steps] for kind in kinds],
+        range(len(steps)),
+        [[recorded.steps[i][kind] / unit for i in steps] for kind in kinds],
         colors=[COLORS[kind] for kind in kinds],
         labels=kinds,
         step="post",
     )
-    peak = recorded.steps[recorded.peak].total / MB
+    peak = recorded.steps[recorded.peak].total / unit
     axes.set_ylim(0, 1.22 * peak)
     axes.set_xlim(0, len(steps) - 1)
-    for name, begin in recorded.marks.items():
-        axes.axvline(begin, color="black", linewidth=0.8, linestyle=":")
-        _note(axes, name, (begin, 1.2 * peak), va="top")
-    axes.hlines(peak, 0, recorded.peak, color="black", linewidth=0.8)
-    _note(axes, f"peak {peak:,.2f} MB", (recorded.peak, 1.01 * peak), va="bottom", ha="right")
-    axes.set_xlabel("operations that allocate or free, in order")
-    axes.set_ylabel("allocated (MB)")
+    for phase, begin in recorded.marks.items():
+        at = bisect_left(steps, begin)
+        axes.axvline(at, color="black", linewidth=0.8, linestyle=":")
+        _note(axes, phase, (at, 1.2 * peak), va="top")
+    at = steps.index(recorded.peak)
+    axes.hlines(peak, 0, at, color="black", linewidth=0.8)
+    _note(axes, f"peak {peak:,.2f} {name}", (at, 1.01 * peak), va="bottom", ha="right")
+    axes.set_xlabel("changes of memory, in order")
+    axes.set_ylabel(f"allocated ({name})")
+    _legend(figure, axes)
+    return figure
+
+
+def _told_apart(recorded: Timeline) -> list[int]:
+    """The steps that a figure can show: the ends, the peak, and changes by 1 % of the peak."""
+    peak = recorded.steps[recorded.peak].total
+    ends = {0, recorded.peak, recorded.peak + 1, len(recorded.steps) - 1}
+    drawn: list[int] = []
+    for index, row in enumerate(recorded.steps):
+        last = recorded.steps[drawn[-1]] if drawn else row
+        changed = any(abs(row[kind] - last[kind]) * 100 > peak for kind in row)
+        if changed or index in ends:
+            drawn.append(index)
+    return drawn
+
+
+def segments(snapshot: Sequence[SegmentInfo]) -> Figure:
+    """One horizontal bar for each segment of the allocator, block beside block.
+
+    A block handed out shows the bytes asked for, then what was added to them:
+    rounding to 512 B, or a rest that was not split off. Free blocks are empty
+    frames. Segments stand in order of pool and size, not of address, which is
+    the driver's affair.
+
+    Args:
+        snapshot: of `GPU.memory_snapshot` or ``torch.cuda.memory_snapshot``.
+
+    Raises:
+        ValueError: it holds no segment.
+    """
+    if not snapshot:
+        raise ValueError("the snapshot holds no segment: allocate something first")
+    rows = sorted(
+        snapshot,
+        key=lambda s: (
+            s["segment_type"] != "small",
+            s["total_size"],
+            [(b["size"], b["state"]) for b in s["blocks"]],
+        ),
+    )
+    widest = max(row["total_size"] for row in rows)
+    figure, axes = plt.subplots(figsize=(5.4, 1.3 + 0.52 * len(rows)))
+    used, added, free = "asked for", "rounding, or not split off", "free"
+    looks: dict[str, dict[str, Any]] = {
+        used: {"color": COLORS["parameters"]},
+        added: {"color": COLORS["rounding"]},
+        free: {"facecolor": "none", "edgecolor": "black", "linewidth": 0.7},
+    }
+    for place, row in enumerate(rows):
+        sizes = dict.fromkeys(looks, 0)
+        begin = 0
+        for block in row["blocks"]:
+            asked = 0 if block["state"] == "inactive" else block["requested_size"]
+            rest = free if block["state"] == "inactive" else added
+            for kind, size in ((used, asked), (rest, block["size"] - asked)):
+                if size:
+                    axes.barh(place, size / MiB, 0.42, begin / MiB, **looks[kind])
+                sizes[kind] += size
+                begin += size
+            if widest < 200 * block["size"] and begin < row["total_size"]:
+                ends = (place - 0.21, place + 0.21)
+                axes.vlines(begin / MiB, *ends, color="black", linewidth=0.7)
+        said = [f"{_short(n)} {kind}" for kind, n in sizes.items() if n]
+        said = [text.replace(added, "added") for text in said]
+        title = f"{row['segment_type']} pool, {_short(row['total_size'])}: {', '.join(said)}"
+        axes.text(0, place - 0.27, title, va="bottom")
+    for kind, look in looks.items():
+        axes.fill_between([], [], label=kind, **look)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(len(rows) - 0.6, -0.75)
+    axes.set_xlim(0, 1.01 * widest / MiB)
+    axes.set_xlabel("bytes of the segment (MiB)")
     _legend(figure, axes)
     return figure
 
@@ -134,6 +236,12 @@ def loss_curves(curves: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
+def _short(nbytes: int) -> str:
+    """Bytes in MiB, KiB or B, without needless digits: ``'18.75 MiB'``, ``'5 KiB'``, ``'40 B'``."""
+    unit, name = next(((u, n) for u, n in ((MiB, "MiB"), (KiB, "KiB")) if nbytes >= u), (1, "B"))
+    return f"{nbytes / unit:.2f}".rstrip("0").rstrip(".") + f" {name}"
+
+
 def _note(axes: Axes, text: str, at: tuple[float, float], va: str, ha: str = "left") -> None:
     """Write beside a point, a little apart from it."""
     apart = 4 if ha == "left" else 0
@@ -143,7 +251,7 @@ def _note(axes: Axes, text: str, at: tuple[float, float], va: str, ha: str = "le
 def _present(rows: Sequence[Breakdown]) -> list[str]:
     """The kinds that are large enough in any row to be seen: 0.1 % of the largest."""
     largest = max(row.total for row in rows)
-    return [kind for kind in KINDS if max(row[kind] for row in rows) * 1000 > largest]
+    return [kind for kind in COLORS if max(row.get(kind, 0) for row in rows) * 1000 > largest]
 
 
 def _legend(figure: Figure, axes: Axes, columns: int = 3) -> None:

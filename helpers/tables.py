@@ -9,7 +9,7 @@ from tabulate import tabulate
 def table(headers: Sequence[str], rows: Iterable[Sequence[str | int]]) -> Markdown:
     """A table of text and numbers; integers with their thousands set apart.
 
-    A column of numbers, or of text that reads as numbers, stands to the right.
+    A column of numbers, or of text that reads as numbers, stands to the right; cells may be empty.
     """
     text = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
     align = [
@@ -20,7 +20,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str | int]]) -> Markdo
 
 def _is_number(text: str) -> bool:
     try:
-        float(text.replace(",", ""))
+        float(text.replace(",", "") or 0)
     except ValueError:
         return False
     return True

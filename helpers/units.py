@@ -4,7 +4,7 @@ Decimal units for what people quote (1 MB = 10^6 B), binary ones for what
 hardware comes in (1 MiB = 2^20 B); never one under the other's name.
 """
 
-MB = 10**6
+MB, GB = 10**6, 10**9
 KiB, MiB, GiB = 2**10, 2**20, 2**30
 
 

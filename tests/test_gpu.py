@@ -209,6 +209,22 @@ def test_tied_parameters_count_once(gpu: VirtualGPU) -> None:
     assert gpu.memory_allocated() == 100 * 64 * 4
 
 
+def test_moving_a_module_keeps_its_parameters_and_ties(gpu: VirtualGPU) -> None:
+    model = nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 100, bias=False))
+    model[1].weight = model[0].weight
+    weight = model[0].weight
+    optimizer = optim.Adam(model.parameters())
+    model.to(gpu.device)
+    assert model[0].weight is model[1].weight is weight
+    assert gpu.memory_allocated() == 100 * 64 * 4
+    model(torch.zeros(3, dtype=torch.int64, device=gpu.device)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert gpu.breakdown(model, optimizer)["optimizer states"] == 2 * 100 * 64 * 4
+    model.half()
+    assert gpu.breakdown(model)["parameters"] == 100 * 64 * 2
+
+
 def test_each_thread_takes_its_workspace_at_its_first_matrix_product(gpu: VirtualGPU) -> None:
     x = torch.empty(64, 64, device=gpu.device, requires_grad=True)
     y = x * 2
