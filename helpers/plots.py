@@ -111,7 +111,7 @@ def stacked_bars(groups: Mapping[str, Mapping[str, Breakdown]]) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.16 * max(left))
-    axes.set_xlabel(f"allocated ({name})")
+    axes.set_xlabel(f"memory ({name})")
     _legend(figure, axes)
     return figure
 
