@@ -309,6 +309,14 @@ class VirtualGPU(GPU):
         swaps = torch.__future__.get_swap_module_params_on_conversion()
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)
         torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            torch.is_autocast_enabled("meta")
+        except RuntimeError:  # PyTorch 2.8 has no autocast there to ask for: it is off
+            known = torch.is_autocast_enabled
+            asked = mock.patch.object(
+                torch, "is_autocast_enabled", lambda kind="cuda": kind != "meta" and known(kind)
+            )
+            stack.enter_context(asked)
         stack.enter_context(without_dynamo())
 
     @override
