@@ -508,7 +508,7 @@ empty_card()
 model = build("gpt2-large", gpu.device, torch.bfloat16)
 predicted = sum(handed_out(p.nbytes) for p in model.parameters())
 print(f"predicted: {predicted - P // 2} B on top")
-print(f"measured:  {gpu.memory_allocated() - P // 2} B on top")
+print(f"this GPU:  {gpu.memory_allocated() - P // 2} B on top")
 print(f"a matrix of 12.5 MiB leaves {14 - 12.5} MiB of its segment")
 
 # %% [markdown]

@@ -830,7 +830,7 @@ for double in (False, True):
     name = "NF4, double quantised" if double else "NF4"
     measured = thousandths(stored / square.numel())
     rows.append((name, thousandths(expected), measured, stored))
-table(["", "predicted (B)", "measured (B)", "all of it (B)"], rows)
+table(["", "predicted (B)", "counted (B)", "all of it (B)"], rows)
 
 # %% [markdown]
 # The small tables that a tensor needs once (16 and 256 levels, one mean) are not counted: they do not grow with it.

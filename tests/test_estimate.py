@@ -115,7 +115,7 @@ def test_the_states_of_bitsandbytes_optimizers(name: str) -> None:
     classes = {"adam 8-bit": "Adam8bit", "lion": "Lion", "lion 8-bit": "Lion8bit"}
     with VirtualGPU() as gpu:
         with gpu.device:
-            model = nn.Sequential(nn.Linear(1000, 500), nn.Linear(500, 30))
+            model = nn.Sequential(nn.Linear(1000, 500), nn.Linear(4095, 1), nn.Linear(4096, 1))
         opt = getattr(bitsandbytes.optim, classes[name])(model.parameters())
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)

@@ -21,6 +21,11 @@ def test_numbers_stand_to_the_right_and_their_thousands_apart() -> None:
     assert "share" in header
 
 
+def test_a_column_of_numbers_may_have_empty_cells() -> None:
+    _, rule, *_ = table(["kind", "GB"], [("a", "4"), ("b", "")]).data.splitlines()
+    assert re.fullmatch(r"\|:-+\|-+:\|", rule)
+
+
 def row(**kinds: int) -> Breakdown:
     return Breakdown({kind: 0 for kind in KINDS} | kinds)
 
@@ -49,6 +54,20 @@ def test_a_timeline_names_its_peak_and_its_phases() -> None:
     figure = timeline(recorded)
     texts = {text.get_text() for text in figure.axes[0].texts}
     assert texts == {"forward", "backward", "peak 5.00 MB"}
+
+
+def test_a_timeline_leaves_out_what_cannot_be_seen() -> None:
+    small = [row(parameters=10**6 + n, activations=n) for n in range(1000)]
+    steps = [*small, *(row(parameters=n * 10**6) for n in (3, 5, 1, 1))]
+    (axes,) = timeline(Timeline(steps, {"forward": 0, "optimizer": 999})).axes
+    # The beginning, a large change, the peak, what follows it, the end: from 0 to 4.
+    assert axes.get_xlim() == (0, 4)
+    (stack,) = axes.collections[:1]
+    assert stack.get_paths()[0].get_extents().xmin == 0
+    phases = {text.get_text(): text.xy[0] for text in axes.texts if hasattr(text, "xy")}
+    assert phases["forward"] == 0 and phases["optimizer"] == 1
+    heights = {round(y, 3) for _, y in stack.get_paths()[0].vertices}
+    assert heights == {0, 1.0, 3.0, 5.0}
 
 
 def test_loss_curves_count_steps_from_one() -> None:
