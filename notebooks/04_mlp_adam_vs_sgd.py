@@ -353,11 +353,11 @@ print(f"max_memory_allocated(): {gpu.max_memory_allocated():,} B")
 # %% [markdown]
 # ## What the states buy
 #
-# Two extra copies of the model: is it worth it? We train for real, on the GPU if there is one and else on the CPU, 20 steps with each optimizer. Learning rates are common choices, not tuned ones.
+# Two extra copies of the model: is it worth it? We train for real, on the GPU if there is one and else on the CPU, 15 steps with each optimizer. Learning rates are common choices, not tuned ones.
 
 
 # %%
-def train(make_optimizer, steps=20):
+def train(make_optimizer, steps=15):
     torch.manual_seed(0)
     device = gpu.device if gpu.device.type == "cuda" else torch.device("cpu")
     model = SimpleMLP().to(device)
@@ -396,7 +396,7 @@ curves = {name: train(optimizer) for name, optimizer in TRAINED.items()}
 # %% [markdown]
 # Losses differ a little from machine to machine, so the figure is not compared when the notebook is checked. What must hold everywhere is asserted.
 
-# %% tags=["nbval-ignore-output"] mystnb={"image": {"alt": "Training loss over 20 steps. Adam falls from 2.30 to well below 1. SGD with momentum begins to fall near the end. Plain SGD stays at 2.30."}}
+# %% tags=["nbval-ignore-output"] mystnb={"image": {"alt": "Training loss over 15 steps. Adam falls from 2.30 to well below 1. SGD with momentum begins to fall near the end. Plain SGD stays at 2.30."}}
 figure = loss_curves(
     {
         f"{name}: {right:.0%} of the test digits right": losses
@@ -409,7 +409,7 @@ assert last["Adam"] < 1.5 < last["SGD with momentum"] < 2.4, last
 assert 2.2 < last["SGD"] < 2.4 and curves["Adam"][1] > 0.6, curves["Adam"][1]
 
 # %% [markdown]
-# In 20 steps Adam reads most digits, while plain SGD has hardly moved. For this network the two copies earn their place. SGD gets there too, with more steps.
+# In 15 steps Adam reads most digits, while plain SGD has hardly moved. For this network the two copies earn their place. SGD gets there too, with more steps.
 
 # %% [markdown]
 # ## What to remember
