@@ -1019,4 +1019,4 @@ print(f"in blocks of 256:    {total:,.0f}")
 # %% [markdown]
 # ## Where to go next
 #
-# [Adam against SGD](04_mlp_adam_vs_sgd.ipynb) counts what training keeps beside the weights, to the byte. The [references](../book/references.md) list the standards and papers behind this chapter.
+# [Training and inference](03_training_and_inference.ipynb) counts what a model keeps beside its weights, to the byte. The [references](../book/references.md) list the standards and papers behind this chapter.
