@@ -22,6 +22,7 @@ from helpers.allocator import OutOfMemoryError
 
 KINDS = (
     "parameters",
+    "scales",
     "gradients",
     "optimizer states",
     "buffers",
@@ -31,7 +32,8 @@ KINDS = (
     "workspaces",
     "rounding",
 )
-"""What a byte can be for. Batch: copied from the host. Activations: made outside
+"""What a byte can be for. Scales: what quantised parameters are read with. Batch: copied
+from the host. Activations: made outside
 of backward and of the optimizer. Temporaries: made inside of either, and neither
 gradients of parameters nor optimizer states. Workspaces: cuBLAS's. Rounding: the
 allocator's, from the bytes asked for to the block handed out."""
@@ -108,10 +110,30 @@ class _Recording:
             yield _account(counts, allocated, requested)
 
 
+def scales(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The tensors that a model's quantised parameters are read with.
+
+    Of bitsandbytes: ``SCB`` of LLM.int8(), kept with the weight until the first
+    forward and with the layer's state from then on; the ``QuantState`` of 4 bits,
+    and that of its scales where they are quantised as well
+    (``bitsandbytes/nn/modules.py``, ``bitsandbytes/functional.py``).
+    """
+    found: list[object] = [getattr(getattr(m, "state", None), "SCB", None) for m in model.modules()]
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        nested = getattr(state, "state2", None)
+        found.append(getattr(parameter, "SCB", None))
+        found += (getattr(state, name, None) for name in ("absmax", "code", "offset"))
+        found += (getattr(nested, name, None) for name in ("absmax", "code"))
+    unique = {id(tensor): tensor for tensor in found if isinstance(tensor, torch.Tensor)}
+    return list(unique.values())
+
+
 class Card(Protocol):
     """The memory that a `Tracker` accounts for. All sizes are bytes."""
 
     device: torch.device
+    _replays: bool  # its allocations; a real card may also hold what was never seen made
 
     def memory_allocated(self) -> int:
         """Bytes in blocks handed out."""
@@ -148,6 +170,7 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self.card, self.in_use = card, in_use
         self.in_optimizer = False  # set while an optimizer's step runs
+        self.making: str | None = None  # the kind of what is made, where it is said
         self._storages: dict[int, _Storage] = {}  # address of the StorageImpl: what it is
         self._recording: _Recording | None = None
 
@@ -262,12 +285,15 @@ class Tracker(TorchDispatchMode):
             for tensor in tensors:
                 if isinstance(tensor, torch.Tensor) and tensor.device == self.card.device:
                     storage = self._storages.get(tensor.untyped_storage()._cdata)
+                    if storage is None and not self.card._replays:
+                        storage = self._know(tensor.untyped_storage(), kind)
                     if storage is not None:
                         roles[storage] = kind
 
         if optimizer is not None:
             note("optimizer states", *tree_leaves(list(optimizer.state.values())))
         if model is not None:
+            note("scales", *scales(model))
             note("buffers", *model.buffers())
             note("gradients", *(p.grad for p in model.parameters()))
             note("parameters", *model.parameters())
@@ -287,10 +313,7 @@ class Tracker(TorchDispatchMode):
             key, nbytes = storage._cdata, storage.nbytes()
             known = self._storages.get(key)
             if known is None:
-                known = _Storage(nbytes, self._birth(func, args), self.card._malloc(nbytes))
-                self._storages[key] = known
-                weakref.finalize(storage, self._died, key).atexit = False
-                self._log(known, +1)
+                self._know(storage, self._birth(func, args))
             elif known.nbytes != nbytes:  # resized in place: PyTorch takes the new block first
                 handle = self.card._malloc(nbytes)
                 self._log(known, -1)
@@ -298,8 +321,18 @@ class Tracker(TorchDispatchMode):
                 self._storages[key] = new = _Storage(nbytes, known.kind, handle)
                 self._log(new, +1)
 
+    def _know(self, storage: torch.UntypedStorage, kind: str) -> _Storage:
+        """Account for a storage from now until its death."""
+        known = _Storage(storage.nbytes(), kind, self.card._malloc(storage.nbytes()))
+        self._storages[storage._cdata] = known
+        weakref.finalize(storage, self._died, storage._cdata).atexit = False
+        self._log(known, +1)
+        return known
+
     def _birth(self, func: Any, args: tuple[Any, ...]) -> str:
         """The kind of a storage that an operation makes."""
+        if self.making:
+            return self.making
         if in_backward() or self.in_optimizer:
             return "temporaries"
         copied = func.overloadpacket is torch.ops.aten._to_copy

@@ -13,7 +13,8 @@ import os
 import re
 import sys
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar, Self
 from unittest import mock
@@ -27,7 +28,7 @@ from torch.utils import _foreach_utils
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from helpers.accounting import Breakdown, Timeline, Tracker, in_backward
+from helpers.accounting import KINDS, Breakdown, Timeline, Tracker, in_backward
 from helpers.allocator import CachingAllocator, SegmentInfo
 from helpers.units import KiB, binary
 from helpers.without_dynamo import without_dynamo
@@ -63,11 +64,12 @@ class GPU(ABC):
     """
 
     device: torch.device
+    _replays = False
 
     _open: ClassVar[list["GPU"]] = []
 
     def __init__(self) -> None:
-        self._tracker = Tracker(self, in_use=lambda: GPU._open[-1] is self)
+        self._tracker = Tracker(self, in_use=lambda: GPU._open[-1:] == [self])
         self._stack = ExitStack()
 
     def open(self) -> Self:
@@ -131,6 +133,21 @@ class GPU(ABC):
         if self not in GPU._open:
             raise RuntimeError(f"{self} cannot record: open() it first")
         return self._tracker.record(model, optimizer)
+
+    @contextmanager
+    def making(self, kind: str) -> Iterator[None]:
+        """Let what is made meanwhile be of a kind, where `breakdown` cannot tell it.
+
+        Raises:
+            ValueError: `kind` is none of `helpers.accounting.KINDS`.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"kind is {kind!r}: expected one of {', '.join(KINDS)}")
+        before, self._tracker.making = self._tracker.making, kind
+        try:
+            yield
+        finally:
+            self._tracker.making = before
 
     # The names of torch.cuda
 
@@ -274,6 +291,8 @@ class VirtualGPU(GPU):
         TypeError, ValueError: `capacity` is no whole number of bytes, or negative.
     """
 
+    _replays = True
+
     # The operations that cuBLAS carries out on CUDA.
     _matrix_products = frozenset(
         getattr(torch.ops.aten, name)
@@ -287,12 +306,12 @@ class VirtualGPU(GPU):
         super().__init__()
         self.device = torch.device("meta")
         self.name = name
+        self.capacity = capacity
         self._allocator = CachingAllocator(capacity)
         self._workspaces: dict[bool, int] = {}  # of the autograd thread or not: handle
 
     def __str__(self) -> str:
-        capacity = self._allocator.capacity
-        size = "" if capacity is None else f", {binary(capacity)}"
+        size = "" if self.capacity is None else f", {binary(self.capacity)}"
         return f"{self.name}{size}: no CUDA device in use, figures are replayed"
 
     @override
@@ -372,6 +391,17 @@ class VirtualGPU(GPU):
         if operation.overloadpacket in self._matrix_products and thread not in self._workspaces:
             if any(isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves(result)):
                 self._workspaces[thread] = self._malloc(self._workspace_size)
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Let what is made meanwhile be on no GPU: models of which only the shapes are wanted."""
+    cards = GPU._open[:]
+    GPU._open.clear()
+    try:
+        yield
+    finally:
+        GPU._open[:] = cards
 
 
 def open_gpu() -> GPU:

@@ -1,21 +1,47 @@
-"""Transformers of the book's data file, built on a device from their configuration alone.
+"""Transformers of the book's data file: built from their configuration, or loaded at full size.
 
-Nothing is downloaded: dimensions stand in ``helpers/data/models.toml``. Weights
-are random, or on PyTorch's ``meta`` device none at all.
+Nothing is downloaded unless ``weights="hub"`` asks for it: dimensions stand in
+``helpers/data/models.toml``, and checkpoints of random weights are made from
+them. ``python -m helpers.models gpt2-large`` makes one.
 """
 
+import argparse
+import json
+import os
+import shutil
+import struct
+import sys
+import tempfile
 import warnings
+import zlib
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from huggingface_hub import errors as hub
+from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
+from tqdm import tqdm
 
+from helpers.environment import cache_folder
 from helpers.estimate import dimensions, known_models
+from helpers.gpu import VirtualGPU, open_gpu, unseen
+from helpers.placement import mapped, moved
+from helpers.units import GB, MB
 
 with warnings.catch_warnings():
     # In a notebook without ipywidgets tqdm complains that its bars will be plain.
     warnings.filterwarnings("ignore", "IProgress not found")
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        BitsAndBytesConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+    )
 
 # What the data file says of a model that its config.json does not.
 _NOT_OF_THE_CONFIG = ("published", "source")
@@ -66,3 +92,253 @@ def build(
     with torch.device(device):
         made: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=wanted)
     return made.eval()
+
+
+# Checkpoints
+
+_INDEX = "model.safetensors.index.json"
+_SHARD = 512 * MB
+Planned = Mapping[str, torch.Tensor]  # the parameters by name, without storage
+
+
+def checkpoint(name: str, weights: str = "random") -> Path:
+    """A folder that ``from_pretrained`` takes: a model's configuration and safetensors.
+
+    Random weights are made once, at full size, in the published dtype, the same
+    ones on every machine, and kept in the cache folder (see
+    `helpers.environment.cache_folder`). What a model takes does not depend on its
+    weights' values.
+
+    Args:
+        name: as in ``helpers/data/models.toml``.
+        weights: "random", or "hub" for the published ones, downloaded once by
+            huggingface_hub into its own cache. Only configurations and
+            safetensors are fetched: no code, no pickle.
+
+    Raises:
+        ValueError: an unknown name, or kind of weights.
+        OSError: too little disk space; or the hub cannot be reached, or does not give it.
+        MemoryError: too little free memory.
+    """
+    settings = config(name)
+    if weights == "hub":
+        return _from_hub(name)
+    if weights != "random":
+        raise ValueError(f"weights is {weights!r}: expected 'random' or 'hub'")
+    folder = cache_folder("checkpoints") / name
+    with unseen():
+        planned: Planned = dict(build(settings, "meta").named_parameters())  # tied ones once
+    if not _is_whole(folder, planned):
+        _make(folder, settings, planned)
+    return folder
+
+
+def _is_whole(folder: Path, planned: Planned) -> bool:
+    """Whether index, configuration and shards are there, each shard as long as it says."""
+    try:
+        json.loads((folder / "config.json").read_text("utf-8"))
+        shards: dict[str, str] = json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"]
+        found = {shard: _header(folder / shard) for shard in set(shards.values())}
+    except (OSError, ValueError, KeyError):
+        return False
+    return shards.keys() == planned.keys() and all(
+        (tensor := found[shards[name]].get(name)) is not None
+        and tensor["shape"] == list(parameter.shape)
+        and tensor["data_offsets"][1] - tensor["data_offsets"][0] == parameter.nbytes
+        for name, parameter in planned.items()
+    )
+
+
+def _header(shard: Path) -> dict[str, Any]:
+    """What a safetensors file says it holds; the format: https://github.com/huggingface/safetensors.
+
+    Raises:
+        ValueError: the file is not as long as that.
+    """
+    with shard.open("rb") as file:
+        length = file.read(8)
+        size = struct.unpack("<Q", length)[0] if len(length) == 8 else 0
+        tensors: dict[str, Any] = json.loads(file.read(min(size, shard.stat().st_size)))
+    tensors.pop("__metadata__", None)
+    if shard.stat().st_size != 8 + size + max(t["data_offsets"][1] for t in tensors.values()):
+        raise ValueError(f"{shard} is cut off")
+    return tensors
+
+
+def _make(folder: Path, settings: PreTrainedConfig, planned: Planned) -> None:
+    """Write a checkpoint of random weights beside its place, then move it there."""
+    size = sum(parameter.nbytes for parameter in planned.values())
+    shards = list(_shards(planned))
+    largest = max(sum(planned[n].nbytes for n in names) for names in shards)
+    free, memory = shutil.disk_usage(folder.parent).free, psutil.virtual_memory().available
+    if free < size + 100 * MB:
+        raise OSError(
+            f"{folder.name} needs {size / GB:.1f} GB in {folder.parent}, and {free / GB:.1f} GB "
+            "are free: make room, or set EVERY_BYTE_CACHE to a folder with more"
+        )
+    if memory < 2 * largest:  # the shard, and its copy on the way to the file
+        raise MemoryError(
+            f"making {folder.name} needs {2 * largest / GB:.1f} GB of memory, and "
+            f"{memory / GB:.1f} GB are free: close other programs"
+        )
+    deviation = settings.initializer_range
+    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"making {folder.name}", leave=False)
+    try:
+        with bar:
+            files: dict[str, str] = {}
+            for number, names in enumerate(shards, 1):
+                file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+                tensors = {}
+                for name in names:
+                    tensors[name] = _random(name, planned[name], deviation)
+                    bar.update(planned[name].nbytes)
+                save_file(tensors, beside / file, {"format": "pt"})
+                files |= dict.fromkeys(names, file)
+        settings.save_pretrained(beside)
+        index = {"metadata": {"total_size": size}, "weight_map": files}
+        (beside / _INDEX).write_text(json.dumps(index, indent=1), "utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        try:
+            beside.rename(folder)
+        except OSError:
+            if not _is_whole(folder, planned):  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _shards(planned: Planned) -> Iterator[list[str]]:
+    """The parameters' names, shard by shard."""
+    names: list[str] = []
+    held = 0
+    for name, parameter in planned.items():
+        if names and held + parameter.nbytes > _SHARD:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += parameter.nbytes
+    yield names
+
+
+def _random(name: str, like: torch.Tensor, deviation: float) -> torch.Tensor:
+    """Weights as a new model has them: matrices random, biases 0, norms 1."""
+    made = torch.empty(like.shape, dtype=like.dtype)
+    if made.dim() > 1:  # seeded by name: the same in whatever order they are made
+        seeded = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        return made.normal_(0, deviation, generator=seeded)
+    return made.fill_(name.endswith("weight"))
+
+
+def _from_hub(name: str) -> Path:
+    source = known_models()[name]["source"].removeprefix("https://huggingface.co/")
+    wanted = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=wanted))
+    except hub.GatedRepoError:
+        reason = "is gated: accept its terms on huggingface.co, then log in with `hf auth login`"
+    except hub.RepositoryNotFoundError:
+        reason = "is not there, or is private: log in with `hf auth login` if it is yours"
+    except hub.LocalEntryNotFoundError:
+        reason = (
+            "is not in the local cache, and HF_HUB_OFFLINE forbids to fetch it"
+            if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE")
+            else "cannot be reached: see to the network, or take weights='random'"
+        )
+    except (hub.HfHubHTTPError, OSError) as error:
+        reason = f"could not be fetched ({str(error).strip().splitlines()[0]})"
+    raise OSError(f"{source} on the hub {reason}") from None
+
+
+# Loading
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_QUANTISED: dict[str, dict[str, Any]] = {
+    "int8": {"load_in_8bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4 double": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+}
+PRECISIONS = (*DTYPES, *_QUANTISED)
+
+
+def load(
+    name: str,
+    precision: str,
+    path: str = "device_map",
+    weights: str = "random",
+    dtype: torch.dtype | str = torch.float16,
+) -> Any:
+    """Load a model at full size with ``from_pretrained``, onto the GPU in use.
+
+    With CUDA it is on the card. Without, it is on the host, where it computes, and
+    its bytes are on the virtual GPU, by the way they go on CUDA, until the
+    model is deleted; what is done to the model on the host is not followed.
+
+    Args:
+        name: as in ``helpers/data/models.toml``.
+        precision: one of `PRECISIONS`; int8 is LLM.int8(), the 4-bit ones are bitsandbytes'.
+        path: "device_map", straight to the card, or "to", to the host and then
+            by ``.to(device)``.
+        weights: of the `checkpoint`.
+        dtype: where `precision` quantises, of all that stays unquantised; "auto": the
+            checkpoint's.
+
+    Raises:
+        ValueError: an unknown name, precision or path, or one that the precision does not have.
+        OSError, MemoryError: see `checkpoint`.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if path not in ("device_map", "to"):
+        raise ValueError(f"path is {path!r}: expected 'device_map' or 'to'")
+    wanted = DTYPES.get(precision, dtype)
+    options: dict[str, Any] = {"dtype": wanted, "use_safetensors": True, "local_files_only": True}
+    if precision in _QUANTISED:
+        if path == "to":
+            raise ValueError(
+                f"path is 'to' for {precision}: expected 'device_map', since bitsandbytes "
+                "quantises on the way to the card"
+            )
+        options["quantization_config"] = BitsAndBytesConfig(**_QUANTISED[precision])
+    folder = checkpoint(name, weights)
+    gpu = open_gpu()
+    if isinstance(gpu, VirtualGPU):
+        with unseen():  # transformers begins with a model on the meta device
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, device_map={"": "cpu"}, **options
+            )
+        twins = moved(model, gpu) if path == "to" else mapped(model, gpu, model.dtype)
+        model.on_the_virtual_gpu = twins  # they live as long as it does
+        return model
+    if path == "to":
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        return model.to(gpu.device)
+    return AutoModelForCausalLM.from_pretrained(folder, device_map={"": gpu.device}, **options)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line: makes or fetches checkpoints; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m helpers.models",
+        description="Make checkpoints of random weights in the cache folder, at full size, or "
+        "fetch the published ones, and print where they are.",
+    )
+    parser.add_argument("names", nargs="+", metavar="NAME", help="a model of the book's data file")
+    parser.add_argument("--weights", choices=("random", "hub"), default="random")
+    asked = parser.parse_args(arguments)
+    for name in asked.names:
+        try:
+            print(checkpoint(name, asked.weights))
+        except (ValueError, OSError, MemoryError) as error:
+            print(error, file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

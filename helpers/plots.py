@@ -25,6 +25,7 @@ COLORS = dict(
         (*KINDS, "logits", "KV cache"),  # the last two of estimates alone
         (
             "#0072b2",  # parameters
+            "#6b8e23",  # scales
             "#d55e00",  # gradients
             "#009070",  # optimizer states
             "#8a6fc0",  # buffers
