@@ -19,10 +19,15 @@ book: env ## build the HTML from the stored outputs  [REPOSITORY=https://...]
 serve: book ## show the book on http://127.0.0.1:8000  [PORT=...]
 	@$(PY) -m tools.serve $(PORT)
 
+# Full-size models of random weights, made once in the cache folder (4 GB).
+CHECKPOINTS := gpt2-large Qwen2-0.5B
+
 test: env ## prove it: the helpers, every notebook again, the built book
+	@$(PY) -m helpers.models $(CHECKPOINTS) >/dev/null
 	@$(PY) -m pytest -n 2 --dist loadfile --nbval --nbval-current-env
 
 notebooks: env ## make and execute the notebooks from their sources  [NB=one] [FORCE=1]
+	@$(if $(filter-out 07_% 08_%,$(NB)),,$(PY) -m helpers.models $(CHECKPOINTS) >/dev/null)
 	@$(PY) -m tools.notebooks $(NB) $(if $(FORCE),--force)
 
 lint: env ## check style and types

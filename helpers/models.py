@@ -21,20 +21,20 @@ from typing import Any
 
 import psutil
 import torch
-from huggingface_hub import errors as hub
-from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from helpers.environment import cache_folder
 from helpers.estimate import dimensions, known_models
 from helpers.gpu import VirtualGPU, open_gpu, unseen
-from helpers.placement import mapped, moved
 from helpers.units import GB, MB
 
 with warnings.catch_warnings():
     # In a notebook without ipywidgets tqdm complains that its bars will be plain.
     warnings.filterwarnings("ignore", "IProgress not found")
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download as hub_download
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -42,6 +42,8 @@ with warnings.catch_warnings():
         PreTrainedConfig,
         PreTrainedModel,
     )
+
+    from helpers.placement import mapped, moved
 
 # What the data file says of a model that its config.json does not.
 _NOT_OF_THE_CONFIG = ("published", "source")
@@ -204,6 +206,11 @@ def _make(folder: Path, settings: PreTrainedConfig, planned: Planned) -> None:
         except OSError:
             if not _is_whole(folder, planned):  # else another process was faster
                 raise
+    except SafetensorError as error:
+        raise OSError(
+            f"{folder.name} could not be written to {folder.parent} ({error}): make room, or set "
+            "EVERY_BYTE_CACHE to another folder"
+        ) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -234,7 +241,7 @@ def _from_hub(name: str) -> Path:
     source = known_models()[name]["source"].removeprefix("https://huggingface.co/")
     wanted = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
     try:
-        return Path(snapshot_download(source, allow_patterns=wanted))
+        return Path(hub_download(source, allow_patterns=wanted))
     except hub.GatedRepoError:
         reason = "is gated: accept its terms on huggingface.co, then log in with `hf auth login`"
     except hub.RepositoryNotFoundError:

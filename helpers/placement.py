@@ -10,6 +10,7 @@ Sources: ``Module._apply`` of PyTorch's ``torch/nn/modules/module.py``;
 
 import logging
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -31,18 +32,19 @@ def moved(model: torch.nn.Module, gpu: VirtualGPU) -> Twins:
 
     What is tied is moved once. The twins hold their bytes for as long as they live.
     """
-    twins: dict[int, torch.Tensor] = {}
+    return [_twin(tensor, gpu, kind) for kind, tensor in _as_applied(model, set())]
 
-    def visit(module: torch.nn.Module) -> None:
-        for child in module.children():
-            visit(child)
-        own = [("parameters", p) for p in module._parameters.values()]
-        for kind, tensor in own + [("buffers", b) for b in module._buffers.values()]:
-            if tensor is not None and id(tensor) not in twins:
-                twins[id(tensor)] = _twin(tensor, gpu, kind)
 
-    visit(model)
-    return list(twins.values())
+def _as_applied(module: torch.nn.Module, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    for child in module.children():
+        yield from _as_applied(child, seen)
+    own: dict[str, Mapping[str, torch.Tensor | None]]
+    own = {"parameters": module._parameters, "buffers": module._buffers}
+    for kind, tensors in own.items():
+        for tensor in tensors.values():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield kind, tensor
 
 
 def mapped(model: torch.nn.Module, gpu: VirtualGPU, dtype: torch.dtype) -> Twins:

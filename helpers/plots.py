@@ -4,6 +4,7 @@ SVG, the same bytes at every run, so that nbval can compare them.
 """
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -162,6 +163,8 @@ def _told_apart(recorded: Timeline) -> list[int]:
 def segments(snapshot: Sequence[SegmentInfo]) -> Figure:
     """One horizontal bar for each segment of the allocator, block beside block.
 
+    Segments that hold the same share a bar, which says how many they are.
+
     A block handed out shows the bytes asked for, then what was added to them:
     rounding to 512 B, or a rest that was not split off. Free blocks are empty
     frames. Segments stand in order of pool and size, not of address, which is
@@ -175,45 +178,46 @@ def segments(snapshot: Sequence[SegmentInfo]) -> Figure:
     """
     if not snapshot:
         raise ValueError("the snapshot holds no segment: allocate something first")
-    rows = sorted(
-        snapshot,
-        key=lambda s: (
-            s["segment_type"] != "small",
-            s["total_size"],
-            [(b["size"], b["state"]) for b in s["blocks"]],
-        ),
+    alike = Counter(
+        (
+            segment["segment_type"] != "small",
+            segment["total_size"],
+            tuple((b["size"], b["state"], b["requested_size"]) for b in segment["blocks"]),
+        )
+        for segment in snapshot
     )
-    widest = max(row["total_size"] for row in rows)
-    figure, axes = plt.subplots(figsize=(5.4, 1.3 + 0.52 * len(rows)))
+    widest = max(total for _, total, _ in alike)
+    figure, axes = plt.subplots(figsize=(5.4, 1.3 + 0.52 * len(alike)))
     used, added, free = "asked for", "rounding, or not split off", "free"
     looks: dict[str, dict[str, Any]] = {
         used: {"color": COLORS["parameters"]},
         added: {"color": COLORS["rounding"]},
         free: {"facecolor": "none", "edgecolor": "black", "linewidth": 0.7},
     }
-    for place, row in enumerate(rows):
+    for place, ((large, total, blocks), count) in enumerate(sorted(alike.items())):
         sizes = dict.fromkeys(looks, 0)
         begin = 0
-        for block in row["blocks"]:
-            asked = 0 if block["state"] == "inactive" else block["requested_size"]
-            rest = free if block["state"] == "inactive" else added
-            for kind, size in ((used, asked), (rest, block["size"] - asked)):
-                if size:
-                    axes.barh(place, size / MiB, 0.42, begin / MiB, **looks[kind])
-                sizes[kind] += size
-                begin += size
-            if widest < 200 * block["size"] and begin < row["total_size"]:
+        for size, state, requested in blocks:
+            asked = 0 if state == "inactive" else requested
+            rest = free if state == "inactive" else added
+            for kind, part in ((used, asked), (rest, size - asked)):
+                if part:
+                    axes.barh(place, part / MiB, 0.42, begin / MiB, **looks[kind])
+                sizes[kind] += part
+                begin += part
+            if widest < 200 * size and begin < total:
                 ends = (place - 0.21, place + 0.21)
                 axes.vlines(begin / MiB, *ends, color="black", linewidth=0.7)
         said = [f"{_short(n)} {kind}" for kind, n in sizes.items() if n]
         said = [text.replace(added, "added") for text in said]
-        title = f"{row['segment_type']} pool, {_short(row['total_size'])}: {', '.join(said)}"
-        axes.text(0, place - 0.27, title, va="bottom")
+        title = f"{'large' if large else 'small'} pool, {_short(total)}: {', '.join(said)}"
+        many = f"{count} × " if count > 1 else ""
+        axes.text(0, place - 0.27, many + title, va="bottom")
     for kind, look in looks.items():
         axes.fill_between([], [], label=kind, **look)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.set_ylim(len(rows) - 0.6, -0.75)
+    axes.set_ylim(len(alike) - 0.6, -0.75)
     axes.set_xlim(0, 1.01 * widest / MiB)
     axes.set_xlabel("bytes of the segment (MiB)")
     _legend(figure, axes)

@@ -164,6 +164,18 @@ def test_the_figure_does_not_depend_on_where_the_driver_puts_segments(
     assert str(drawn(snapshot)) == str(drawn(snapshot[::-1]))
 
 
+def test_segments_that_hold_the_same_share_a_bar() -> None:
+    held = CachingAllocator()
+    for size in (25 * MiB, 25 * MiB, 24 * MiB, 25 * MiB):
+        held.malloc(size)
+    (axes,) = segments(held.snapshot()).axes
+    plt.close("all")
+    assert [text.get_text() for text in axes.texts] == [
+        "large pool, 24 MiB: 24 MiB asked for",
+        "3 × large pool, 26 MiB: 25 MiB asked for, 1 MiB added",
+    ]
+
+
 def test_an_empty_card_has_nothing_to_draw() -> None:
     with pytest.raises(ValueError, match="the snapshot holds no segment"):
         segments(CachingAllocator().snapshot())
