@@ -244,7 +244,7 @@ display(
 assert all(spread < limit for _, spread, limit in checks.values()), checks
 
 # %% [markdown]
-# Two bytes change next to nothing. INT8 is close. Four bits are not: these weights are random, and noise has no structure that would survive. [Quality against precision](09_quality_vs_precision.ipynb) measures it on trained models.
+# Two bytes change next to nothing. INT8 is close. Four bits move the logits by a good part of their spread. These weights are random; what four bits do to trained ones, [Quality against precision](09_quality_vs_precision.ipynb) measures.
 
 # %% [markdown]
 # ### Prediction, measurement, article

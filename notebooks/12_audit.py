@@ -1,0 +1,528 @@
+# %% [markdown]
+# # The audit: every published number
+#
+# Two articles taught the authors of this book, and gave it its shape {cite}`hoperj2024,qwen2-notes`. They print what they measured, with their code, so that anyone can check. Few texts do. This page checks: each number that they print, one row each.
+#
+# - **Time:** 10 minutes to read, under a minute to run.
+# - **Needs:** nothing. No number in the tables below is typed but those of the articles: the cells above each table compute the rest.
+
+# %% tags=["hide-input", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the set-up", "code_prompt_hide": "Hide the set-up"}
+import importlib.util
+
+REPOSITORY = ""  # filled in with the book's address when the notebook is made
+if (
+    importlib.util.find_spec("helpers") is None
+):  # on Colab, or with the notebook alone
+    if not REPOSITORY:
+        raise ModuleNotFoundError(
+            "helpers: install them with `pip install .` in the book's folder"
+        )
+    # %pip install --quiet --no-deps git+{REPOSITORY} platformdirs sortedcontainers tabulate
+
+import gc
+import warnings
+from typing import NamedTuple
+
+# Without ipywidgets, progress bars are plain: no need to say so here.
+warnings.filterwarnings("ignore", "IProgress not found")
+
+import torch
+from torch import nn, optim
+
+from helpers import estimate
+from helpers.environment import versions
+from helpers.gpu import (
+    CUBLAS_WORKSPACE,
+    cublas_workspace_size,
+    open_gpu,
+    unseen,
+)
+from helpers.mlp import SimpleMLP
+from helpers.models import build
+from helpers.precision import number_format
+from helpers.tables import table
+from helpers.units import GB, MB, GiB
+
+gpu = open_gpu()
+print(gpu)
+print(versions("torch", "transformers"))
+
+# %% [markdown]
+# ## How to read the tables
+#
+# *Prints* and *says* are the article's. *Formula* is the closed formula that its text is about. *This GPU* is the one named above, real or virtual: its figures are measured or replayed. No record of a real GPU of our own exists yet; where there is one, [the records](../book/records.md) show it.
+#
+# - **confirmed**: we agree in every digit that is printed;
+# - **explained**: we do not, and know why to the byte;
+# - **corrected**: the article is wrong or out of date;
+# - **open**: we cannot reproduce it.
+#
+# A cell decides what is confirmed, by comparing text with text.
+
+
+# %%
+class Number(NamedTuple):
+    what: str  # and where it stands
+    prints: str
+    says: str
+    formula: str
+    here: str  # what this GPU gives
+    verdict: str  # where we do not agree
+    why: str
+    proof: str  # a chapter
+
+
+audited = []
+
+
+def judged(number):
+    """The number with its verdict: ours must fit the figures."""
+    agree = number.prints == (number.here or number.formula)
+    if agree == bool(number.verdict):
+        raise ValueError(f"the verdict does not fit: {number}")
+    return number._replace(verdict=number.verdict or "confirmed")
+
+
+# %%
+CHAPTERS = {
+    "01": ("parameters to bytes", "01_parameters_to_bytes"),
+    "02": ("number formats", "02_precision_formats"),
+    "03": ("training and inference", "03_training_and_inference"),
+    "04": ("Adam against SGD", "04_mlp_adam_vs_sgd"),
+    "07": ("gpt2-large", "07_gpt2_large"),
+    "08": ("Qwen2", "08_qwen2"),
+    "09": ("quality", "09_quality_vs_precision"),
+}
+COLUMNS = ["number", "prints", "says", "formula", "this GPU"]
+
+
+def audit(*numbers):
+    """Judge the numbers, keep them, and show them."""
+    audited.extend(map(judged, numbers))
+    lines = []
+    for number in audited[-len(numbers) :]:
+        title, file = CHAPTERS[number.proof]
+        link = f"[{title}]({file}.ipynb)"
+        lines.append((*number[:-1], link))
+    return table([*COLUMNS, "verdict", "why", "proof"], lines)
+
+
+# %% [markdown]
+# ## The first article: theory
+#
+# Its sums for models of one and of 70 billion parameters {cite}`hoperj2024`.
+
+# %%
+bytes_of = {
+    name: f"{number_format(name).bits // 8} bytes"
+    for name in ("fp32", "fp16", "bf16")
+}
+LLAMA = estimate.dimensions("Llama-3.1-70B")
+llama = sum(estimate.parameters(LLAMA).values())
+state = estimate.optimizer_states([(10**9,)], "adam") // GB
+weights = 4 * 10**9 // GB
+exact = "the model has a little more than 70 billion: "
+exact += f"{4 * llama / GB:.1f} GB"
+scales = "each row has an FP32 scale, and not all is quantised"
+audit(
+    Number("FP32", "4 bytes", "", bytes_of["fp32"], "", "", "", "02"),
+    Number("FP16", "2 bytes", "", bytes_of["fp16"], "", "", "", "02"),
+    Number("BF16", "2 bytes", "", bytes_of["bf16"], "", "", "", "02"),
+    Number("1B, FP32", "4 GB", "", f"{weights} GB", "", "", "", "01"),
+    Number("1B, FP16", "2 GB", "", f"{weights // 2} GB", "", "", "", "01"),
+    Number(
+        "70B, FP32", "280 GB", "", f"{70 * weights} GB", "", "", exact, "01"
+    ),
+    Number("gradients, 1B", "4 GB", "", f"{weights} GB", "", "", "", "03"),
+    Number(
+        "Adam's states, 1B", "8 GB", "2 x 4", f"{state} GB", "", "", "", "03"
+    ),
+    Number(
+        "training, 1B, Adam",
+        "16 GB",
+        "parameters alone",
+        f"{2 * weights + state} GB",
+        "",
+        "",
+        "activations and the peak come on top",
+        "03",
+    ),
+    Number("inference, 1B", "4 GB", "", f"{weights} GB", "", "", "", "03"),
+)
+
+# %% [markdown]
+# INT8 as "one byte" and "a quarter of FP32" is true of the quantised weights, not of a model:
+
+# %%
+ONE = estimate.dimensions("Llama-3.2-1B")
+n = sum(estimate.parameters(ONE).values())
+of_int8 = estimate.parameter_bytes(ONE, "fp16", "int8") / n
+share = estimate.parameter_bytes(ONE, "fp16", "int8") / (4 * n)
+audit(
+    Number(
+        "INT8",
+        "1 byte",
+        "",
+        f"{of_int8:.2f} bytes",
+        "",
+        "explained",
+        f"of Llama-3.2-1B: {scales}",
+        "07",
+    ),
+    Number(
+        "1B, INT8",
+        "1 GB",
+        "",
+        f"{of_int8:.2f} GB",
+        "",
+        "explained",
+        "the same",
+        "07",
+    ),
+    Number(
+        "INT8 against FP32",
+        "1/4",
+        "",
+        f"{share:.2f}",
+        "",
+        "explained",
+        "the same; embeddings keep 2 bytes",
+        "07",
+    ),
+)
+
+# %% [markdown]
+# ## The first article: the experiment
+#
+# Its script once with each optimizer, stage by stage.
+
+
+# %%
+def empty_card():
+    gc.collect()
+    gpu.clear_cublas_workspaces()
+    gpu.empty_cache()
+
+
+def experiment(optimizer_class, **options):
+    """Allocated bytes at each stage at which the article prints them."""
+    empty_card()
+    stages = {"before": gpu.memory_allocated()}
+    with gpu.device:
+        model = SimpleMLP()
+    stages["loaded"] = gpu.memory_allocated()
+    optimizer = optimizer_class(model.parameters(), lr=1e-3, **options)
+    images = torch.zeros(128, 1, 28, 28)
+    labels = torch.zeros(128, dtype=torch.int64)
+    data, target = images.to(gpu.device), labels.to(gpu.device)
+    stages["batch"] = gpu.memory_allocated()
+    output = model(data)
+    loss = nn.CrossEntropyLoss()(output, target)
+    loss.backward()
+    optimizer.step()
+    stages["trained"] = gpu.memory_allocated()
+    model.zero_grad()
+    del optimizer, target
+    data = images.to(gpu.device)
+    with torch.no_grad():
+        output = model(data)
+    stages["inference"] = gpu.memory_allocated()
+    return stages
+
+
+# %%
+RUNS = {
+    "Adam": experiment(optim.Adam),
+    "SGD": experiment(optim.SGD),
+    "momentum": experiment(optim.SGD, momentum=0.9),
+}
+with unseen(), torch.device("meta"):
+    P = sum(p.nbytes for p in SimpleMLP().parameters())
+PARTS = {"Adam": 4, "SGD": 2, "momentum": 3}
+
+
+def mlp(what, prints, run, value, verdict="", why="", says=""):
+    """A number of the experiment, in MB as the article prints it."""
+    parts = PARTS[run] - ("step" in what)  # the model is there before
+    formula = f"{parts * P / MB:.2f}" if "training" in what else ""
+    here = f"{value / MB:.2f}"
+    return Number(what, prints, says, formula, here, verdict, why, "04")
+
+
+def step(run):
+    return RUNS[run]["trained"] - RUNS[run]["batch"]
+
+
+# %%
+OTHER_RUN = "it is SGD with momentum's figure: "
+momentum = RUNS["momentum"]["trained"]
+OTHER_RUN += f"{momentum / MB:.2f} and {step('momentum') / MB:.2f} MB"
+CHART = "the bar is 833.58 high, cut to whole MB"
+adam, sgd = RUNS["Adam"], RUNS["SGD"]
+batch = adam["batch"] - adam["loaded"]
+audit(
+    mlp("before loading", "0.00", "Adam", adam["before"]),
+    mlp("loaded", "204.03", "Adam", adam["loaded"]),
+    mlp("batch", "0.40", "Adam", batch),
+    mlp(
+        "training step, Adam",
+        "425.11",
+        "Adam",
+        step("Adam"),
+        "explained",
+        OTHER_RUN,
+    ),
+    mlp(
+        "after training, Adam",
+        "629.54",
+        "Adam",
+        adam["trained"],
+        "explained",
+        OTHER_RUN,
+    ),
+    mlp("inference", "221.48", "Adam", adam["inference"]),
+    mlp("loaded, SGD", "204.03", "SGD", sgd["loaded"]),
+    mlp("batch, SGD", "0.40", "SGD", sgd["batch"] - sgd["loaded"]),
+    mlp("training step, SGD", "221.08", "SGD", step("SGD")),
+    mlp("after training, SGD", "425.51", "SGD", sgd["trained"]),
+    mlp("inference, SGD", "221.48", "SGD", sgd["inference"]),
+)
+
+# %% [markdown]
+# The chart and the ratios, which the article gives without decimals:
+
+
+# %%
+def ratio(run):
+    loaded = RUNS[run]["loaded"]
+    stages = (loaded, RUNS[run]["trained"], RUNS[run]["inference"])
+    return " : ".join(f"{stage / loaded:.0f}" for stage in stages)
+
+
+charted = f"{int(adam['trained'] / MB)}"
+loading = "loading : training : inference"
+audit(
+    Number(
+        "chart, Adam (MB)", "833", "", "", charted, "", "Adam's figure", "04"
+    ),
+    Number(
+        "ratio, Adam", "1 : 4 : 1", loading, "", ratio("Adam"), "", "", "04"
+    ),
+    Number(
+        "ratio, SGD", "1 : 2 : 1", loading, "", ratio("SGD"), "", "", "04"
+    ),
+)
+
+# %% [markdown]
+# ## The first article: gpt2-large
+#
+# Its transformers kept two buffers in each of 36 layers: a mask of 1,024 x 1,024 bytes, and one number. The model is made on the GPU, with these buffers.
+
+# %%
+GPT2 = estimate.dimensions("gpt2-large")
+parameters = sum(estimate.parameters(GPT2).values())
+
+
+def as_in_2024(dtype):
+    empty_card()
+    model = build("gpt2-large", gpu.device, dtype)
+    buffers = [
+        torch.empty(size, dtype=torch.uint8, device=gpu.device)
+        for _ in range(GPT2.num_hidden_layers)
+        for size in (GPT2.max_position_embeddings**2, 4)
+    ]
+    return gpu.memory_allocated() if model and buffers else 0
+
+
+loaded = {
+    dtype: as_in_2024(getattr(torch, dtype))
+    for dtype in ("float32", "float16")
+}
+buffers = GPT2.num_hidden_layers * (GPT2.max_position_embeddings**2 + 512)
+int8 = estimate.parameter_bytes(GPT2, "fp16", "int8")
+masks = GPT2.num_hidden_layers * GPT2.max_position_embeddings**2
+
+# %%
+workspace = cublas_workspace_size(CUBLAS_WORKSPACE)
+HUB = f"the hub counts {masks / 1e6:.0f}M entries of masks as well"
+FP16 = f"{(loaded['float16'] + 2 * workspace) / GB:.2f} with two workspaces of cuBLAS; "
+FP16 += "none of the histories that we tried fits all three"
+INT8 = f"{(int8 + buffers + workspace) / GB:.2f} with one workspace of cuBLAS"
+audit(
+    Number(
+        "parameters",
+        "812M",
+        "about",
+        f"{parameters / 1e6:.0f}M",
+        "",
+        "corrected",
+        HUB,
+        "01",
+    ),
+    Number(
+        "FP32 (GB)",
+        "3.21",
+        "",
+        f"{4 * parameters / GB:.2f}",
+        f"{loaded['float32'] / GB:.2f}",
+        "",
+        f"{loaded['float32']:,} B: parameters, masks, and what is not split off",
+        "07",
+    ),
+    Number(
+        "FP16 (GB)",
+        "1.60",
+        "",
+        f"{2 * parameters / GB:.2f}",
+        f"{loaded['float16'] / GB:.2f}",
+        "open",
+        FP16,
+        "07",
+    ),
+    Number(
+        "INT8 (GB)",
+        "0.89",
+        "",
+        f"{int8 / GB:.2f}",
+        f"{(int8 + buffers) / GB:.2f}",
+        "open",
+        INT8,
+        "07",
+    ),
+)
+
+# %% [markdown]
+# ## The second article: Qwen2-0.5B
+#
+# It loads Qwen2-0.5B-Instruct with transformers 4.41 {cite}`qwen2-notes`. Its rotary embedding kept two tables for 32,768 positions in each of 24 layers, and accelerate emptied the cache after each parameter. The chapter finds the order of the loads; here they are again.
+
+# %%
+QWEN = estimate.dimensions("Qwen2-0.5B")
+count = sum(estimate.parameters(QWEN).values())
+with unseen():
+    skeleton = dict(build("Qwen2-0.5B", "meta").named_parameters())
+
+
+def load_as_then(dtype):
+    made = []
+    for name in sorted(skeleton):
+        size = skeleton[name].shape
+        made.append(torch.empty(size, dtype=dtype, device=gpu.device))
+        gpu.empty_cache()
+    for _ in range(QWEN.num_hidden_layers):
+        made.append(torch.empty(QWEN.head_dim // 2, device=gpu.device))
+        for _ in ("cos", "sin"):
+            size = (32_768, QWEN.head_dim)
+            made.append(torch.empty(size, dtype=dtype, device=gpu.device))
+    return made
+
+
+# %%
+empty_card()
+alive = load_as_then(torch.float16)
+in_fp16 = gpu.memory_allocated()
+for _ in range(2):  # each complete before the one before it goes
+    alive = load_as_then(torch.float32)
+in_fp32 = gpu.memory_allocated()
+del alive
+empty_card()
+
+# %%
+UNIT = "right in GiB; the label says MB"
+TABLES = "the gap is the rotary tables, not “the framework and the cache”"
+AGAIN = "if the cell ran twice, as its number suggests"
+FACTOR = "its factor is still 2 bytes; with 4 it is the right one"
+half = repr(2 * count / GiB)
+audit(
+    Number("parameters", "494032768", "", f"{count}", "", "", "", "08"),
+    Number(
+        "bytes of FP16",
+        "2",
+        "",
+        f"{number_format('fp16').bits // 8}",
+        "",
+        "",
+        "",
+        "02",
+    ),
+    Number(
+        "theory, FP16", "0.9202077388763428", "MB", half, "", "", UNIT, "08"
+    ),
+    Number(
+        "memory, FP16",
+        "1.115407943725586",
+        "GB",
+        half,
+        repr(in_fp16 / GiB),
+        "",
+        TABLES,
+        "08",
+    ),
+    Number("parameters, FP32", "494032768", "", f"{count}", "", "", "", "08"),
+    Number(
+        "bytes of FP32",
+        "2",
+        "",
+        f"{number_format('fp32').bits // 8}",
+        "",
+        "corrected",
+        FACTOR,
+        "02",
+    ),
+    Number(
+        "theory, FP32",
+        "0.9202077388763428",
+        "MB",
+        repr(4 * count / GiB),
+        "",
+        "corrected",
+        FACTOR,
+        "08",
+    ),
+    Number(
+        "memory, FP32",
+        "2.2383761405944824",
+        "GB",
+        repr(4 * count / GiB),
+        repr(in_fp32 / GiB),
+        "",
+        AGAIN,
+        "08",
+    ),
+)
+
+# %% [markdown]
+# Its card has 6.0 GB, it says: 6 GiB, as all cards count. The `torch_dtype` of its configuration, `float16`, is that of its own copy; the published one says `bfloat16`.
+
+# %% [markdown]
+# ## In sum
+
+# %%
+verdicts = ("confirmed", "explained", "corrected", "open")
+counted = {v: sum(n.verdict == v for n in audited) for v in verdicts}
+assert len(audited) >= 25
+print(f"{len(audited)} numbers:", counted)
+print("open:", ", ".join(n.what for n in audited if n.verdict == "open"))
+
+# %% [markdown]
+# ## Statements
+#
+# What the articles say in words, where it is out of date or not quite so:
+#
+# | statement | today | evidence |
+# | --- | --- | --- |
+# | an RTX 4090 has up to 48 GB | 24 GB {cite}`nvidia-ada` | [parameters to bytes](01_parameters_to_bytes.ipynb) |
+# | gpt2-large has about 812M parameters | 774M; the hub counts stored masks as well | [parameters to bytes](01_parameters_to_bytes.ipynb) |
+# | INT8 takes a quarter of FP32 | the quantised weights do; embeddings, norms and scales come on top | [gpt2-large](07_gpt2_large.ipynb) |
+# | INT8 with bitsandbytes needs no special hardware | on NVIDIA's cards LLM.int8() needs compute capability 7.5; today it also runs on CPUs {cite}`bitsandbytes-install` | [number formats](02_precision_formats.ipynb) |
+# | BF16 needs Ampere or newer | so it is; `is_bf16_supported()` answers yes on older cards too, by emulation: pass `including_emulation=False` | [number formats](02_precision_formats.ipynb) |
+# | mixed precision saves memory | it saves activations, and no byte of the parameters | [mixed precision](06_mixed_precision.ipynb) |
+# | plain SGD takes no memory | for states; gradients it takes | [Adam against SGD](04_mlp_adam_vs_sgd.ipynb) |
+# | inference keeps the current step's activations | and the cache of keys and values | [training and inference](03_training_and_inference.ipynb) |
+# | activations are left for another day | that day has a chapter | [activations](05_activations_and_peaks.ipynb) |
+# | the gap at Qwen2 is due to torch, transformers and the cache | 192 MiB of it are rotary tables | [Qwen2](08_qwen2.ipynb) |
+# | “GB” and “MB” above figures divided by $1024^3$ | GiB | [Qwen2](08_qwen2.ipynb) |
+# | `load_in_8bit=True`, `Accelerator(fp16=True)`, `torch.cuda.amp` | errors and warnings by now | [troubleshooting](11_troubleshooting.ipynb) |
+# | six bits are within 0.1 % of FP16's perplexity | published for LLaMA by its author, in k-quants; not our measurement | [quality](09_quality_vs_precision.ipynb) |
+#
+# Most of the articles' numbers stand, to the last digit, years and many versions later. That is rare, and it is why this book could be written.
