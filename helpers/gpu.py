@@ -323,11 +323,21 @@ class VirtualGPU(GPU):
         for module in (_foreach_utils, sys.modules[torch.optim.Optimizer.__module__]):
             name = "_get_foreach_kernels_supported_devices"
             stack.enter_context(mock.patch.object(module, name, lambda: list(devices)))
-        # ``.to()`` keeps a module's Parameters, and what is tied, on CUDA; between
-        # other devices only if told so.
+        # ``.to()`` keeps a module's Parameters, and what is tied: on CUDA, and within this
+        # device, by ``param.data = ``; on the way from the host only if told to swap them.
+        apply = torch.nn.Module._apply
         swaps = torch.__future__.get_swap_module_params_on_conversion()
-        stack.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)
-        torch.__future__.set_swap_module_params_on_conversion(True)
+
+        def applied(module: Any, fn: Any, recurse: bool = True) -> Any:
+            before = torch.__future__.get_swap_module_params_on_conversion()
+            comes = any(p is not None and not p.is_meta for p in module._parameters.values())
+            torch.__future__.set_swap_module_params_on_conversion(swaps or comes)
+            try:
+                return apply(module, fn, recurse)
+            finally:
+                torch.__future__.set_swap_module_params_on_conversion(before)
+
+        stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", applied))
         try:
             torch.is_autocast_enabled("meta")
         except RuntimeError:  # PyTorch 2.8 has no autocast there to ask for: it is off

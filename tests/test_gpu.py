@@ -225,6 +225,23 @@ def test_moving_a_module_keeps_its_parameters_and_ties(gpu: VirtualGPU) -> None:
     assert gpu.breakdown(model)["parameters"] == 100 * 64 * 2
 
 
+def test_converting_a_module_frees_each_tensor_as_soon_as_it_is_replaced(gpu: VirtualGPU) -> None:
+    # On CUDA ``Module._apply`` sets ``param.data``: weight and its half, then the weight is gone.
+    with gpu.device:
+        model = nn.Linear(1024, 1024)
+    weight, bias = 1024 * 1024 * 4, 1024 * 4
+    with gpu.record(model) as recorded:
+        model.half()
+    assert [step.total for step in recorded.steps] == [
+        weight + bias,
+        weight + bias + weight // 2,
+        bias + weight // 2,
+        bias + weight // 2 + bias // 2,
+        bias // 2 + weight // 2,
+    ]
+    assert gpu.max_memory_allocated() == weight + bias + weight // 2
+
+
 def test_each_thread_takes_its_workspace_at_its_first_matrix_product(gpu: VirtualGPU) -> None:
     x = torch.empty(64, 64, device=gpu.device, requires_grad=True)
     y = x * 2
@@ -369,6 +386,7 @@ def test_what_is_patched_is_restored() -> None:
     with VirtualGPU():
         assert "meta" in foreach._get_foreach_kernels_supported_devices()
     assert "meta" not in foreach._get_foreach_kernels_supported_devices()
+    assert nn.Module._apply.__module__ == nn.Module.__module__
 
 
 # The timeline
