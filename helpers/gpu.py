@@ -197,7 +197,7 @@ class GPU(ABC):
             OSError: the file cannot be written.
         """
         with open(filename, "wb") as file:
-            pickle.dump(self.snapshot(), file)
+            pickle.dump(self.snapshot(), file, protocol=4)  # the newest that the page reads
 
     @abstractmethod
     def clear_cublas_workspaces(self) -> None:

@@ -242,6 +242,21 @@ def test_free_pages_are_unmapped_and_mapped_again_in_place() -> None:
         allocator.free(handle)
 
 
+def test_an_expandable_segment_splits_off_the_smallest_rest() -> None:
+    allocator = CachingAllocator(alloc_conf="expandable_segments:True")
+    allocator.malloc(20 * MiB - 512)  # 1 MiB or less would stay with the block by default
+    assert allocator.memory_allocated() == 20 * MiB - 512
+
+
+def test_what_can_grow_counts_as_large_as_it_can_become() -> None:
+    allocator = CachingAllocator(alloc_conf="expandable_segments:True")
+    first, _, _ = (allocator.malloc(n * MiB) for n in (40, 20, 30))  # 10 MiB are free at the end
+    allocator.free(first)
+    allocator.malloc(8 * MiB)  # into the 40: the 10 are followed by pages without end
+    (segment,) = allocator.snapshot()
+    assert [b["size"] // MiB for b in segment["blocks"]] == [8, 32, 20, 30, 10]
+
+
 def test_a_hole_of_unmapped_pages_divides_the_snapshot() -> None:
     allocator = CachingAllocator(alloc_conf="expandable_segments:True")
     _, hole, _ = (allocator.malloc(20 * MiB) for _ in range(3))
@@ -300,6 +315,17 @@ def test_garbage_is_collected_by_age_where_a_fraction_is_set() -> None:
     with pytest.raises(OutOfMemoryError, match=r"in use\. 200\.00 MiB allowed; Of the allocated"):
         allocator.malloc(80 * MiB)
     allocator.free(kept)
+
+
+def test_garbage_younger_than_average_is_kept_while_the_older_suffices() -> None:
+    conf = "per_process_memory_fraction:0.5,garbage_collection_threshold:0.6"
+    allocator = CachingAllocator(400 * MiB, conf)
+    older, younger = allocator.malloc(60 * MiB), allocator.malloc(40 * MiB)
+    allocator.free(older)
+    allocator.malloc(70 * MiB)
+    allocator.free(younger)
+    allocator.malloc(76 * MiB)  # 50 MiB are to go: the older one's 60 are enough
+    assert sorted(s["total_size"] // MiB for s in allocator.snapshot()) == [40, 70, 76]
 
 
 def test_without_a_fraction_the_threshold_has_no_effect() -> None:

@@ -1,6 +1,7 @@
 """The virtual GPU beside published measurements, and the rules it accounts by."""
 
 import pickle
+import pickletools
 import runpy
 import subprocess
 import sys
@@ -564,6 +565,23 @@ def test_torchs_viewer_reads_the_snapshot(
     assert "seg_" in _memory_viz.segments(snapshot, format_flamegraph=str)
     changed = _memory_viz.compare(snapshot["segments"], [], format_flamegraph=str)
     assert "only_before" in changed and "only_after" not in changed
+
+
+# What ``unpickle`` of PyTorch's torch/utils/viz/MemoryViz.js understands.
+VIEWER = """APPEND APPENDS BINFLOAT BINGET BININT BININT1 BININT2 BINPUT BINUNICODE DICT EMPTY_DICT
+    EMPTY_LIST EMPTY_TUPLE FRAME LIST LONG1 LONG_BINGET LONG_BINPUT MARK MEMOIZE NEWFALSE NEWTRUE
+    NONE PROTO SETITEM SETITEMS SHORT_BINUNICODE STOP TUPLE TUPLE1 TUPLE2 TUPLE3"""
+
+
+@pytest.mark.parametrize("alloc_conf", CONFS)
+def test_the_viewer_in_the_browser_can_decode_the_file(tmp_path: Path, alloc_conf: str) -> None:
+    file = tmp_path / "snapshot.pickle"
+    snapshot = a_step(alloc_conf, file)
+    codes = {(code.name, value) for code, value, _ in pickletools.genops(file.read_bytes())}
+    assert {name for name, _ in codes} <= set(VIEWER.split())
+    assert ("PROTO", 4) in codes
+    # JavaScript's numbers are whole up to 2**53: addresses too have to stay below.
+    assert all(s["address"] + s["total_size"] < 2**53 for s in snapshot["segments"])
 
 
 @pytest.mark.parametrize("alloc_conf", CONFS)
