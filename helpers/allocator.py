@@ -3,7 +3,7 @@
 `CachingAllocator` takes the requests that a program makes and tells, to the
 byte, what ``torch.cuda.memory_allocated()`` and its siblings would say. It
 follows ``c10/cuda/CUDACachingAllocator.cpp`` and ``c10/core/AllocatorConfig.h``
-for one stream, default settings and the native backend:
+for one stream and the native backend:
 
 * a request is rounded up to 512 B and served from the smallest free block of
   its pool that is large enough (then the lowest address);
@@ -11,25 +11,35 @@ for one stream, default settings and the native backend:
 * a block much larger than the request is split, the rest stays free;
 * a freed block merges with its free neighbours, its segment stays reserved.
 
-Not modelled: several streams, ``expandable_segments``, ``max_split_size_mb``,
-private pools of CUDA graphs. Where cudaMalloc places a segment is the driver's
-affair: here each new one lies above all earlier ones.
+What `helpers.allocator_config` lists can be set as in ``PYTORCH_ALLOC_CONF``:
+expandable segments grow by pages of 2 or 20 MiB, large blocks can be kept whole,
+and long unused ones given back.
+
+Not modelled: several streams, private pools of CUDA graphs. Where cudaMalloc
+places a segment is the driver's affair: here each new one lies above all earlier
+ones, and a card's free memory is never in pieces for the driver.
 """
 
-from dataclasses import dataclass
-from typing import TypedDict
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
 
 from sortedcontainers import SortedList
 
-from helpers.units import MiB, binary
+from helpers.allocator_config import (
+    AllocatorConfig,
+    kLargeBuffer,
+    kMinBlockSize,
+    kMinLargeAlloc,
+    kRoundLarge,
+    kSmallBuffer,
+    kSmallSize,
+)
+from helpers.memory_history import Frame, MemoryHistory
+from helpers.units import binary
 
-# Names and values of c10/core/AllocatorConfig.h.
-kMinBlockSize = 512  # every block is a multiple of this
-kSmallSize = 1 * MiB  # the largest request that the small pool serves
-kSmallBuffer = 2 * MiB  # a segment of the small pool
-kLargeBuffer = 20 * MiB  # a segment of the large pool, for requests under ...
-kMinLargeAlloc = 10 * MiB  # ... this; larger ones get a segment of their own,
-kRoundLarge = 2 * MiB  # rounded up to this
+_NO_BOUND = 2**50  # addresses of an expandable segment on a card without bounds
 
 
 class BlockInfo(TypedDict):
@@ -39,35 +49,64 @@ class BlockInfo(TypedDict):
     size: int
     requested_size: int
     state: str  # "active_allocated" or "inactive"
+    frames: list[Frame]  # where it was allocated, if the history is recorded
 
 
 class SegmentInfo(TypedDict):
     """A segment as ``torch.cuda.memory_snapshot()`` describes it (sizes in bytes)."""
 
+    device: int
     address: int
     total_size: int
     allocated_size: int
+    active_size: int
+    requested_size: int
+    stream: int
     segment_type: str  # "small" or "large"
+    segment_pool_id: tuple[int, int]
+    is_expandable: bool
+    frames: list[Frame]
     blocks: list[BlockInfo]
 
 
 class OutOfMemoryError(RuntimeError):
     """No room for a request, even after all free segments were given back.
 
-    The message is PyTorch's. All attributes are bytes.
+    The message is that of PyTorch 2.14. All attributes are bytes.
+
+    Attributes:
+        tried: size of the segment that could not be reserved.
+        capacity: of the card.
+        allocated, reserved: as `CachingAllocator` tells them.
+        context: what the process holds on the card beside PyTorch's memory.
+        allowed: part of the card that the process may use; None for all of it.
     """
 
-    def __init__(self, tried: int, capacity: int, allocated: int, reserved: int) -> None:
+    def __init__(
+        self,
+        tried: int,
+        capacity: int,
+        allocated: int,
+        reserved: int,
+        context: int = 0,
+        allowed: int | None = None,
+    ) -> None:
         self.tried, self.capacity = tried, capacity
         self.allocated, self.reserved = allocated, reserved
+        self.context, self.allowed = context, allowed
         super().__init__(
             f"CUDA out of memory. Tried to allocate {binary(tried)}. "
             f"GPU 0 has a total capacity of {binary(capacity)} "
-            f"of which {binary(capacity - reserved)} is free. "
-            f"Of the allocated memory {binary(allocated)} is allocated by PyTorch, "
+            f"of which {binary(capacity - context - reserved)} is free. "
+            f"Including non-PyTorch memory, this process has {binary(context + reserved)} "
+            "memory in use. "
+            + (f"{binary(allowed)} allowed; " if allowed is not None else "")
+            + f"Of the allocated memory {binary(allocated)} is allocated by PyTorch, "
             f"and {binary(reserved - allocated)} is reserved by PyTorch but unallocated. "
             "If reserved but unallocated memory is large try setting "
-            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation.  "
+            "See documentation for Memory Management  (https://docs.pytorch.org/docs/stable/notes/"
+            "cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf)"
         )
 
 
@@ -77,11 +116,31 @@ class _Block:
 
     address: int
     size: int
-    pool: "SortedList[_Block]"
+    pool: "_Pool"
+    base: int | None = None  # where its segment begins, if that is expandable
+    mapped: bool = True  # has memory behind its addresses; always, unless expandable
     requested: int = 0
     allocated: bool = False
     prev: "_Block | None" = None
     next: "_Block | None" = None
+    searches: int = 0  # of its pool, when it became free: its age counts from there
+    frames: list[Frame] = field(default_factory=list)
+    segment_frames: list[Frame] = field(default_factory=list)  # of the first in a segment
+
+
+@dataclass(eq=False, slots=True)
+class _Pool:
+    """The free blocks for small requests, or those for large ones."""
+
+    small: bool
+    free: "SortedList[_Block]" = field(default_factory=lambda: SortedList(key=_by_size))
+    unmapped: "SortedList[_Block]" = field(default_factory=lambda: SortedList(key=_by_address))
+    searches: int = 0
+
+    @property
+    def page(self) -> int:
+        """Bytes by which an expandable segment grows."""
+        return kSmallBuffer if self.small else kLargeBuffer
 
 
 @dataclass(slots=True)
@@ -98,6 +157,10 @@ class _Stat:
 
 def _by_size(block: _Block) -> tuple[int, int]:
     return block.size, block.address
+
+
+def _by_address(block: _Block) -> int:
+    return block.address
 
 
 def _round_up(nbytes: int, multiple: int) -> int:
@@ -119,21 +182,43 @@ class CachingAllocator:
     `empty_cache` and `snapshot`, which visit every segment.
 
     Args:
-        capacity: bytes of the card that PyTorch can reserve; no bound if None.
+        capacity: bytes of the card; no bound if None.
+        alloc_conf: settings as in ``PYTORCH_ALLOC_CONF``, which itself is not read;
+            PyTorch's defaults if empty.
+        context: bytes of the card that the process holds beside PyTorch's memory,
+            as a CUDA context does.
 
     Raises:
-        TypeError, ValueError: `capacity` is no whole number of bytes, or negative.
+        TypeError, ValueError: `capacity` or `context` is no whole number of bytes,
+            or negative; the context exceeds the card; `alloc_conf` is wrong, not
+            replayed, or needs a capacity.
     """
 
-    def __init__(self, capacity: int | None = None) -> None:
+    def __init__(self, capacity: int | None = None, alloc_conf: str = "", context: int = 0) -> None:
         self.capacity = None if capacity is None else _checked(capacity, "capacity")
-        self._small: SortedList[_Block] = SortedList(key=_by_size)  # the free blocks
-        self._large: SortedList[_Block] = SortedList(key=_by_size)
+        self.context = _checked(context, "context")
+        if self.capacity is not None and self.context > self.capacity:
+            raise ValueError(
+                f"context is {context} bytes: expected no more than the card's {capacity}"
+            )
+        self.config = AllocatorConfig.parse(alloc_conf)
+        self.allowed: int | None = None  # by a memory fraction
+        if self.config.per_process_memory_fraction < 1:
+            if self.capacity is None:
+                raise ValueError(
+                    "per_process_memory_fraction is set, but capacity is None: a part of what? "
+                    "Give the card a capacity in bytes"
+                )
+            self.allowed = int(self.config.per_process_memory_fraction * self.capacity)
+        self.history: MemoryHistory | None = None
+        self._small, self._large = _Pool(small=True), _Pool(small=False)
         self._segments: dict[int, _Block] = {}  # address: first block
         self._live: dict[int, _Block | None] = {}  # handle: block; None for no bytes
         self._next_handle = 1
         self._next_address = kRoundLarge
         self._allocated, self._reserved, self._requested = _Stat(), _Stat(), _Stat()
+
+    # The names of torch.cuda
 
     def malloc(self, nbytes: int) -> int:
         """Allocate `nbytes` bytes and return a handle for `free`, never given twice.
@@ -165,12 +250,12 @@ class CachingAllocator:
             return
         self._allocated.add(-block.size)
         self._requested.add(-block.requested)
-        block.allocated, block.requested = False, 0
-        for neighbour in (block.prev, block.next):
-            if neighbour is not None and not neighbour.allocated:
-                block.pool.remove(neighbour)
-                self._merge(block, neighbour)
-        block.pool.add(block)
+        if self.history is not None:
+            for action in ("free_requested", "free_completed"):
+                self.history.record(action, block.address, block.requested)
+        block.allocated, block.requested, block.frames = False, 0, []
+        self._merge_neighbours(block)
+        self._cache(block)
 
     def memory_allocated(self) -> int:
         """Bytes of all blocks handed out, rounding included."""
@@ -200,82 +285,355 @@ class CachingAllocator:
         for stat in (self._allocated, self._reserved, self._requested):
             stat.peak = stat.current
 
+    def mem_get_info(self) -> tuple[int, int]:
+        """Bytes of the card that are free, and all of them, as ``torch.cuda.mem_get_info``.
+
+        Free is what the driver can still give: not what the allocator holds unused.
+
+        Raises:
+            RuntimeError: the card has no capacity.
+        """
+        if self.capacity is None:
+            raise RuntimeError("mem_get_info() of a card without bounds: give it a capacity")
+        return self.capacity - self.context - self._reserved.current, self.capacity
+
     def empty_cache(self) -> None:
-        """Give back every segment that is free as a whole."""
-        for address, block in list(self._segments.items()):
-            if not block.allocated and block.next is None:
-                block.pool.remove(block)
-                del self._segments[address]
-                self._reserved.add(-block.size)
+        """Give back every segment, and every page of an expandable one, that is free as a whole."""
+        for pool in (self._large, self._small):
+            pages = []
+            for block in list(pool.free):
+                if block.base is not None:
+                    pages.append(block)
+                elif block.prev is None and block.next is None:
+                    self._release(block)
+            for block in pages:
+                self._unmap(block)
+
+    def record_memory_history(
+        self, enabled: Literal["all"] | None = "all", max_entries: int = sys.maxsize
+    ) -> None:
+        """Begin to note each thing done, the last `max_entries` of them; with None, forget them.
+
+        Raises:
+            ValueError: `enabled` is neither "all" nor None; `max_entries` is not positive.
+        """
+        if enabled not in ("all", None):
+            raise ValueError(f"enabled is {enabled!r}: expected 'all' or None")
+        self.history = None if enabled is None else MemoryHistory(max_entries)
 
     def snapshot(self) -> list[SegmentInfo]:
         """Segments by address, each with its blocks in order.
 
-        The keys are those of ``torch.cuda.memory_snapshot()``.
+        The keys are those of ``torch.cuda.memory_snapshot()``. Of an expandable
+        segment each run of pages with memory behind them counts as one.
         """
-        return [self._describe(first) for _, first in sorted(self._segments.items())]
+        return [info for _, first in sorted(self._segments.items()) for info in _describe(first)]
+
+    def memory_snapshot(self) -> dict[str, Any]:
+        """`snapshot`, the settings and what was noted, as ``torch.cuda.memory._snapshot()``."""
+        config, history = self.config, self.history
+        return {
+            "segments": self.snapshot(),
+            "device_traces": [list(history.entries) if history is not None else []],
+            "allocator_settings": {
+                "PYTORCH_CUDA_ALLOC_CONF": config.text,
+                "max_split_size": -1
+                if config.max_split_size == sys.maxsize
+                else config.max_split_size,
+                "garbage_collection_threshold": config.garbage_collection_threshold,
+                "expandable_segments": config.expandable_segments,
+            },
+            "external_annotations": [],
+        }
+
+    # Serving a request
 
     def _allocate(self, nbytes: int) -> _Block:
         size = _round_up(nbytes, kMinBlockSize)
         pool = self._small if size <= kSmallSize else self._large
-        at = pool.bisect_key_left((size, 0))
-        block = pool.pop(at) if at < len(pool) else self._new_segment(size, pool)
+        block = self._find(size, pool) or self._reserve(size, pool)
         # A remainder too small to be of use stays with the block.
-        worth_splitting = kMinBlockSize if pool is self._small else kSmallSize + 1
-        if block.size - size >= worth_splitting:
+        rest = block.size - size
+        if pool.small or self.config.expandable_segments:
+            worth_splitting = rest >= kMinBlockSize
+        else:
+            worth_splitting = rest > kSmallSize and size < self.config.max_split_size
+        if worth_splitting:
             self._split(block, size)
         block.allocated, block.requested = True, nbytes
         self._allocated.add(block.size)
         self._requested.add(nbytes)
+        if self.history is not None:
+            block.frames = self.history.record("alloc", block.address, nbytes)
         return block
 
-    def _new_segment(self, size: int, pool: "SortedList[_Block]") -> _Block:
-        """Reserve a segment for a request of `size` bytes: one cudaMalloc."""
-        if size <= kSmallSize:
-            total = kSmallBuffer
-        elif size < kMinLargeAlloc:
-            total = kLargeBuffer
-        else:
-            total = _round_up(size, kRoundLarge)
-        if self.capacity is not None and self._reserved.current + total > self.capacity:
+    def _find(self, size: int, pool: _Pool) -> _Block | None:
+        """Take the free block that serves a request best, if there is one."""
+        if self._collects_garbage:
+            pool.searches += 1  # what the age of free blocks is counted in
+        free = pool.free
+        at = free.bisect_key_left((size, 0))
+        if at == len(free):
+            return None
+        # What stands before unmapped pages can grow, and counts as large as it can become.
+        if free[at].base is not None:
+            while at + 1 < len(free) and _grown(free[at + 1]) < _grown(free[at]):
+                at += 1
+        largest = self.config.max_split_size
+        found = free[at].size
+        if size < largest <= found:
+            return None  # kept whole for a large request
+        if size >= largest and found >= size + self.config.max_non_split_rounding_size:
+            return None  # would waste too much of it
+        return free.pop(at)
+
+    def _reserve(self, size: int, pool: _Pool) -> _Block:
+        """Take memory from the card for a request, if need be after giving back some."""
+        if self._collects_garbage:
+            self._collect_garbage()
+        block = self._new_block(size, pool)
+        if block is None and self._release_unsplittable(size, pool):
+            block = self._new_block(size, pool)
+        if block is None:
             self.empty_cache()
-            if self._reserved.current + total > self.capacity:
-                raise OutOfMemoryError(
-                    total, self.capacity, self._allocated.current, self._reserved.current
-                )
-        block = _Block(self._next_address, total, pool)
-        self._next_address += _round_up(total, kRoundLarge)
-        self._segments[block.address] = block
-        self._reserved.add(total)
+            block = self._new_block(size, pool)
+        if block is None:
+            free, capacity = self.mem_get_info()
+            if self.history is not None:
+                self.history.record("oom", free, size)
+            raise OutOfMemoryError(
+                _segment_size(size),
+                capacity,
+                self._allocated.current,
+                self._reserved.current,
+                self.context,
+                self.allowed,
+            )
         return block
+
+    def _new_block(self, size: int, pool: _Pool) -> _Block | None:
+        """A free block, in no pool, of memory newly reserved; None if there is no room."""
+        total = _segment_size(size)
+        if self.allowed is not None and self._reserved.current + total > self.allowed:
+            return None
+        if self.config.expandable_segments:
+            return self._expand(size, pool)
+        if not self._fits(total):
+            return None
+        block = self._new_segment(total, pool)
+        self._take(total, "segment_alloc", block.address, block.address)
+        return block
+
+    def _new_segment(self, size: int, pool: _Pool) -> _Block:
+        """Addresses of their own, and the block that holds all of them."""
+        block = _Block(self._next_address, size, pool)
+        self._next_address += _round_up(size, kRoundLarge)
+        self._segments[block.address] = block
+        return block
+
+    def _fits(self, size: int) -> bool:
+        return self.capacity is None or size <= self.mem_get_info()[0]
+
+    def _take(self, size: int, action: str, address: int, segment: int) -> None:
+        """Account for memory taken from the card, or given back if `size` is negative."""
+        self._reserved.add(size)
+        if self.history is not None:
+            frames = self.history.record(action, address, abs(size))
+            if size > 0:
+                self._segments[segment].segment_frames = frames
+
+    # Giving memory back
+
+    def _release(self, block: _Block) -> None:
+        """Give back a segment that is one free block: one cudaFree."""
+        block.pool.free.remove(block)
+        del self._segments[block.address]
+        self._take(-block.size, "segment_free", block.address, block.address)
+
+    def _release_unsplittable(self, size: int, pool: _Pool) -> bool:
+        """Give back blocks of at least `max_split_size`, as many as a request needs."""
+        largest = self.config.max_split_size
+        if largest == sys.maxsize:
+            return False
+        wanted = max(size, largest)
+        at = pool.free.bisect_key_left((wanted, 0))
+        if at < len(pool.free):
+            self._release(pool.free[at])
+            return True
+        released = 0
+        while released < wanted and pool.free and pool.free[-1].size >= largest:
+            released += pool.free[-1].size
+            self._release(pool.free[-1])
+        return released >= wanted
+
+    @property
+    def _collects_garbage(self) -> bool:
+        return self.allowed is not None and self.config.garbage_collection_threshold > 0
+
+    def _collect_garbage(self) -> None:
+        """Give back large segments that have been free for longer than others."""
+        assert self.allowed is not None
+        threshold = int(self.config.garbage_collection_threshold * self.allowed)
+        wanted = self._reserved.current - threshold
+        whole = [b for b in self._large.free if b.prev is None and b.next is None]
+        whole = [b for b in whole if b.base is None]
+        ages = {id(b): self._large.searches - b.searches for b in whole}
+        while wanted > 0 and whole:
+            average = sum(ages[id(b)] for b in whole) / len(whole)
+            old = [b for b in whole if ages[id(b)] >= average]
+            whole = [b for b in whole if ages[id(b)] < average]
+            for block in old:
+                wanted -= block.size
+                self._release(block)
+
+    # Expandable segments
+
+    def _expand(self, size: int, pool: _Pool) -> _Block | None:
+        """A free block of at least `size`, of pages newly mapped and what is free before them."""
+        block = self._room(size, pool)
+        if not block.mapped and not self._map(block, min(block.size, size)):
+            return None
+        while block.size < size:
+            following = block.next
+            assert following is not None, "an expandable segment without room"
+            if not self._map(following, min(size - block.size, following.size)):
+                return None
+            block = following  # which has merged with the block before it
+        pool.free.remove(block)
+        return block
+
+    def _room(self, size: int, pool: _Pool) -> _Block:
+        """The lowest block at which `size` free addresses begin, mapped or not."""
+        for unmapped in pool.unmapped:
+            first = unmapped
+            if unmapped.prev is not None and not unmapped.prev.allocated:
+                first = unmapped.prev
+            room, block = 0, first
+            while room < size and block is not None and not block.allocated:
+                room += block.size
+                block = block.next
+            if room >= size:
+                return first
+        # Addresses for 1 1/8 of the card: more than it can fill.
+        capacity = _NO_BOUND if self.capacity is None else self.capacity
+        space = max(capacity + capacity // 8, size)
+        segment = self._new_segment(_round_up(space, pool.page), pool)
+        segment.base, segment.mapped = segment.address, False
+        pool.unmapped.add(segment)
+        return segment
+
+    def _map(self, block: _Block, size: int) -> bool:
+        """Put memory behind the first `size` bytes of an unmapped block, in whole pages."""
+        size = _round_up(size, block.pool.page)
+        if not self._fits(size):
+            return False
+        block.pool.unmapped.remove(block)
+        if size < block.size:
+            self._cut(block, size)
+            assert block.next is not None
+            block.pool.unmapped.add(block.next)
+        block.mapped = True
+        address = block.address
+        self._merge_neighbours(block)
+        self._cache(block)
+        assert block.base is not None
+        self._take(size, "segment_map", address, block.base)
+        return True
+
+    def _unmap(self, block: _Block) -> None:
+        """Give back the whole pages of a free block of an expandable segment."""
+        base, page, pool = block.base, block.pool.page, block.pool
+        assert base is not None
+        begin = base + _round_up(block.address - base, page)
+        end = base + (block.address + block.size - base) // page * page
+        if begin >= end:
+            return
+        pool.free.remove(block)
+        if begin > block.address:
+            before, size = block, begin - block.address
+            self._cut(before, size)
+            self._cache(before)
+            assert before.next is not None
+            block = before.next
+        if end < block.address + block.size:
+            self._cut(block, end - begin)
+            assert block.next is not None
+            self._cache(block.next)
+        block.mapped = False
+        self._merge_neighbours(block)
+        pool.unmapped.add(block)
+        self._take(begin - end, "segment_unmap", begin, base)
+        if block.prev is None and block.next is None:  # nothing is left of the segment
+            pool.unmapped.remove(block)
+            del self._segments[base]
+
+    # Cutting and joining blocks
+
+    def _cache(self, block: _Block) -> None:
+        """Put a free block into its pool."""
+        block.searches = block.pool.searches
+        block.pool.free.add(block)
 
     def _split(self, block: _Block, size: int) -> None:
         """Cut `block` to `size` bytes and put the rest, as a block, into the pool."""
-        rest = _Block(block.address + size, block.size - size, block.pool)
+        self._cut(block, size)
+        assert block.next is not None
+        self._cache(block.next)
+
+    def _cut(self, block: _Block, size: int) -> None:
+        """Cut `block` to `size` bytes; the rest becomes the next block, in no pool."""
+        rest = _Block(block.address + size, block.size - size, block.pool, block.base)
+        rest.mapped = block.mapped
         rest.prev, rest.next = block, block.next
         if rest.next is not None:
             rest.next.prev = rest
         block.next, block.size = rest, size
-        block.pool.add(rest)
 
-    def _merge(self, block: _Block, neighbour: _Block) -> None:
-        """Let `block` swallow a free neighbour that has left the pool."""
-        if neighbour is block.prev:
-            block.address, block.prev = neighbour.address, neighbour.prev
-            if block.prev is None:
-                self._segments[block.address] = block
+    def _merge_neighbours(self, block: _Block) -> None:
+        """Let a free block that is in no pool swallow the neighbours of its kind."""
+        for neighbour in (block.prev, block.next):
+            if neighbour is None or neighbour.allocated or neighbour.mapped is not block.mapped:
+                continue
+            (block.pool.free if block.mapped else block.pool.unmapped).remove(neighbour)
+            if neighbour is block.prev:
+                block.address, block.prev = neighbour.address, neighbour.prev
+                block.segment_frames = neighbour.segment_frames
+                if block.prev is None:
+                    self._segments[block.address] = block
+                else:
+                    block.prev.next = block
             else:
-                block.prev.next = block
-        else:
-            block.next = neighbour.next
-            if block.next is not None:
-                block.next.prev = block
-        block.size += neighbour.size
+                block.next = neighbour.next
+                if block.next is not None:
+                    block.next.prev = block
+            block.size += neighbour.size
 
-    def _describe(self, first: _Block) -> SegmentInfo:
+
+def _segment_size(size: int) -> int:
+    """Bytes of a segment that is reserved for a request of `size`: one cudaMalloc."""
+    if size <= kSmallSize:
+        return kSmallBuffer
+    if size < kMinLargeAlloc:
+        return kLargeBuffer
+    return _round_up(size, kRoundLarge)
+
+
+def _grown(block: _Block) -> int:
+    """Bytes that a free block of an expandable segment can grow to."""
+    following = block.next
+    return block.size + (following.size if following is not None and not following.mapped else 0)
+
+
+def _describe(first: _Block) -> Iterator[SegmentInfo]:
+    """The segment that begins with a block; of an expandable one, each run of mapped pages."""
+    block: _Block | None = first
+    while block is not None:
+        if not block.mapped:
+            block = block.next
+            continue
         blocks: list[BlockInfo] = []
-        block: _Block | None = first
-        while block is not None:
+        begin = block
+        while block is not None and block.mapped:
             state = "active_allocated" if block.allocated else "inactive"
             blocks.append(
                 BlockInfo(
@@ -283,13 +641,22 @@ class CachingAllocator:
                     size=block.size,
                     requested_size=block.requested,
                     state=state,
+                    frames=block.frames,
                 )
             )
             block = block.next
-        return SegmentInfo(
-            address=first.address,
+        allocated = sum(b["size"] for b in blocks if b["state"] == "active_allocated")
+        yield SegmentInfo(
+            device=0,
+            address=begin.address,
             total_size=sum(b["size"] for b in blocks),
-            allocated_size=sum(b["size"] for b in blocks if b["state"] == "active_allocated"),
-            segment_type="small" if first.pool is self._small else "large",
+            allocated_size=allocated,
+            active_size=allocated,  # one stream: nothing waits for another to let go of it
+            requested_size=sum(b["requested_size"] for b in blocks),
+            stream=0,
+            segment_type="small" if begin.pool.small else "large",
+            segment_pool_id=(0, 0),
+            is_expandable=begin.base is not None,
+            frames=begin.segment_frames,
             blocks=blocks,
         )

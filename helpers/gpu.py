@@ -10,13 +10,15 @@ Each storage's birth and death is replayed on `helpers.allocator`.
 """
 
 import os
+import pickle
 import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any, ClassVar, Self
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 from unittest import mock
 
 import torch
@@ -180,6 +182,41 @@ class GPU(ABC):
         """Segments and their blocks, as ``torch.cuda.memory_snapshot``."""
 
     @abstractmethod
+    def mem_get_info(self) -> tuple[int, int]:
+        """Bytes free on the card, and all it has, as ``torch.cuda.mem_get_info``."""
+
+    @abstractmethod
+    def record_memory_history(
+        self, enabled: Literal["all"] | None = "all", max_entries: int = sys.maxsize
+    ) -> None:
+        """Begin to note what the allocator does, and where in the program.
+
+        As ``torch.cuda.memory._record_memory_history``, with Python's frames.
+
+        Args:
+            enabled: None ends it, and forgets what was noted.
+            max_entries: how many things to keep: the last ones.
+
+        Raises:
+            ValueError: `enabled` or `max_entries` is wrong.
+        """
+
+    @abstractmethod
+    def snapshot(self) -> dict[str, Any]:
+        """Segments, blocks and what was noted, as ``torch.cuda.memory._snapshot``."""
+
+    def dump_snapshot(self, filename: str | Path = "dump_snapshot.pickle") -> None:
+        """Write `snapshot` to a file, as ``torch.cuda.memory._dump_snapshot``.
+
+        ``python -m torch.cuda._memory_viz`` and https://pytorch.org/memory_viz read it.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        with open(filename, "wb") as file:
+            pickle.dump(self.snapshot(), file, protocol=4)  # the newest that the page reads
+
+    @abstractmethod
     def clear_cublas_workspaces(self) -> None:
         """Free cuBLAS's workspaces, as ``torch._C._cuda_clearCublasWorkspaces``.
 
@@ -271,6 +308,20 @@ class CudaGPU(GPU):
         )
 
     @override
+    def mem_get_info(self) -> tuple[int, int]:
+        return torch.cuda.mem_get_info(self.device)
+
+    @override
+    def record_memory_history(
+        self, enabled: Literal["all"] | None = "all", max_entries: int = sys.maxsize
+    ) -> None:
+        torch.cuda.memory._record_memory_history(enabled, stacks="python", max_entries=max_entries)
+
+    @override
+    def snapshot(self) -> dict[str, Any]:
+        return torch.cuda.memory._snapshot()
+
+    @override
     def clear_cublas_workspaces(self) -> None:
         torch._C._cuda_clearCublasWorkspaces()
 
@@ -286,9 +337,12 @@ class VirtualGPU(GPU):
         capacity: bytes that it has; no bound if None. Past it, operations raise
             ``torch.OutOfMemoryError`` as on CUDA.
         name: what it calls itself.
+        alloc_conf: settings as in ``PYTORCH_ALLOC_CONF``, which itself is not read;
+            see `helpers.allocator_config`.
+        context: bytes that the process holds beside PyTorch's, as a CUDA context does.
 
     Raises:
-        TypeError, ValueError: `capacity` is no whole number of bytes, or negative.
+        TypeError, ValueError: an argument is wrong; see `helpers.allocator`.
     """
 
     _replays = True
@@ -302,12 +356,18 @@ class VirtualGPU(GPU):
         )
     )
 
-    def __init__(self, capacity: int | None = None, name: str = "Virtual GPU") -> None:
+    def __init__(
+        self,
+        capacity: int | None = None,
+        name: str = "Virtual GPU",
+        alloc_conf: str = "",
+        context: int = 0,
+    ) -> None:
         super().__init__()
         self.device = torch.device("meta")
         self.name = name
         self.capacity = capacity
-        self._allocator = CachingAllocator(capacity)
+        self._allocator = CachingAllocator(capacity, alloc_conf, context)
         self._workspaces: dict[bool, int] = {}  # of the autograd thread or not: handle
 
     def __str__(self) -> str:
@@ -375,6 +435,20 @@ class VirtualGPU(GPU):
     @override
     def memory_snapshot(self) -> list[SegmentInfo]:
         return self._allocator.snapshot()
+
+    @override
+    def mem_get_info(self) -> tuple[int, int]:
+        return self._allocator.mem_get_info()
+
+    @override
+    def record_memory_history(
+        self, enabled: Literal["all"] | None = "all", max_entries: int = sys.maxsize
+    ) -> None:
+        self._allocator.record_memory_history(enabled, max_entries)
+
+    @override
+    def snapshot(self) -> dict[str, Any]:
+        return self._allocator.memory_snapshot()
 
     @override
     def clear_cublas_workspaces(self) -> None:

@@ -1,10 +1,16 @@
 """The model of PyTorch's caching allocator: its rules by example, its books by property."""
 
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.allocator import BlockInfo, CachingAllocator, OutOfMemoryError
+from helpers.allocator_config import AllocatorConfig
 from helpers.units import GiB, KiB, MiB
 
 
@@ -125,7 +131,8 @@ def test_out_of_memory_tells_what_pytorch_tells() -> None:
         allocator.malloc(GiB + 1)
     assert (
         "CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has a total capacity of 6.00 GiB "
-        "of which 1022.00 MiB is free. Of the allocated memory 5.00 GiB is allocated by PyTorch, "
+        "of which 1022.00 MiB is free. Including non-PyTorch memory, this process has 5.00 GiB "
+        "memory in use. Of the allocated memory 5.00 GiB is allocated by PyTorch, "
         "and 1024.00 KiB is reserved by PyTorch but unallocated."
     ) in str(caught.value)
     assert caught.value.tried == GiB + 2 * MiB
@@ -182,6 +189,301 @@ def test_a_wrong_handle_changes_nothing() -> None:
     assert allocator.snapshot() == before
     assert allocator.memory_allocated() == 512
     allocator.free(kept)
+
+
+def test_a_context_leaves_less_for_pytorch() -> None:
+    allocator = CachingAllocator(capacity=100 * MiB, context=30 * MiB)
+    allocator.malloc(40 * MiB)
+    assert allocator.mem_get_info() == (30 * MiB, 100 * MiB)
+    with pytest.raises(OutOfMemoryError, match=r"of which 30\.00 MiB is free.* has 70\.00 MiB mem"):
+        allocator.malloc(31 * MiB)
+    with pytest.raises(ValueError, match="context is 8 bytes: expected no more than the card's 7"):
+        CachingAllocator(capacity=7, context=8)
+    with pytest.raises(RuntimeError, match="give it a capacity"):
+        CachingAllocator().mem_get_info()
+
+
+# PYTORCH_ALLOC_CONF
+
+
+def test_a_pool_grows_by_pages_and_merges() -> None:
+    allocator = CachingAllocator(alloc_conf="expandable_segments:True")
+    first, second = allocator.malloc(30 * MiB), allocator.malloc(25 * MiB)
+    # Pages of 20 MiB: two for the first, whose last 10 MiB and one more page hold the second.
+    assert (allocator.memory_allocated(), allocator.memory_reserved()) == (55 * MiB, 60 * MiB)
+    small = allocator.malloc(1)
+    assert allocator.memory_reserved() == 62 * MiB  # the small pool's pages are of 2 MiB
+    large = [s for s in allocator.snapshot() if s["segment_type"] == "large"]
+    assert [s["is_expandable"] for s in large] == [True]
+    assert [b["size"] // MiB for b in large[0]["blocks"]] == [30, 25, 5]
+    for handle in (first, second, small):
+        allocator.free(handle)
+    allocator.empty_cache()
+    assert (allocator.memory_reserved(), allocator.snapshot()) == (0, [])
+
+
+def test_free_pages_are_unmapped_and_mapped_again_in_place() -> None:
+    allocator = CachingAllocator(alloc_conf="expandable_segments:True")
+    first, kept = allocator.malloc(50 * MiB), allocator.malloc(40 * MiB)
+    last = allocator.malloc(10 * MiB)  # at 90 of 100 MiB
+    base = allocator.snapshot()[0]["address"]
+    for handle in (first, last):
+        allocator.free(handle)
+    allocator.empty_cache()
+    # Of 0 to 50 the first two pages are free; of 90 to 100 none is.
+    (segment,) = allocator.snapshot()
+    assert (segment["address"] - base, segment["total_size"]) == (40 * MiB, 60 * MiB)
+    assert [b["size"] // MiB for b in segment["blocks"]] == [10, 40, 10]
+    again = allocator.malloc(45 * MiB)  # two pages before the free 10 MiB, at the lowest address
+    (segment,) = allocator.snapshot()
+    assert (segment["address"], allocator.memory_reserved()) == (base, 100 * MiB)
+    assert [b["size"] // MiB for b in segment["blocks"]] == [45, 5, 40, 10]
+    for handle in (kept, again):
+        allocator.free(handle)
+
+
+def test_an_expandable_segment_splits_off_the_smallest_rest() -> None:
+    allocator = CachingAllocator(alloc_conf="expandable_segments:True")
+    allocator.malloc(20 * MiB - 512)  # 1 MiB or less would stay with the block by default
+    assert allocator.memory_allocated() == 20 * MiB - 512
+
+
+def test_what_can_grow_counts_as_large_as_it_can_become() -> None:
+    allocator = CachingAllocator(alloc_conf="expandable_segments:True")
+    first, _, _ = (allocator.malloc(n * MiB) for n in (40, 20, 30))  # 10 MiB are free at the end
+    allocator.free(first)
+    allocator.malloc(8 * MiB)  # into the 40: the 10 are followed by pages without end
+    (segment,) = allocator.snapshot()
+    assert [b["size"] // MiB for b in segment["blocks"]] == [8, 32, 20, 30, 10]
+
+
+def test_a_hole_of_unmapped_pages_divides_the_snapshot() -> None:
+    allocator = CachingAllocator(alloc_conf="expandable_segments:True")
+    _, hole, _ = (allocator.malloc(20 * MiB) for _ in range(3))
+    allocator.free(hole)
+    allocator.empty_cache()
+    low, high = allocator.snapshot()
+    assert high["address"] - low["address"] == 40 * MiB
+    assert allocator.memory_reserved() == 40 * MiB
+
+
+def test_an_expandable_segment_ends_where_the_card_does() -> None:
+    allocator = CachingAllocator(50 * MiB, "expandable_segments:True")
+    kept = allocator.malloc(30 * MiB)
+    with pytest.raises(
+        OutOfMemoryError, match=r"Tried to allocate 26\.00 MiB.* 10\.00 MiB is free"
+    ):
+        allocator.malloc(25 * MiB)
+    with pytest.raises(OutOfMemoryError):
+        allocator.malloc(80 * MiB)  # more than the addresses set apart
+    assert (allocator.memory_allocated(), allocator.memory_reserved()) == (30 * MiB, 40 * MiB)
+    allocator.malloc(10 * MiB)
+    allocator.free(kept)
+
+
+@pytest.mark.parametrize(("requested", "reserved"), [(98, 218), (100, 220), (110, 120), (120, 120)])
+def test_large_blocks_are_kept_whole(requested: int, reserved: int) -> None:
+    """A free block of 120 MiB serves what is less than 20 MiB smaller, not what is below 100."""
+    allocator = CachingAllocator(alloc_conf="max_split_size_mb:100")
+    allocator.free(allocator.malloc(120 * MiB))
+    allocator.malloc(requested * MiB)
+    assert allocator.memory_reserved() // MiB == reserved
+    whole = 120 if reserved == 120 else requested
+    assert allocator.memory_allocated() // MiB == whole
+
+
+def test_large_blocks_are_given_back_first_and_only_as_many_as_needed() -> None:
+    allocator = CachingAllocator(400 * MiB, "max_split_size_mb:100")
+    handles = [allocator.malloc(n * MiB) for n in (100, 120, 150, 30)]
+    for handle in handles:
+        allocator.free(handle)
+    allocator.malloc(90 * MiB)  # no free block below 100 MiB is large enough, the card is full
+    sizes = sorted(s["total_size"] // MiB for s in allocator.snapshot())
+    assert sizes == [30, 90, 120, 150]
+
+
+def test_garbage_is_collected_by_age_where_a_fraction_is_set() -> None:
+    conf = "per_process_memory_fraction:0.5,garbage_collection_threshold:0.6"
+    allocator = CachingAllocator(400 * MiB, conf)  # 200 allowed; collects from 120 on
+    old = allocator.malloc(60 * MiB)
+    allocator.free(old)
+    kept = allocator.malloc(70 * MiB)  # the search makes the free block older
+    young = allocator.malloc(59 * MiB)  # reserves nothing: the 60 are reused as a whole
+    allocator.free(young)
+    allocator.malloc(62 * MiB)  # 130 are reserved: the unused 60 go first
+    assert sorted(s["total_size"] // MiB for s in allocator.snapshot()) == [62, 70]
+    with pytest.raises(OutOfMemoryError, match=r"in use\. 200\.00 MiB allowed; Of the allocated"):
+        allocator.malloc(80 * MiB)
+    allocator.free(kept)
+
+
+def test_garbage_younger_than_average_is_kept_while_the_older_suffices() -> None:
+    conf = "per_process_memory_fraction:0.5,garbage_collection_threshold:0.6"
+    allocator = CachingAllocator(400 * MiB, conf)
+    older, younger = allocator.malloc(60 * MiB), allocator.malloc(40 * MiB)
+    allocator.free(older)
+    allocator.malloc(70 * MiB)
+    allocator.free(younger)
+    allocator.malloc(76 * MiB)  # 50 MiB are to go: the older one's 60 are enough
+    assert sorted(s["total_size"] // MiB for s in allocator.snapshot()) == [40, 70, 76]
+
+
+def test_without_a_fraction_the_threshold_has_no_effect() -> None:
+    """As in PyTorch: garbage collection asks for set_fraction first."""
+    allocator = CachingAllocator(200 * MiB, "garbage_collection_threshold:0.1")
+    allocator.free(allocator.malloc(60 * MiB))
+    allocator.malloc(70 * MiB)
+    assert allocator.memory_reserved() == 130 * MiB
+
+
+CONFIGS = {  # as PyTorch's own parser takes them, or not
+    "": True,
+    "expandable_segments:True": True,
+    " max_split_size_mb : 128 , expandable_segments:False": True,
+    "max_split_size_mb:20,": True,
+    "max_split_size_mb:19": False,
+    "max_split_size_mb:many": False,
+    "max_non_split_rounding_mb:19": False,
+    "expandable_segments:true": False,
+    "expandable_segments": False,
+    "garbage_collection_threshold:0": False,
+    "garbage_collection_threshold:0.9": True,
+    "garbage_collection_threshold:1": False,
+    "garbage_collection_threshold:nan": False,
+    "per_process_memory_fraction:1": True,
+    "per_process_memory_fraction:1.5": False,
+    "max_split_size_mb=128": False,
+    "max_split_size:128": False,
+    ",max_split_size_mb:128": False,
+    "max_split_size_mb:128,,": False,
+    ",": False,
+    "max_split_size_mb:128 expandable_segments:True": False,
+    "backend:native": True,
+}
+
+
+def test_settings_are_read_as_pytorch_reads_them() -> None:
+    code = f"""
+import torch
+for text in {list(CONFIGS)}:
+    try:
+        torch._C._accelerator_setAllocatorSettings(text)
+        print(True)
+    except (ValueError, RuntimeError):
+        print(False)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [str(taken) for taken in CONFIGS.values()]
+    for text, taken in CONFIGS.items():
+        try:
+            AllocatorConfig.parse(text)
+        except ValueError as error:
+            assert not taken and repr(text) in str(error), error
+        else:
+            assert taken, text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("roundup_power2_divisions:[64:8]", "'roundup_power2_divisions' is not replayed; expected"),
+        ("max_split_size:1", "'max_split_size' is not a setting of PyTorch's; expected"),
+        ("max_split_size_mb:7", "max_split_size_mb is '7', expected a whole number of MiB, 20 or"),
+        ("max_split_size_mb:-30", "max_split_size_mb is '-30', expected a whole number of MiB"),
+        ("expandable_segments:1", "expandable_segments is '1', expected True or False"),
+        ("garbage_collection_threshold:2", r"is '2', expected a number in \(0, 1\)"),
+        ("backend:cudaMallocAsync", "expected native, the only backend that is replayed"),
+        ("expandable_segments:True,max_split_size_mb:20", "together are not replayed"),
+        ("per_process_memory_fraction:0.5", "capacity is None: a part of what"),
+    ],
+)
+def test_what_is_not_replayed_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CachingAllocator(alloc_conf=text)
+
+
+# Out of memory while gigabytes are free: chapter 11's program.
+
+
+def fragment(
+    alloc_conf: str = "", states_first: bool = False, empty_cache: bool = False
+) -> CachingAllocator:
+    """Activations come and go, states stay, then something large is wanted."""
+    allocator = CachingAllocator(6 * GiB, alloc_conf)
+
+    def states() -> None:
+        for _ in range(4):
+            allocator.malloc(400 * MiB)
+
+    if states_first:
+        states()
+    for handle in [allocator.malloc(768 * MiB) for _ in range(4)]:
+        allocator.free(handle)
+    if empty_cache:
+        allocator.empty_cache()
+    if not states_first:
+        states()
+    allocator.malloc(3584 * MiB)
+    return allocator
+
+
+def test_out_of_memory_while_more_than_enough_is_free() -> None:
+    with pytest.raises(OutOfMemoryError) as caught:
+        fragment()
+    error = caught.value
+    assert error.capacity - error.allocated == 4544 * MiB > error.tried == 3584 * MiB
+
+
+@pytest.mark.parametrize(
+    "cure",
+    [
+        {"alloc_conf": "expandable_segments:True"},
+        {"alloc_conf": "max_split_size_mb:256"},
+        {"states_first": True},
+        {"empty_cache": True},
+    ],
+)
+def test_each_cure_makes_room(cure: dict[str, Any]) -> None:
+    assert fragment(**cure).memory_allocated() == 5184 * MiB
+
+
+# What was done, in order
+
+
+def test_the_history_tells_each_thing_done() -> None:
+    allocator = CachingAllocator(60 * MiB)
+    allocator.record_memory_history()
+    handle = allocator.malloc(1000)
+    allocator.free(handle)
+    with pytest.raises(OutOfMemoryError):
+        allocator.malloc(70 * MiB)
+    (trace,) = allocator.memory_snapshot()["device_traces"]
+    assert [(e["action"], e["size"]) for e in trace] == [
+        ("segment_alloc", 2 * MiB),
+        ("alloc", 1000),  # as asked for: PyTorch records it before rounding
+        ("free_requested", 1000),
+        ("free_completed", 1000),
+        ("segment_free", 2 * MiB),
+        ("oom", 70 * MiB),
+    ]
+    assert trace[-1]["device_free"] == 60 * MiB and "addr" not in trace[-1]
+    frame = trace[1]["frames"][0]  # the innermost that is not the allocator's own
+    assert Path(frame["filename"]) == Path(__file__)
+    assert frame["name"] == "test_the_history_tells_each_thing_done"
+    allocator.record_memory_history(None)
+    assert allocator.memory_snapshot()["device_traces"] == [[]]
+
+
+def test_the_history_keeps_the_last_entries() -> None:
+    allocator = CachingAllocator()
+    allocator.record_memory_history(max_entries=2)
+    allocator.free(allocator.malloc(1))
+    actions = [e["action"] for e in allocator.memory_snapshot()["device_traces"][0]]
+    assert actions == ["free_requested", "free_completed"]
+    with pytest.raises(ValueError, match="max_entries is 0: expected one or more"):
+        allocator.record_memory_history(max_entries=0)
+    with pytest.raises(ValueError, match="enabled is 'some': expected 'all' or None"):
+        allocator.record_memory_history("some")  # type: ignore[arg-type]
 
 
 # A trace: positive numbers ask for so many bytes, others free a live handle or empty the cache.
@@ -244,10 +546,20 @@ def books_are_balanced(allocator: CachingAllocator) -> None:
     assert allocator.max_memory_reserved() >= reserved
 
 
+KINDS_OF_SETTINGS = st.sampled_from(
+    [
+        *("", "expandable_segments:True", "max_split_size_mb:25"),
+        "per_process_memory_fraction:0.9,garbage_collection_threshold:0.5",
+    ]
+)
+
+
 @settings(deadline=None, derandomize=True)
-@given(STEPS)
-def test_segments_partition_into_blocks_and_all_comes_back(steps: list[tuple[str, int]]) -> None:
-    allocator = CachingAllocator()
+@given(STEPS, KINDS_OF_SETTINGS)
+def test_segments_partition_into_blocks_and_all_comes_back(
+    steps: list[tuple[str, int]], alloc_conf: str
+) -> None:
+    allocator = CachingAllocator(GiB, alloc_conf)
     for handle in replay(allocator, steps, check=True):
         allocator.free(handle)
     allocator.empty_cache()
@@ -256,9 +568,9 @@ def test_segments_partition_into_blocks_and_all_comes_back(steps: list[tuple[str
 
 
 @settings(deadline=None, derandomize=True)
-@given(STEPS, st.integers(0, 100 * MiB))
-def test_a_capacity_is_kept(steps: list[tuple[str, int]], capacity: int) -> None:
-    allocator = CachingAllocator(capacity)
+@given(STEPS, st.integers(0, 100 * MiB), KINDS_OF_SETTINGS)
+def test_a_capacity_is_kept(steps: list[tuple[str, int]], capacity: int, alloc_conf: str) -> None:
+    allocator = CachingAllocator(capacity, alloc_conf)
     live = replay(allocator, steps, check=True)
     assert allocator.max_memory_reserved() <= capacity
     for handle in live:

@@ -1,13 +1,19 @@
 """The virtual GPU beside published measurements, and the rules it accounts by."""
 
+import pickle
+import pickletools
+import runpy
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn, optim
+from torch.cuda import _memory_viz
 
 from helpers.accounting import KINDS
 from helpers.allocator import CachingAllocator
@@ -495,6 +501,128 @@ def test_a_cuda_gpu_without_cuda_says_what_to_do(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match=r"CudaGPU needs an NVIDIA GPU .* VirtualGPU\(\) needs"):
         CudaGPU()
+
+
+def test_the_real_gpu_records_by_torchs_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked: list[tuple[object, ...]] = []
+    own = torch.cuda.memory
+
+    def record(enabled: object, stacks: str, max_entries: int) -> None:
+        asked.append((enabled, stacks, max_entries))
+
+    monkeypatch.setattr(own, "_record_memory_history", record)
+    monkeypatch.setattr(own, "_snapshot", lambda: {"segments": []})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 2))
+    gpu = CudaGPU()
+    gpu.record_memory_history(max_entries=7)
+    gpu.record_memory_history(None)
+    gpu.dump_snapshot(tmp_path / "file")
+    assert asked == [("all", "python", 7), (None, "python", sys.maxsize)]
+    assert pickle.loads((tmp_path / "file").read_bytes()) == gpu.snapshot() == {"segments": []}
+    assert gpu.mem_get_info() == (1, 2)
+
+
+# The snapshot, as PyTorch's own tools read it
+
+
+CONFS = ("", "expandable_segments:True", "max_split_size_mb:20")
+
+
+def a_step(alloc_conf: str, file: Path) -> dict[str, Any]:
+    """A recorded training step on a small card, an allocation too many, and its snapshot."""
+    with VirtualGPU(300 * MiB, alloc_conf=alloc_conf) as gpu:
+        gpu.record_memory_history()
+        with gpu.device:
+            model = nn.Sequential(nn.Linear(1000, 3000), nn.ReLU(), nn.Linear(3000, 1000))
+            x = torch.empty(100, 1000)
+        optimizer = optim.Adam(model.parameters())
+        model(x).sum().backward()
+        optimizer.step()
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(400 * MiB, dtype=torch.uint8, device="meta")
+        del x
+        gpu.dump_snapshot(file)
+        snapshot = gpu.snapshot()
+        assert sum(s["allocated_size"] for s in snapshot["segments"]) == gpu.memory_allocated()
+        assert sum(s["total_size"] for s in snapshot["segments"]) == gpu.memory_reserved()
+    return snapshot
+
+
+@pytest.mark.parametrize("alloc_conf", CONFS)
+def test_torchs_viewer_reads_the_snapshot(
+    tmp_path: Path,
+    alloc_conf: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, page = tmp_path / "snapshot.pickle", tmp_path / "page.html"
+    snapshot = a_step(alloc_conf, file)
+    commands: dict[tuple[str, ...], str] = {
+        ("stats",): "total_allocated:",
+        ("trace",): "raise OutOfMemoryError # 400.0MiB requested",
+        ("trace_plot", "-o", str(page)): "Active Memory Timeline",
+        ("trace_plot", "-s", "-o", str(page)): "Active Cached Memory Timeline",
+        ("trace_plot", "-f", "-o", str(page)): "Active Memory Timeline",
+        ("segment_plot", "-o", str(page)): "Allocator State History",
+    }
+    for (command, *options), expected in commands.items():
+        monkeypatch.setattr(sys, "argv", ["_memory_viz", command, str(file), *options])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # that it is imported already
+            runpy.run_module("torch.cuda._memory_viz", run_name="__main__")
+        said = capsys.readouterr().out + (page.read_text() if options else "")
+        assert expected in said, command
+    # These draw with a script that they would download: here they get the lines alone.
+    lines = _memory_viz.memory(snapshot, format_flamegraph=str)
+    held = sum(int(line.rpartition(" ")[2]) for line in lines.splitlines())
+    assert held == sum(s["total_size"] for s in snapshot["segments"])
+    assert "test_gpu.py" in lines and ":a_step" in lines
+    assert "seg_" in _memory_viz.segments(snapshot, format_flamegraph=str)
+    changed = _memory_viz.compare(snapshot["segments"], [], format_flamegraph=str)
+    assert "only_before" in changed and "only_after" not in changed
+
+
+# What ``unpickle`` of PyTorch's torch/utils/viz/MemoryViz.js understands.
+VIEWER = """APPEND APPENDS BINFLOAT BINGET BININT BININT1 BININT2 BINPUT BINUNICODE DICT EMPTY_DICT
+    EMPTY_LIST EMPTY_TUPLE FRAME LIST LONG1 LONG_BINGET LONG_BINPUT MARK MEMOIZE NEWFALSE NEWTRUE
+    NONE PROTO SETITEM SETITEMS SHORT_BINUNICODE STOP TUPLE TUPLE1 TUPLE2 TUPLE3"""
+
+
+@pytest.mark.parametrize("alloc_conf", CONFS)
+def test_the_viewer_in_the_browser_can_decode_the_file(tmp_path: Path, alloc_conf: str) -> None:
+    file = tmp_path / "snapshot.pickle"
+    snapshot = a_step(alloc_conf, file)
+    codes = {(code.name, value) for code, value, _ in pickletools.genops(file.read_bytes())}
+    assert {name for name, _ in codes} <= set(VIEWER.split())
+    assert ("PROTO", 4) in codes
+    # JavaScript's numbers are whole up to 2**53: addresses too have to stay below.
+    assert all(s["address"] + s["total_size"] < 2**53 for s in snapshot["segments"])
+
+
+@pytest.mark.parametrize("alloc_conf", CONFS)
+def test_the_trace_leads_to_the_segments(tmp_path: Path, alloc_conf: str) -> None:
+    """Replaying the events from nothing gives the blocks and the memory of the snapshot."""
+    snapshot = a_step(alloc_conf, tmp_path / "snapshot.pickle")
+    live: dict[int, int] = {}
+    mapped: set[int] = set()
+    for event in snapshot["device_traces"][0]:
+        match event["action"]:
+            case "alloc":
+                assert event["addr"] not in live
+                live[event["addr"]] = event["size"]
+            case "free_completed":
+                assert live.pop(event["addr"]) == event["size"]
+            case "segment_alloc" | "segment_map" | "segment_free" | "segment_unmap" as action:
+                pages = range(event["addr"], event["addr"] + event["size"], 2 * MiB)
+                assert mapped.isdisjoint(pages) is (action in ("segment_alloc", "segment_map"))
+                mapped ^= set(pages)
+    blocks = [b for s in snapshot["segments"] for b in s["blocks"]]
+    assert live == {b["address"]: b["requested_size"] for b in blocks if b["requested_size"]}
+    spans = [range(s["address"], s["address"] + s["total_size"]) for s in snapshot["segments"]]
+    assert mapped == {page for span in spans for page in span[:: 2 * MiB]}
 
 
 # No hardware, and next to no memory

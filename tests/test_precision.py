@@ -242,23 +242,6 @@ def test_blocks_that_cannot_be() -> None:
 # What the machine has.
 
 
-def test_the_command_prints_versions_device_and_formats(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert environment.main([]) == 0
-    version, device, pytorch, cpu, gpu = capsys.readouterr().out.splitlines()
-    assert version.startswith("Python 3") and f"torch {torch.__version__.split('+')[0]}" in version
-    assert device.startswith("device: ")
-    assert pytorch.startswith("PyTorch has: FP64, FP32, BF16, FP16, FP8 E4M3")
-    assert cpu.startswith("CPU: ") and gpu.startswith("GPU: ")
-
-
-def test_the_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        environment.main(["--help"])
-    assert "number formats" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("capability", "expected"),
     [
