@@ -29,6 +29,7 @@ from typing_extensions import override
 
 from helpers.accounting import Breakdown, Timeline, Tracker, in_backward
 from helpers.allocator import CachingAllocator, SegmentInfo
+from helpers.autocast import cuda_autocast
 from helpers.units import KiB, binary
 from helpers.without_dynamo import without_dynamo
 
@@ -309,14 +310,7 @@ class VirtualGPU(GPU):
         swaps = torch.__future__.get_swap_module_params_on_conversion()
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)
         torch.__future__.set_swap_module_params_on_conversion(True)
-        try:
-            torch.is_autocast_enabled("meta")
-        except RuntimeError:  # PyTorch 2.8 has no autocast there to ask for: it is off
-            known = torch.is_autocast_enabled
-            asked = mock.patch.object(
-                torch, "is_autocast_enabled", lambda kind="cuda": kind != "meta" and known(kind)
-            )
-            stack.enter_context(asked)
+        stack.enter_context(cuda_autocast())
         stack.enter_context(without_dynamo())
 
     @override
