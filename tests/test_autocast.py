@@ -286,6 +286,14 @@ def test_what_is_no_parameter_is_cast_each_time(gpu: VirtualGPU) -> None:
         assert cast == [(1000, 1000), (10, 1000)] * 2
 
 
+def test_only_autocast_makes_cast_weights(gpu: VirtualGPU) -> None:
+    model, _ = linear(gpu)
+    copy = model.weight.half()
+    row = gpu.breakdown(model)
+    assert row["cast weights"] == 0
+    assert row["activations"] == 4 * 10 * 1000 * 2 + copy.nbytes
+
+
 def test_without_its_cache_each_use_casts_again(gpu: VirtualGPU) -> None:
     model, x = linear(gpu)
     with torch.autocast(gpu.device.type, cache_enabled=False):
