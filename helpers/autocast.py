@@ -8,7 +8,7 @@ operator is given. So operators are also reached that composite ones such as
 PyTorch has and does nothing with; its default dtype is FP16, as CUDA's.
 
 Source: ``aten/src/ATen/autocast_mode.h`` and ``autocast_mode.cpp``. Not replayed:
-``_cudnn_rnn`` (meta has no cuDNN) and ``linalg_matrix_sqrth``.
+``_cudnn_rnn`` (meta has no cuDNN), ``linalg_matrix_sqrth``, and named tensors.
 """
 
 from collections.abc import Callable, Iterator
