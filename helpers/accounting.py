@@ -26,14 +26,16 @@ KINDS = (
     "gradients",
     "optimizer states",
     "buffers",
+    "cast weights",
     "batch",
     "activations",
     "temporaries",
     "workspaces",
     "rounding",
 )
-"""What a byte can be for. Scales: what quantised parameters are read with. Batch: copied
-from the host. Activations: made outside
+"""What a byte can be for. Scales: what quantised parameters are read with. Cast
+weights: autocast's copies of parameters in its lower precision. Batch: copied from
+the host. Activations: made outside
 of backward and of the optimizer. Temporaries: made inside of either, and neither
 gradients of parameters nor optimizer states. Workspaces: cuBLAS's. Rounding: the
 allocator's, from the bytes asked for to the block handed out."""
@@ -154,6 +156,12 @@ class Card(Protocol):
 def in_backward() -> bool:
     """Whether autograd is at work on a backward pass in this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+def _in_autocast() -> bool:
+    """Whether an autocast context is open: PyTorch tells how many are, but only while counting."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting() > 0
 
 
 class Tracker(TorchDispatchMode):
@@ -335,8 +343,12 @@ class Tracker(TorchDispatchMode):
             return self.making
         if in_backward() or self.in_optimizer:
             return "temporaries"
-        copied = func.overloadpacket is torch.ops.aten._to_copy
-        return "batch" if copied and args[0].device.type == "cpu" else "activations"
+        if func.overloadpacket is torch.ops.aten._to_copy:
+            if args[0].device.type == "cpu":
+                return "batch"
+            if args[0].requires_grad and args[0].is_leaf and _in_autocast():
+                return "cast weights"
+        return "activations"
 
     def _died(self, key: int) -> None:
         storage = self._storages.pop(key)

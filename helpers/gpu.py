@@ -32,6 +32,7 @@ from typing_extensions import override
 
 from helpers.accounting import KINDS, Breakdown, Timeline, Tracker, in_backward
 from helpers.allocator import CachingAllocator, SegmentInfo
+from helpers.autocast import cuda_autocast
 from helpers.units import KiB, binary
 from helpers.without_dynamo import without_dynamo
 
@@ -398,14 +399,7 @@ class VirtualGPU(GPU):
                 torch.__future__.set_swap_module_params_on_conversion(before)
 
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", applied))
-        try:
-            torch.is_autocast_enabled("meta")
-        except RuntimeError:  # PyTorch 2.8 has no autocast there to ask for: it is off
-            known = torch.is_autocast_enabled
-            asked = mock.patch.object(
-                torch, "is_autocast_enabled", lambda kind="cuda": kind != "meta" and known(kind)
-            )
-            stack.enter_context(asked)
+        stack.enter_context(cuda_autocast())
         stack.enter_context(without_dynamo())
 
     @override

@@ -30,6 +30,7 @@ COLORS = dict(
             "#d55e00",  # gradients
             "#009070",  # optimizer states
             "#8a6fc0",  # buffers
+            "#b264dc",  # cast weights
             "#2a8fc9",  # batch
             "#a07c00",  # activations
             "#c2568f",  # temporaries

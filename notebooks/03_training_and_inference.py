@@ -247,7 +247,7 @@ table(
 # %% [markdown]
 # *States* are parameters, gradients and optimizer states together, by formula. *Activations* are this GPU's, and *off by* is this GPU's figure less the formula's. The 4 or 8 bytes are the loss and the number it was divided by.
 #
-# ### Rows that this page cannot replay
+# ### Rows that this page does not replay
 #
 # **Adafactor** looks at its values while it steps (`.item()`), and the virtual GPU has none. So we run it for real on the host, on two small tensors, and count there.
 
@@ -276,7 +276,7 @@ print(
 )
 
 # %% [markdown]
-# **Mixed precision (AMP)** keeps parameters, gradients and states in FP32: the same 16 bytes with Adam {cite}`micikevicius2018`. Autocast adds a copy of each weight in half precision while forward and backward run. So it saves no bytes of parameters, it adds two each. What it can save is activations. PyTorch ignores autocast on the virtual GPU's device, so this row stays an estimate here.
+# **Mixed precision (AMP)** keeps parameters, gradients and states in FP32: the same 16 bytes with Adam {cite}`micikevicius2018`. Autocast adds a copy of each weight in half precision while forward and backward run. So it saves no bytes of parameters, it adds two each. What it can save is activations. The next figures are estimates; [Mixed precision](06_mixed_precision.ipynb) replays them, and shows when the two added bytes count.
 
 # %%
 amp = estimate.training(ONE_BILLION, "adam", "fp32").total
