@@ -370,6 +370,7 @@ def layer_activations(
     dtype: str = "fp32",
     attention: str = "eager",
     rank: int = 0,
+    autocast: bool = False,
 ) -> int:
     """Bytes that autograd keeps of one decoder layer from forward to backward.
 
@@ -377,7 +378,9 @@ def layer_activations(
     the same way of counting as in Korthikanti et al. 2022 (arXiv 2205.05198).
     Eager attention keeps a matrix of `length` x `length` for each head; flash
     attention one number for each row of it. With LoRA of a `rank`, each matrix
-    keeps what its first factor gives, and frozen norms keep less.
+    keeps what its first factor gives, and frozen norms keep less. Under `autocast`
+    of FP32 weights to `dtype`, norms and what runs between the layers stay in FP32,
+    and each matrix keeps its own copy of what it reads.
 
     Raises:
         ValueError: impossible sizes, an unknown dtype or kind of attention.
@@ -390,23 +393,27 @@ def layer_activations(
     h, heads = sizes.hidden_size, sizes.num_attention_heads
     queries, keys = heads * sizes.head_dim, sizes.num_key_value_heads * sizes.head_dim
     experts = max(1, sizes.num_experts_per_tok)
-    scores = b if sizes.has("layer norm") else 4 + b if half else 4
-    token = 2 * (_norm_input(sizes, b) + _norm_rest(sizes, b, rank) + b * h)
+    gated, wide = sizes.has("gated"), 4 if autocast else b
+    readers = (1 if sizes.model_type == "gpt2" else 3) + 1 + gated if autocast else 2
+    in_fp32 = autocast or not sizes.has("layer norm")  # the softmax
+    scores = b + 4 * half if in_fp32 and half else b if half or not in_fp32 else 4
+    token = 2 * (_norm_input(sizes, wide) + _norm_rest(sizes, wide, rank)) + readers * b * h
     if sizes.has("query and key norms"):
         token += ((4 if half else b) + (0 if rank else b)) * (queries + keys)
         token += 4 * (heads + sizes.num_key_value_heads)
     if attention == "eager":
         # Query, output, and keys and values repeated for all heads: a copy, unless
-        # one head of one sequence can be looked at many times over.
-        repeated = keys if batch == sizes.num_key_value_heads == 1 else queries
-        token += 2 * b * (queries + repeated) + heads * length * scores
+        # one head of one sequence can be looked at many times over. Autocast copies
+        # the keys, which rotation has made FP32.
+        once = batch == sizes.num_key_value_heads == 1
+        repeated = (queries + keys if autocast else 2 * keys) if once else 2 * queries
+        token += b * (2 * queries + repeated) + heads * length * scores
     else:
         token += 2 * b * (queries + keys) + 4 * heads
-    gated = sizes.has("gated")
     if gated:  # gate, its SiLU, up, their product
         token += experts * 4 * b * sizes.intermediate_size
-    else:  # input, half of it, tanh, 1 + tanh, their product
-        token += 5 * b * sizes.intermediate_size
+    else:  # input, half of it, tanh, 1 + tanh, their product; autocast's power is in FP32
+        token += (5 * b + 6 * autocast) * sizes.intermediate_size
     matrices = (2 if sizes.model_type == "gpt2" else 4) + experts * (2 + gated)
     return batch * length * (token + matrices * rank * b)
 
@@ -431,6 +438,7 @@ def activations(
     attention: str = "eager",
     checkpointing: bool = False,
     rank: int = 0,
+    autocast: bool = False,
 ) -> int:
     """Bytes that autograd keeps of the whole model but for the logits.
 
@@ -441,14 +449,15 @@ def activations(
     Raises:
         ValueError: impossible sizes, an unknown dtype or kind of attention.
     """
-    layer = layer_activations(sizes, batch, length, dtype, attention, rank)
+    layer = layer_activations(sizes, batch, length, dtype, attention, rank, autocast)
     b, h, layers = _width(dtype), sizes.hidden_size, sizes.num_hidden_layers
-    norm = _norm_input(sizes, b)
-    last = batch * length * (norm + _norm_rest(sizes, b, rank) + (0 if rank else b * h))
+    wide = 4 if autocast else b
+    norm = _norm_input(sizes, wide)
+    last = batch * length * (norm + _norm_rest(sizes, wide, rank) + (0 if rank else b * h))
     if not sizes.has("learned positions"):
-        last += 2 * b * length * sizes.head_dim  # the rotary embedding's cos and sin
+        last += 2 * wide * length * sizes.head_dim  # the rotary embedding's cos and sin
     if checkpointing:
-        return last + layers * batch * length * h * b + (layer if layers else 0)
+        return last + layers * batch * length * h * wide + (layer if layers else 0)
     return last + layers * layer - (batch * length * norm if rank and layers else 0)
 
 
@@ -541,7 +550,7 @@ def shard(nbytes: int, gpus: int) -> int:
 class Memory:
     """What a model takes on one GPU, by kind, in bytes; `total` is their sum.
 
-    Copies are those of the weights that autocast makes. Rounding is the
+    Cast weights are the copies that autocast makes. Rounding is the
     allocator's, of parameters, gradients, optimizer states and KV cache.
     """
 
@@ -551,7 +560,7 @@ class Memory:
     activations: int = 0
     logits: int = 0
     kv_cache: int = 0
-    copies: int = 0
+    cast_weights: int = 0
     rounding: int = 0
     context: int = 0
 
@@ -586,7 +595,8 @@ class Setup:
         states: dtype of the optimizer's states; the weights' if None.
         master_weights: the optimizer keeps an FP32 copy of weights in fewer bits
             (Micikevicius et al. 2018; the ZeRO paper counts it with the states).
-        amp: the dtype that autocast computes in, None for no autocast.
+        amp: the dtype that autocast computes in, None for no autocast. It is counted
+            where weights are in FP32.
         quantised: how the blocks' matrices are stored, if not in `dtype`.
         optimizer: whose states are kept.
         rank: LoRA's; only its factors are trained. 0 trains the model itself.
@@ -648,12 +658,11 @@ def memory(sizes: Dimensions, setup: Setup) -> Memory:
 
     Training: between forward and backward, with the gradients and the states of
     a step before. Of the logits also the log-probabilities that the cross-entropy
-    keeps, in FP32 under autocast. Inference: between two steps of generating,
-    with a cache of `length` positions and the logits of one.
+    keeps, under autocast in FP32 as well. Inference: between two steps of
+    generating, with a cache of `length` positions and the logits of one.
 
     Of what is sharded a GPU holds one flat tensor, its part in whole bytes,
-    rounded up. Activations under autocast are counted as if all were computed in
-    its dtype, the least that they can be. Of the context the larger figure counts.
+    rounded up. Of the context the larger figure counts.
 
     Not in it: temporaries, workspaces, buffers, and what communication needs.
     """
@@ -668,14 +677,15 @@ def memory(sizes: Dimensions, setup: Setup) -> Memory:
         tensors["optimizer_states"] = _states(trained, setup.optimizer, setup.states or dtype)
         if setup.master_weights and _width(dtype) < 4:
             tensors["optimizer_states"] += _stored(trained, "fp32")
-        autocast = setup.amp is not None and _width(setup.amp) < _width(dtype)
+        autocast = setup.amp is not None and dtype == "fp32"
         computed = setup.amp if setup.amp and autocast else dtype
         held["activations"] = activations(
-            sizes, *work, computed, setup.attention, setup.checkpointing, setup.rank
+            sizes, *work, computed, setup.attention, setup.checkpointing, setup.rank, autocast
         )
-        held["logits"] = logits(sizes, *work, computed)
-        held["logits"] += logits(sizes, *work, "fp32" if autocast else computed)
-        held["copies"] = _sum(_copies(sizes, setup, computed)) if autocast else 0
+        held["logits"] = 2 * logits(sizes, *work, computed)
+        if autocast:
+            held["logits"] += logits(sizes, *work, "fp32")
+            held["cast_weights"] = _sum(_cast_weights(sizes, setup, computed))
     else:
         held["logits"] = logits(sizes, setup.batch, 1, dtype)
         held["kv_cache"] = kv_cache(sizes, *work, setup.cache_dtype or dtype)
@@ -708,19 +718,18 @@ def _stored(parameters: Counter[tuple[int, ...]], dtype: str) -> Counter[int]:
     return tensors
 
 
-def _copies(sizes: Dimensions, setup: Setup, dtype: str) -> Counter[int]:
-    """Autocast's copies of what linear layers hold, adapters included, by bytes.
+def _cast_weights(sizes: Dimensions, setup: Setup, dtype: str) -> Counter[int]:
+    """The matrices of linear layers, LoRA's included, of which autocast keeps a copy, by bytes.
 
     Of a tied embedding as well, for the head; not of quantised matrices, whose
-    values are made anew each time.
+    values are made anew each time. Biases are cast too, but not kept for backward.
     """
     cast: Counter[tuple[int, ...]] = Counter()
     for (part, shape), count in _counts(sizes).items():
         tied = sizes.tie_word_embeddings and part == "embedding"
-        if part in ("attention", "mlp", "router", "head") and not (
-            setup.quantised and _is_matrix(part, shape)
-        ):
-            cast[shape] += count
+        if part in ("attention", "mlp", "router", "head") and len(shape) == 2:
+            if not (setup.quantised and _is_matrix(part, shape)):
+                cast[shape] += count
         elif tied and shape[0] == sizes.vocab_size:
             cast[shape] += 1
     if setup.rank:

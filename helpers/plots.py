@@ -22,7 +22,7 @@ from helpers.units import GB, MB, KiB, MiB
 # (WCAG 1.4.11), after the palette of Okabe and Ito for all kinds of sight.
 COLORS = dict(
     zip(
-        (*KINDS, "logits", "KV cache", "autocast copies", "CUDA context"),  # the last of estimates
+        (*KINDS, "logits", "KV cache", "cast weights", "CUDA context"),  # the last of estimates
         (
             "#0072b2",  # parameters
             "#d55e00",  # gradients
@@ -35,7 +35,7 @@ COLORS = dict(
             "#8c6d5a",  # rounding
             "#c4742f",  # logits
             "#5b86a8",  # KV cache
-            "#9c5fb8",  # autocast copies
+            "#b264dc",  # cast weights
             "#6f7f33",  # CUDA context
         ),
         strict=True,
@@ -71,7 +71,7 @@ def by_kind(memory: Memory) -> Breakdown:
         "activations": memory.activations,
         "logits": memory.logits,
         "KV cache": memory.kv_cache,
-        "autocast copies": memory.copies,
+        "cast weights": memory.cast_weights,
         "rounding": memory.rounding,
         "CUDA context": memory.context,
     }

@@ -26,7 +26,7 @@ KINDS = {
     "activations": "activations",
     "logits": "logits",
     "kv_cache": "KV cache",
-    "copies": "autocast copies",
+    "cast_weights": "cast weights",
     "rounding": "rounding",
     "context": "CUDA context",
 }

@@ -152,10 +152,10 @@ function everyByteFormulas(data) {
   const stored = (shapes, dtype) =>
     shapes.map(([shape, count]) => [product(shape) * width(dtype), count]);
 
-  function copies(s, setup, dtype) {
+  function castWeights(s, setup, dtype) {
     const cast = tensors(s).filter(([part, shape], index) =>
       ["attention", "mlp", "router", "head"].includes(part)
-        ? !(setup.quantised && isMatrix(part, shape))
+        ? shape.length === 2 && !(setup.quantised && isMatrix(part, shape))
         : s.tie_word_embeddings && index === 0);
     const shapes = cast.map(([, shape, count]) => [shape, count]);
     return stored(setup.rank ? [...shapes, ...adapters(s, setup.rank)] : shapes, dtype);
@@ -167,32 +167,36 @@ function everyByteFormulas(data) {
     has(s, "layer norm") ? b * s.hidden_size + 8n : (b > 4n ? b : 4n) * s.hidden_size + 4n;
   const normRest = (s, b, rank) => (rank || has(s, "layer norm") ? 0n : b * s.hidden_size);
 
-  function layerActivations(s, batch, length, dtype, attention, rank) {
+  function layerActivations(s, batch, length, dtype, attention, rank, autocast) {
     const b = width(dtype), half = b < 4n, h = s.hidden_size, heads = s.num_attention_heads;
     const queries = heads * s.head_dim, keys = s.num_key_value_heads * s.head_dim;
     const experts = s.num_experts_per_tok || 1n, gated = has(s, "gated");
-    const scores = has(s, "layer norm") ? b : half ? 4n + b : 4n;
-    let token = 2n * (normInput(s, b) + normRest(s, b, rank) + b * h);
+    const wide = autocast ? 4n : b;
+    const readers = autocast ? (s.model_type === "gpt2" ? 1n : 3n) + (gated ? 2n : 1n) : 2n;
+    const inFP32 = autocast || !has(s, "layer norm"); // the softmax
+    const scores = inFP32 && half ? b + 4n : half || !inFP32 ? b : 4n;
+    let token = 2n * (normInput(s, wide) + normRest(s, wide, rank)) + readers * b * h;
     if (has(s, "query and key norms")) {
       token += ((half ? 4n : b) + (rank ? 0n : b)) * (queries + keys);
       token += 4n * (heads + s.num_key_value_heads);
     }
     if (attention === "eager") {
-      const repeated = batch === 1n && s.num_key_value_heads === 1n ? keys : queries;
-      token += 2n * b * (queries + repeated) + heads * length * scores;
+      const once = batch === 1n && s.num_key_value_heads === 1n;
+      const repeated = once ? (autocast ? queries : keys) + keys : 2n * queries;
+      token += b * (2n * queries + repeated) + heads * length * scores;
     } else token += 2n * b * (queries + keys) + 4n * heads;
-    token += (gated ? experts * 4n : 5n) * b * s.intermediate_size;
+    token += (gated ? experts * 4n * b : 5n * b + (autocast ? 6n : 0n)) * s.intermediate_size;
     const matrices = (s.model_type === "gpt2" ? 2n : 4n) + experts * (gated ? 3n : 2n);
     return batch * length * (token + matrices * rank * b);
   }
 
-  function activations(s, batch, length, dtype, attention, checkpointing, rank) {
-    const layer = layerActivations(s, batch, length, dtype, attention, rank);
+  function activations(s, batch, length, dtype, attention, checkpointing, rank, autocast) {
+    const layer = layerActivations(s, batch, length, dtype, attention, rank, autocast);
     const b = width(dtype), h = s.hidden_size, layers = s.num_hidden_layers;
-    const norm = normInput(s, b);
-    let last = batch * length * (norm + normRest(s, b, rank) + (rank ? 0n : b * h));
-    if (!has(s, "learned positions")) last += 2n * b * length * s.head_dim;
-    if (checkpointing) return last + layers * batch * length * h * b + (layers ? layer : 0n);
+    const wide = autocast ? 4n : b, norm = normInput(s, wide);
+    let last = batch * length * (norm + normRest(s, wide, rank) + (rank ? 0n : b * h));
+    if (!has(s, "learned positions")) last += 2n * wide * length * s.head_dim;
+    if (checkpointing) return last + layers * batch * length * h * wide + (layers ? layer : 0n);
     return last + layers * layer - (rank && layers ? batch * length * norm : 0n);
   }
 
@@ -245,7 +249,7 @@ function everyByteFormulas(data) {
     return setup;
   }
 
-  const autocast = (setup) => setup.amp !== null && width(setup.amp) < width(setup.dtype);
+  const usesAutocast = (setup) => setup.amp !== null && setup.dtype === "fp32";
 
   function memory(s, given) {
     const setup = checked(given), { dtype, batch, length, rank } = setup;
@@ -260,12 +264,14 @@ function everyByteFormulas(data) {
       if (setup.master_weights && width(dtype) < 4n) {
         tensorsOf.optimizer_states.push(...stored(trained, "fp32"));
       }
-      const cast = autocast(setup), computed = cast ? setup.amp : dtype;
+      const cast = usesAutocast(setup), computed = cast ? setup.amp : dtype;
       held.activations = activations(
-        s, batch, length, computed, setup.attention, setup.checkpointing, rank);
-      held.logits = logits(s, batch, length, computed)
-        + logits(s, batch, length, cast ? "fp32" : computed);
-      if (cast) held.copies = sum(copies(s, setup, computed));
+        s, batch, length, computed, setup.attention, setup.checkpointing, rank, cast);
+      held.logits = 2n * logits(s, batch, length, computed);
+      if (cast) {
+        held.logits += logits(s, batch, length, "fp32");
+        held.cast_weights = sum(castWeights(s, setup, computed));
+      }
     } else {
       held.logits = logits(s, batch, 1n, dtype);
       held.kv_cache = kvCache(s, batch, length, setup.cache_dtype ?? dtype);
@@ -320,6 +326,6 @@ function everyByteFormulas(data) {
     return found.sort((a, b) => (a.saved < b.saved ? 1 : a.saved > b.saved ? -1 : 0));
   }
 
-  return { dimensions, parameters, loraParameters, width, bytes, layerActivations, autocast,
+  return { dimensions, parameters, loraParameters, width, bytes, layerActivations, usesAutocast,
     memory, total, gpusNeeded, levers };
 }

@@ -110,7 +110,7 @@
     const trained = setup.rank ? adapters : count, training = setup.task === "training";
     const batch = grouped(setup.batch), length = grouped(setup.length);
     const layers = grouped(sizes.num_hidden_layers);
-    const computed = F.autocast(setup) ? setup.amp : setup.dtype;
+    const computed = F.usesAutocast(setup) ? setup.amp : setup.dtype;
     const split = setup.gpus > 1n && data.sharding[setup.sharding].includes(kind)
       ? `; divided by ${grouped(setup.gpus)} GPUs, rounded up to a whole byte` : "";
     switch (kind) {
@@ -132,23 +132,23 @@
           : "none: they serve training alone";
       case "activations": {
         if (!training) return "none is kept: one layer's at a time, not counted here";
-        const layer = F.layerActivations(sizes, setup.batch, setup.length, computed, setup.attention, setup.rank);
+        const layer = F.layerActivations(sizes, setup.batch, setup.length, computed, setup.attention, setup.rank, F.usesAutocast(setup));
         const scores = setup.attention === "eager" ? ", a score for each pair of tokens and head included" : "";
         return (setup.checkpointing
           ? `the inputs of ${layers} layers, and one layer made again: ${grouped(layer)} B${scores}`
           : `${layers} layers × ${grouped(layer)} B for ${batch} × ${length} tokens${scores}`)
-          + "; and the last norm" + (F.autocast(setup) ? "; as if all were computed in half precision, the least that it can be" : "");
+          + "; and the last norm" + (F.usesAutocast(setup) ? "; norms stay in FP32, and each matrix keeps its own copy of what it reads" : "");
       }
       case "logits":
         return training
-          ? `a score for each of ${grouped(sizes.vocab_size)} words at ${batch} × ${length} tokens, ${bytesOf(computed)}; and their logarithms`
+          ? `a score for each of ${grouped(sizes.vocab_size)} words at ${batch} × ${length} tokens, ${bytesOf(computed)}; and their logarithms${F.usesAutocast(setup) ? ", in FP32 as well" : ""}`
           : `a score for each of ${grouped(sizes.vocab_size)} words for ${batch} next tokens, ${bytesOf(setup.dtype)}`;
       case "kv_cache":
         return training ? "none: training does not generate"
           : `2 (key and value) × ${layers} layers × ${grouped(sizes.num_key_value_heads)} heads of ${grouped(sizes.head_dim)} numbers × ${batch} × ${length} tokens × ${bytesOf(setup.cache_dtype ?? setup.dtype)}`;
-      case "copies":
-        return held.copies ? `a copy of each matrix, ${bytesOf(setup.amp)} a number, while forward and backward run`
-          : "none: no autocast to fewer bits";
+      case "cast_weights":
+        return held.cast_weights ? `autocast's copy of each matrix, ${bytesOf(setup.amp)} a number, until backward has used it`
+          : "none: no autocast of FP32 weights";
       case "rounding":
         return `the allocator's, estimated: each tensor of parameters, gradients, states and KV cache up to a multiple of ${data.allocator.kMinBlockSize} B`
           + (setup.load === "to" ? "; a tensor of weights from 10 MiB up also keeps what is left of its 2 MiB, up to 1 MiB" : "");
