@@ -157,6 +157,27 @@ def test_a_step_with_lora_is_as_estimated(kind: str, dtype: str) -> None:
     assert 0 <= held - expected.activations - expected.logits <= 64
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_step_under_autocast_is_as_estimated(kind: str, batch: int) -> None:
+    sizes = SMALL[kind]
+    expected = estimate.memory(sizes, Setup(amp="bf16", batch=batch, length=96))
+    with VirtualGPU() as gpu:
+        with gpu.device:
+            model = build(sizes, "fp32")
+        ids = torch.zeros(batch, 96, dtype=torch.int64).to(gpu.device)
+        causal = torch.zeros(batch, 1, 96, 96).to(gpu.device)
+        positions = torch.arange(96)[None].to(gpu.device)
+        with torch.autocast(gpu.device.type, dtype=torch.bfloat16):
+            logits = model(input_ids=ids, attention_mask=causal, position_ids=positions).logits
+            loss = cross_entropy(logits.flatten(0, 1), ids.flatten())
+        held = gpu.breakdown(model)
+        del loss
+    assert held["parameters"] == expected.parameters
+    assert held["cast weights"] == expected.cast_weights
+    assert 0 <= held["activations"] - expected.activations - expected.logits <= 64
+
+
 @pytest.mark.parametrize("name", ["adam 8-bit", "lion", "lion 8-bit"])
 def test_the_states_of_bitsandbytes_optimizers(name: str) -> None:
     import bitsandbytes
