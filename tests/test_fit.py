@@ -56,6 +56,14 @@ def test_the_number_of_gpus_is_the_smallest(model: str, setup: Setup, gib: int) 
         assert needed == 1 or total(needed - 1) > capacity
 
 
+@pytest.mark.parametrize("gpus", [1, 2, 3, 7, 64, 1023, 1024])
+def test_cards_of_just_the_right_size(gpus: int) -> None:
+    sizes, setup = dimensions("Llama-3.1-8B"), Setup(dtype="bf16", length=512)
+    held = memory(sizes, replace(setup, gpus=gpus, sharding="ZeRO 3")).total
+    assert fit.gpus_needed(sizes, setup, held) == gpus
+    assert fit.gpus_needed(sizes, setup, held - 1) == (gpus + 1 if gpus < fit.MOST_GPUS else None)
+
+
 @settings(deadline=None, derandomize=True, max_examples=50)
 @given(MODELS, SETUPS)
 def test_levers_save_what_they_say_in_order(model: str, setup: Setup) -> None:
