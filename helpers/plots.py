@@ -23,7 +23,7 @@ from helpers.units import GB, MB, KiB, MiB
 # (WCAG 1.4.11), after the palette of Okabe and Ito for all kinds of sight.
 COLORS = dict(
     zip(
-        (*KINDS, "logits", "KV cache"),  # the last two of estimates alone
+        (*KINDS, "logits", "KV cache", "cast weights", "CUDA context"),  # the last of estimates
         (
             "#0072b2",  # parameters
             "#6b8e23",  # scales
@@ -38,6 +38,8 @@ COLORS = dict(
             "#8c6d5a",  # rounding
             "#c4742f",  # logits
             "#5b86a8",  # KV cache
+            "#b264dc",  # cast weights
+            "#6f7f33",  # CUDA context
         ),
         strict=True,
     )
@@ -72,6 +74,9 @@ def by_kind(memory: Memory) -> Breakdown:
         "activations": memory.activations,
         "logits": memory.logits,
         "KV cache": memory.kv_cache,
+        "cast weights": memory.cast_weights,
+        "rounding": memory.rounding,
+        "CUDA context": memory.context,
     }
     return Breakdown({kind: kinds.get(kind, 0) for kind in COLORS})
 

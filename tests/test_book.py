@@ -3,13 +3,12 @@
 import functools
 import re
 import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 
 from helpers.plots import COLORS
 from tools.book import build
@@ -19,17 +18,9 @@ from tools.repository import ROOT, address, web_address
 PAGES = [
     "book/index.html",
     *(f"notebooks/{source.stem}.html" for source in sources(ROOT / "notebooks")),
+    "book/estimator.html",
     "book/references.html",
 ]
-
-
-@pytest.fixture(scope="module")
-def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The book, built with warnings as errors, of a clone that has no address."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("REPOSITORY", raising=False)
-        patch.setattr("tools.repository._origin", lambda root: "")
-        return build(tmp_path_factory.mktemp("book")).parent
 
 
 class Links(HTMLParser):
@@ -178,17 +169,6 @@ def test_the_address_comes_from_the_first_place_that_has_it(
 # In a browser
 
 WIDTHS = (1280, 390, 360)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    found = (shutil.which(name) for name in ("chromium", "google-chrome", "chromium-browser"))
-    path = next(filter(None, found), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine")
-    with sync_playwright() as playwright:
-        with playwright.chromium.launch(executable_path=path, args=["--no-sandbox"]) as launched:
-            yield launched
 
 
 @pytest.mark.parametrize("page", PAGES)

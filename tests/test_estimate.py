@@ -1,6 +1,7 @@
 """The closed formulas, against published counts and against replays of the real models."""
 
 import dataclasses
+import math
 from fractions import Fraction
 
 import pytest
@@ -11,9 +12,11 @@ from torch import nn, optim
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
+from transformers.pytorch_utils import Conv1D
 
 from helpers import estimate
-from helpers.estimate import Dimensions
+from helpers.allocator import CachingAllocator
+from helpers.estimate import Dimensions, Setup
 from helpers.gpu import VirtualGPU
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -52,12 +55,20 @@ def build(sizes: Dimensions, dtype: str) -> PreTrainedModel:
 
 
 def step(
-    gpu: VirtualGPU, sizes: Dimensions, optimizer: str, dtype: str, batch: int, length: int
+    gpu: VirtualGPU,
+    sizes: Dimensions,
+    optimizer: str,
+    dtype: str,
+    batch: int,
+    length: int,
+    lora: int = 0,
 ) -> tuple[dict[str, int], int]:
     """One real training step, replayed: bytes by kind after it, and activations before backward."""
     transformers_logging.set_verbosity_error()
     with gpu.device:
         model = build(sizes, dtype)
+    if lora:
+        with_lora(model, lora)
     ids = torch.zeros(batch, length, dtype=torch.int64).to(gpu.device)
     causal = torch.zeros(batch, 1, length, length, dtype=DTYPES[dtype]).to(gpu.device)
     positions = torch.arange(length)[None].to(gpu.device)
@@ -65,7 +76,7 @@ def step(
     loss = cross_entropy(logits.flatten(0, 1), ids.flatten())
     held = gpu.breakdown(model)["activations"]
     loss.backward()
-    opt = OPTIMIZERS[optimizer](model.parameters())
+    opt = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
     opt.step()
     return dict(gpu.breakdown(model, opt)), held
 
@@ -106,6 +117,65 @@ def test_a_training_step_is_as_estimated(
     assert rows["optimizer states"] == expected.optimizer_states
     # To the byte, but for the loss: its value, its mean's weight, and its counters.
     assert 0 <= held - expected.activations - expected.logits <= 64
+
+
+class LoRA(nn.Module):
+    """LoRA in plain PyTorch, beside a linear layer of either of transformers' kinds."""
+
+    def __init__(self, linear: nn.Linear | Conv1D, rank: int) -> None:
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        n, m = linear.weight.shape if isinstance(linear, Conv1D) else linear.weight.shape[::-1]
+        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.down = nn.Linear(n, rank, bias=False, **like)
+        self.up = nn.Linear(rank, m, bias=False, **like)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + self.up(self.down(x))
+
+
+def with_lora(model: PreTrainedModel, rank: int) -> PreTrainedModel:
+    model.requires_grad_(False)
+    for block in [m for m in model.modules() if isinstance(m, nn.Module) and m is not model]:
+        for name, child in list(block.named_children()):
+            inside = not isinstance(block, LoRA) and not isinstance(child, nn.Embedding)
+            if inside and isinstance(child, nn.Linear | Conv1D):
+                setattr(block, name, LoRA(child, rank))
+    return model
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "one key head"])
+def test_a_step_with_lora_is_as_estimated(kind: str, dtype: str) -> None:
+    sizes, work = SMALL[kind], {"batch": 2, "length": 128}
+    expected = estimate.memory(sizes, Setup(dtype=dtype, optimizer="adamw", rank=8, **work))
+    with VirtualGPU() as gpu:
+        rows, held = step(gpu, sizes, "adamw", dtype, 2, 128, lora=8)
+    assert rows["parameters"] == expected.parameters
+    assert rows["gradients"] == expected.gradients
+    assert rows["optimizer states"] == expected.optimizer_states
+    assert 0 <= held - expected.activations - expected.logits <= 64
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", SMALL)
+def test_a_step_under_autocast_is_as_estimated(kind: str, batch: int) -> None:
+    sizes = SMALL[kind]
+    expected = estimate.memory(sizes, Setup(amp="bf16", batch=batch, length=96))
+    with VirtualGPU() as gpu:
+        with gpu.device:
+            model = build(sizes, "fp32")
+        ids = torch.zeros(batch, 96, dtype=torch.int64).to(gpu.device)
+        causal = torch.zeros(batch, 1, 96, 96).to(gpu.device)
+        positions = torch.arange(96)[None].to(gpu.device)
+        with torch.autocast(gpu.device.type, dtype=torch.bfloat16):
+            logits = model(input_ids=ids, attention_mask=causal, position_ids=positions).logits
+            loss = cross_entropy(logits.flatten(0, 1), ids.flatten())
+        held = gpu.breakdown(model)
+        del loss
+    assert held["parameters"] == expected.parameters
+    assert held["cast weights"] == expected.cast_weights
+    assert 0 <= held["activations"] - expected.activations - expected.logits <= 64
 
 
 @pytest.mark.parametrize("name", ["adam 8-bit", "lion", "lion 8-bit"])
@@ -257,6 +327,173 @@ def test_what_is_quantised_and_what_is_not() -> None:
     assert estimate.parameter_bytes(sizes, "bf16", "int8") == rest * 2 + blocks + rows * 4
 
 
+# Sharding
+
+# Table 1 of the ZeRO paper (arXiv 1910.02054): GB for each of so many GPUs, of
+# models of 7.5, 128 and 1000 billion parameters, in ZeRO 1, 2 and 3.
+ZERO_PAPER = {
+    1: ((120, 120, 120), (2048, 2048, 2048), (16000, 16000, 16000)),
+    4: ((52.5, 41.3, 30), (896, 704, 512), (7000, 5500, 4000)),
+    16: ((35.6, 21.6, 7.5), (608, 368, 128), (4750, 2875, 1000)),
+    64: ((31.4, 16.6, 1.88), (536, 284, 32), (4187, 2218, 250)),
+    256: ((30.4, 15.4, 0.47), (518, 263, 8), (4046, 2054, 62.5)),
+    1024: ((30.1, 15.1, 0.12), (513, 257, 2), (4011, 2013, 15.6)),
+}
+PAPERS_ADAM = {"dtype": "fp16", "states": "fp32", "master_weights": True, "batch": 0}
+
+
+@pytest.mark.parametrize("gpus", ZERO_PAPER)
+def test_sharding_is_that_of_the_paper(gpus: int) -> None:
+    sizes = estimate.dimensions("Llama-3.1-8B")
+    count = sum(estimate.parameters(sizes).values())
+    for stage in (1, 2, 3):
+        setup = Setup(gpus=gpus, sharding=f"ZeRO {stage}", **PAPERS_ADAM)  # type: ignore[arg-type]
+        memory = estimate.memory(sizes, setup)
+        held = memory.parameters + memory.gradients + memory.optimizer_states
+        for billions, row in zip((7.5, 128, 1000), ZERO_PAPER[gpus], strict=True):
+            published = row[stage - 1]
+            # The paper rounds, or cuts off, at three or four digits.
+            assert held / count * billions == pytest.approx(published, rel=0.007, abs=0.005)
+
+
+MANY = st.integers(1, 100)
+STAGES = st.sampled_from(list(estimate.SHARDING))
+
+
+@settings(deadline=None, derandomize=True)
+@given(SIZES, KINDS, st.sampled_from(estimate.OPTIMIZERS), STAGES, MANY)
+def test_shards_hold_the_whole_and_little_more(
+    sizes: Dimensions, dtype: str, optimizer: str, stage: str, gpus: int
+) -> None:
+    whole = estimate.training(sizes, optimizer, dtype)
+    part = estimate.training(sizes, optimizer, dtype, gpus=gpus, sharding=stage)
+    for field in dataclasses.fields(whole):
+        all_of_it, one = getattr(whole, field.name), getattr(part, field.name)
+        if field.name in estimate.SHARDING[stage]:
+            assert 0 <= gpus * one - all_of_it < gpus
+        else:
+            assert one == all_of_it
+
+
+@settings(deadline=None, derandomize=True)
+@given(SIZES, KINDS, st.sampled_from(estimate.OPTIMIZERS), STAGES, MANY, st.booleans())
+def test_more_gpus_never_hold_more_each(
+    sizes: Dimensions, dtype: str, optimizer: str, stage: str, gpus: int, loaded: bool
+) -> None:
+    setup = Setup(
+        dtype=dtype,
+        optimizer=optimizer,
+        length=16,
+        gpus=gpus,
+        sharding=stage,
+        load="to" if loaded else "device_map",
+    )
+    now = estimate.memory(sizes, setup)
+    more = estimate.memory(sizes, dataclasses.replace(setup, gpus=gpus + 1))
+    assert more.total <= now.total
+    assert more.context == now.context
+    if gpus == 1:
+        assert now == estimate.memory(sizes, dataclasses.replace(setup, sharding="none"))
+    stages = [
+        estimate.memory(sizes, dataclasses.replace(setup, sharding=s)).total
+        for s in estimate.SHARDING
+    ]
+    assert stages == sorted(stages, reverse=True)
+
+
+# Rounding
+
+
+@pytest.mark.parametrize("name", estimate.known_models())
+@pytest.mark.parametrize(("dtype", "width"), [("fp32", 4), ("bf16", 2)])
+def test_rounding_of_the_weights_beside_a_replay(name: str, dtype: str, width: int) -> None:
+    sizes = estimate.dimensions(name)
+    for load in ("to", "device_map"):
+        card = CachingAllocator()
+        requests = [width * math.prod(shape) for _, shape in estimate.shapes(sizes)]
+        if load == "device_map":
+            card.free(card.malloc(sum(requests) + 512 * len(requests)))
+        for nbytes in requests:
+            card.malloc(nbytes)
+        setup = Setup(task="inference", dtype=dtype, batch=0, load=load)
+        memory = estimate.memory(sizes, setup)
+        allocated = memory.parameters + memory.rounding
+        if load == "device_map":  # but for what is left at the end of the one block
+            assert 0 <= card.memory_allocated() - allocated <= 2**20
+        else:  # what small segments leave is not in the formula
+            assert allocated <= card.memory_allocated() <= 1.025 * allocated
+
+
+def test_rounding_of_published_loads() -> None:
+    """gpt2-large in FP32: 3,096,120,320 B of weights, and 72 matrices of 25 MiB in 26 MiB each."""
+    sizes = estimate.dimensions("gpt2-large")
+    by = {
+        load: estimate.memory(sizes, Setup(task="inference", batch=0, load=load)).rounding
+        for load in ("to", "device_map")
+    }
+    embedding = 50257 * 1280 * 4
+    left = -embedding % (2 * 2**20)  # of the embedding's segment
+    assert by == {"to": 72 * 2**20 + left, "device_map": 0}
+
+
+def test_a_block_is_a_multiple_of_512() -> None:
+    mib = 2**20
+    assert [estimate.block(n) for n in (0, 1, 512, 513)] == [0, 512, 512, 1024]
+    assert estimate.block(25 * mib, own_segment=True) == 26 * mib
+    assert estimate.block(25 * mib) == 25 * mib
+    assert estimate.block(9 * mib + 1, own_segment=True) == 9 * mib + 512
+    assert (
+        estimate.block(25 * mib - 512, own_segment=True) == 25 * mib - 512
+    )  # the rest is split off
+    assert estimate.block(10 * mib, own_segment=True) == 10 * mib
+
+
+# All options together
+
+
+def test_mixed_precision_keeps_what_it_is_known_to_keep() -> None:
+    sizes = estimate.dimensions("Llama-3.1-8B")
+    count = sum(estimate.parameters(sizes).values())
+    full = estimate.memory(sizes, Setup())
+    amp = estimate.memory(sizes, Setup(amp="bf16"))
+    assert (amp.parameters, amp.gradients) == (full.parameters, full.gradients)
+    assert amp.optimizer_states == full.optimizer_states == 8 * count
+    # All but the embedding and the norms are cast to two bytes.
+    parts = estimate.parameters(sizes)
+    assert amp.cast_weights == 2 * (parts["attention"] + parts["mlp"] + parts["head"])
+    # Half weights with FP32 states and master weights: 2 + 2 + 12 bytes (arXiv 1910.02054).
+    paper = estimate.memory(sizes, Setup(**PAPERS_ADAM))  # type: ignore[arg-type]
+    assert paper.parameters + paper.gradients + paper.optimizer_states == 16 * count
+    # Nothing to cast where the weights are in as few bits.
+    half = Setup(dtype="bf16", batch=2, length=64)
+    cast = dataclasses.replace(half, amp="bf16")
+    assert estimate.memory(sizes, cast) == estimate.memory(sizes, half)
+
+
+def test_a_tied_head_is_cast_by_autocast() -> None:
+    sizes = estimate.dimensions("gpt2")
+    h, i = sizes.hidden_size, sizes.intermediate_size
+    matrices = sizes.num_hidden_layers * (4 * h * h + 2 * h * i)
+    copies = estimate.memory(sizes, Setup(amp="fp16")).cast_weights
+    assert copies == 2 * (matrices + sizes.vocab_size * h)
+
+
+def test_quantised_weights_are_trained_with_lora_only() -> None:
+    sizes = SMALL["llama"]
+    with pytest.raises(ValueError, match=r"rank is 0: expected 1 or more, for quantised weights"):
+        Setup(quantised="nf4")
+    memory = estimate.memory(sizes, Setup(dtype="bf16", quantised="nf4", rank=8))
+    adapters = estimate.lora_parameters(sizes, 8)
+    assert memory.parameters == estimate.parameter_bytes(sizes, "bf16", "nf4") + 2 * adapters
+    assert memory.gradients == 2 * adapters
+
+
+def test_the_context_is_a_published_range() -> None:
+    # stas00/ml-engineering: 0.47 GiB with lazily loaded modules, 0.92 GiB without.
+    assert [round(nbytes / 2**30, 2) for nbytes in estimate.CONTEXT] == [0.47, 0.92]
+    assert estimate.memory(SMALL["gpt2"], Setup()).context == max(estimate.CONTEXT)
+
+
 # Impossible input
 
 
@@ -294,6 +531,13 @@ def test_impossible_sizes_are_refused(change: dict[str, object], message: str) -
             lambda s: estimate.inference(s, quantised="int3"),
             "quantised is 'int3': expected None or one of int8",
         ),
+        (lambda s: Setup(gpus=0), "gpus is 0: expected a whole number from 1 up"),
+        (lambda s: estimate.training(s, gpus=2.0), "gpus is 2.0: expected a whole number from 1"),
+        (lambda s: Setup(sharding="ZeRO 4"), "sharding is 'ZeRO 4': expected one of none, ZeRO 1"),
+        (lambda s: Setup(amp="fp32"), "amp is 'fp32': expected None or one of bf16, fp16"),
+        (lambda s: Setup(states="int8"), "dtype is 'int8': expected one that is computed in"),
+        (lambda s: Setup(rank=-1), "rank is -1: expected a whole number from 0 up"),
+        (lambda s: Setup(load="disk"), "load is 'disk': expected one of to, device_map"),
         (lambda s: estimate.dimensions("gpt5"), "model is 'gpt5': expected one of gpt2, gpt2-m"),
     ],
 )

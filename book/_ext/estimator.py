@@ -1,0 +1,96 @@
+"""The estimator's form, with the constants of the Python modules written into its page.
+
+Models, cards, dtypes, optimizers and colours stand once, in `helpers`; the page's
+scripts read them from a JSON element.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from helpers import allocator, estimate, fit, plots
+
+PAGE = "book/estimator"
+
+# The fields of `estimate.Memory`, by the names of the book's figures.
+KINDS = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer_states": "optimizer states",
+    "activations": "activations",
+    "logits": "logits",
+    "kv_cache": "KV cache",
+    "cast_weights": "cast weights",
+    "rounding": "rounding",
+    "context": "CUDA context",
+}
+
+
+def data() -> dict[str, Any]:
+    """What estimate.js asks for: the constants of the Python modules, under their names."""
+    return {
+        "traits": {name: sorted(traits) for name, traits in estimate.TRAITS.items()},
+        "bytes": {name: [n.numerator, n.denominator] for name, n in estimate.BYTES.items()},
+        "optimizers": {
+            name: [store.__name__, states, tables]
+            for name, (store, states, tables) in estimate.STORES.items()
+        },
+        "sharding": estimate.SHARDING,
+        "choices": estimate.CHOICES,
+        "context": estimate.CONTEXT,
+        "allocator": {
+            name: getattr(allocator, name)
+            for name in ("kMinBlockSize", "kSmallSize", "kMinLargeAlloc", "kRoundLarge")
+        },
+        "levers": fit.LEVERS,
+        "halves": fit.HALVES,
+        "more_gpus": fit.MORE_GPUS,
+        "most_gpus": fit.MOST_GPUS,
+        "kinds": {
+            field: {"name": name, "color": plots.COLORS[name]} for field, name in KINDS.items()
+        },
+        "models": estimate.known_models(),
+        "cards": {name: card.memory for name, card in fit.cards().items()},
+    }
+
+
+class Estimator(SphinxDirective):
+    """``{estimator}``: the form, the results and the guided tasks."""
+
+    def run(self) -> list[nodes.Node]:
+        """The page's HTML, from estimator.html beside this file."""
+        folder = Path(__file__).parent
+        environment = Environment(
+            loader=FileSystemLoader(folder),
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined=StrictUndefined,
+        )
+        constants = data()
+        script = json.dumps(constants, separators=(",", ":")).replace("<", "\\u003c")
+        html = environment.get_template("estimator.html").render(
+            data=constants, script=Markup(script), cards=fit.cards()
+        )
+        return [nodes.raw("", html, format="html")]
+
+
+def add_files(app: Sphinx, page: str, *_: object) -> None:
+    """Load the estimator's scripts and style on its own page only."""
+    if page == PAGE:
+        app.add_css_file("estimator.css")
+        app.add_js_file("estimate.js", loading_method="defer")
+        app.add_js_file("estimator.js", loading_method="defer")
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Sphinx calls this."""
+    app.add_directive("estimator", Estimator)
+    app.connect("html-page-context", add_files)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

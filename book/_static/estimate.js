@@ -1,0 +1,331 @@
+/* The formulas of helpers/estimate.py and helpers/fit.py, for the estimator's page.
+
+   tests/test_estimator.py proves them equal to Python's, to the byte, on thousands
+   of inputs. Whole numbers are BigInt: exact at any size. `data` are the constants
+   of the Python modules, which book/_ext/estimator.py writes into the page. */
+"use strict";
+
+class Refusal extends Error {
+  constructor(what, value, expected) {
+    const shown = value === null ? "None" : typeof value === "string" ? `'${value}'` : value;
+    super(`${what} is ${shown}: expected ${expected}`);
+    Object.assign(this, { what, expected });
+  }
+}
+
+function everyByteFormulas(data) {
+  const big = (value) => BigInt(value);
+  const ceil = (n, d) => (n + d - 1n) / d;
+  const sum = (tensors) => tensors.reduce((all, [nbytes, count]) => all + nbytes * count, 0n);
+  const product = (shape) => shape.reduce((all, size) => all * size, 1n);
+  const has = (sizes, trait) => data.traits[sizes.model_type].includes(trait);
+  const isMatrix = (part, shape) => ["attention", "mlp"].includes(part) && shape.length === 2;
+
+  // Dimensions
+
+  const LEAST = { vocab_size: 1n, hidden_size: 1n, num_attention_heads: 1n };
+  const SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings", "intermediate_size", "num_key_value_heads", "head_dim",
+    "num_local_experts", "num_experts_per_tok"];
+
+  function dimensions(given) {
+    const s = { ...given };
+    for (const name of SIZES) s[name] = big(given[name] ?? 0);
+    if (!(s.model_type in data.traits)) {
+      throw new Refusal("model_type", s.model_type, `one of ${Object.keys(data.traits).join(", ")}`);
+    }
+    for (const name of SIZES) {
+      const least = LEAST[name] ?? 0n;
+      if (s[name] < least) throw new Refusal(name, s[name], `a whole number from ${least} up`);
+    }
+    const heads = s.num_attention_heads;
+    s.intermediate_size ||= 4n * s.hidden_size;
+    s.num_key_value_heads ||= heads;
+    if (!s.head_dim && s.hidden_size % heads) {
+      throw new Refusal("num_attention_heads", heads, `a divisor of hidden_size ${s.hidden_size}`);
+    }
+    s.head_dim ||= s.hidden_size / heads;
+    if (heads % s.num_key_value_heads) {
+      throw new Refusal("num_key_value_heads", s.num_key_value_heads, `a divisor of ${heads}`);
+    }
+    if (s.num_experts_per_tok > s.num_local_experts) {
+      throw new Refusal("num_experts_per_tok", s.num_experts_per_tok,
+        `at most num_local_experts ${s.num_local_experts}`);
+    }
+    return s;
+  }
+
+  // Parameter tensors: [part, shape, how many]
+
+  function tensors(s) {
+    const h = s.hidden_size, i = s.intermediate_size, layers = s.num_hidden_layers;
+    const queries = s.num_attention_heads * s.head_dim, keys = s.num_key_value_heads * s.head_dim;
+    const biases = has(s, "biases"), found = [];
+    const add = (part, shape, count) => found.push([part, shape, count]);
+    const norm = (count) => add("norm", [h], has(s, "layer norm") ? 2n * count : count);
+    const linear = (part, n, m, bias, count) => {
+      add(part, [n, m], count);
+      if (bias) add(part, [m], count);
+    };
+    add("embedding", [s.vocab_size, h], 1n);
+    if (has(s, "learned positions")) add("embedding", [s.max_position_embeddings, h], 1n);
+    norm(2n * layers);
+    if (s.model_type === "gpt2") linear("attention", h, 3n * h, biases, layers);
+    else {
+      const bias = biases || has(s, "query, key and value biases");
+      for (const width of [queries, keys, keys]) linear("attention", h, width, bias, layers);
+    }
+    if (has(s, "query and key norms")) add("norm", [s.head_dim], 2n * layers);
+    linear("attention", queries, h, biases, layers);
+    if (s.num_local_experts) linear("router", h, s.num_local_experts, false, layers);
+    const mlps = layers * (s.num_local_experts || 1n);
+    linear("mlp", h, i, biases, has(s, "gated") ? 2n * mlps : mlps);
+    linear("mlp", i, h, biases, mlps);
+    norm(1n);
+    if (!s.tie_word_embeddings) add("head", [h, s.vocab_size], 1n);
+    return found;
+  }
+
+  const parameters = (s) => tensors(s).reduce((n, [, shape, count]) => n + count * product(shape), 0n);
+
+  const adapters = (s, rank) => tensors(s)
+    .filter(([part, shape]) => isMatrix(part, shape))
+    .flatMap(([, [n, m], count]) => [[[n, rank], count], [[rank, m], count]]);
+
+  const loraParameters = (s, rank) =>
+    adapters(s, rank).reduce((n, [shape, count]) => n + count * product(shape), 0n);
+
+  // Bytes of a number, as a fraction
+
+  function bytes(dtype) {
+    if (!(dtype in data.bytes)) {
+      throw new Refusal("dtype", dtype, `one of ${Object.keys(data.bytes).join(", ")}`);
+    }
+    return data.bytes[dtype].map(big);
+  }
+
+  function width(dtype) {
+    const [n, d] = bytes(dtype);
+    if (n < 2n * d) {
+      throw new Refusal("dtype", dtype, "one that is computed in: fp64, fp32, fp16 or bf16");
+    }
+    return n / d;
+  }
+
+  // Tensors in memory: [bytes, how many]
+
+  function quantised(shape, dtype) {
+    const count = product(shape);
+    if (dtype === "int8") return [count, 4n * shape[1]];
+    const packed = ceil(count, 2n), blocks = ceil(count, 64n);
+    return dtype.includes("double") ? [packed, blocks, 4n * ceil(blocks, 256n)] : [packed, 4n * blocks];
+  }
+
+  function weights(s, dtype, format) {
+    const [n, d] = bytes(dtype);
+    return tensors(s).flatMap(([part, shape, count]) => {
+      const held = format && isMatrix(part, shape)
+        ? quantised(shape, format) : [ceil(product(shape) * n, d)];
+      return held.map((nbytes) => [nbytes, count]);
+    });
+  }
+
+  const STORES = {
+    _whole: (shape, b, states) => Array(states).fill(b * product(shape)),
+    _adafactor: (shape, b) =>
+      shape.length < 2 ? [b * shape[0]] : [b * shape[0], b * shape[1]],
+    _adam_8bit: (shape, b, states) => {
+      const count = product(shape);
+      const one = count < 4096n ? [4n * count] : [count, 4n * ceil(count, 256n)];
+      return Array(states).fill(one).flat();
+    },
+  };
+
+  function states(trained, optimizer, dtype) {
+    const [store, copies, tables] = data.optimizers[optimizer];
+    const [n, d] = bytes(dtype);
+    const held = trained.flatMap(([shape, count]) =>
+      STORES[store](shape, n / d, copies).map((nbytes) => [nbytes, count]));
+    return [[4n * 256n, big(tables)], ...held];
+  }
+
+  const stored = (shapes, dtype) =>
+    shapes.map(([shape, count]) => [product(shape) * width(dtype), count]);
+
+  function castWeights(s, setup, dtype) {
+    const cast = tensors(s).filter(([part, shape], index) =>
+      ["attention", "mlp", "router", "head"].includes(part)
+        ? shape.length === 2 && !(setup.quantised && isMatrix(part, shape))
+        : s.tie_word_embeddings && index === 0);
+    const shapes = cast.map(([, shape, count]) => [shape, count]);
+    return stored(setup.rank ? [...shapes, ...adapters(s, setup.rank)] : shapes, dtype);
+  }
+
+  // Activations, logits, KV cache
+
+  const normInput = (s, b) =>
+    has(s, "layer norm") ? b * s.hidden_size + 8n : (b > 4n ? b : 4n) * s.hidden_size + 4n;
+  const normRest = (s, b, rank) => (rank || has(s, "layer norm") ? 0n : b * s.hidden_size);
+
+  function layerActivations(s, batch, length, dtype, attention, rank, autocast) {
+    const b = width(dtype), half = b < 4n, h = s.hidden_size, heads = s.num_attention_heads;
+    const queries = heads * s.head_dim, keys = s.num_key_value_heads * s.head_dim;
+    const experts = s.num_experts_per_tok || 1n, gated = has(s, "gated");
+    const wide = autocast ? 4n : b;
+    const readers = autocast ? (s.model_type === "gpt2" ? 1n : 3n) + (gated ? 2n : 1n) : 2n;
+    const inFP32 = autocast || !has(s, "layer norm"); // the softmax
+    const scores = inFP32 && half ? b + 4n : half || !inFP32 ? b : 4n;
+    let token = 2n * (normInput(s, wide) + normRest(s, wide, rank)) + readers * b * h;
+    if (has(s, "query and key norms")) {
+      token += ((half ? 4n : b) + (rank ? 0n : b)) * (queries + keys);
+      token += 4n * (heads + s.num_key_value_heads);
+    }
+    if (attention === "eager") {
+      const once = batch === 1n && s.num_key_value_heads === 1n;
+      const repeated = once ? (autocast ? queries : keys) + keys : 2n * queries;
+      token += b * (2n * queries + repeated) + heads * length * scores;
+    } else token += 2n * b * (queries + keys) + 4n * heads;
+    token += (gated ? experts * 4n * b : 5n * b + (autocast ? 6n : 0n)) * s.intermediate_size;
+    const matrices = (s.model_type === "gpt2" ? 2n : 4n) + experts * (gated ? 3n : 2n);
+    return batch * length * (token + matrices * rank * b);
+  }
+
+  function activations(s, batch, length, dtype, attention, checkpointing, rank, autocast) {
+    const layer = layerActivations(s, batch, length, dtype, attention, rank, autocast);
+    const b = width(dtype), h = s.hidden_size, layers = s.num_hidden_layers;
+    const wide = autocast ? 4n : b, norm = normInput(s, wide);
+    let last = batch * length * (norm + normRest(s, wide, rank) + (rank ? 0n : b * h));
+    if (!has(s, "learned positions")) last += 2n * wide * length * s.head_dim;
+    if (checkpointing) return last + layers * batch * length * h * wide + (layers ? layer : 0n);
+    return last + layers * layer - (rank && layers ? batch * length * norm : 0n);
+  }
+
+  const logits = (s, batch, length, dtype) => batch * length * s.vocab_size * width(dtype);
+
+  function kvCache(s, batch, length, dtype) {
+    const [n, d] = bytes(dtype);
+    const position = 2n * s.num_hidden_layers * s.num_key_value_heads * s.head_dim;
+    return ceil(batch * length * position * n, d);
+  }
+
+  // The allocator's blocks, and ZeRO
+
+  function block(nbytes, ownSegment) {
+    const up = (n, multiple) => ceil(n, big(multiple)) * big(multiple);
+    const size = up(nbytes, data.allocator.kMinBlockSize);
+    const segment = up(size, data.allocator.kRoundLarge);
+    const keeps = ownSegment && size >= data.allocator.kMinLargeAlloc
+      && segment - size <= data.allocator.kSmallSize;
+    return keeps ? segment : size;
+  }
+
+  // All together
+
+  const KINDS = Object.keys(data.kinds); // the fields of Memory, in order
+  const NUMBERS = ["batch", "length", "rank", "gpus"];
+
+  function checked(given) {
+    const setup = { ...given };
+    for (const name of NUMBERS) setup[name] = big(given[name]);
+    for (const [what, known] of Object.entries(data.choices)) {
+      if (!known.includes(setup[what])) {
+        const none = known.includes(null) ? "None or " : "";
+        throw new Refusal(what, setup[what], `${none}one of ${known.filter(Boolean).join(", ")}`);
+      }
+    }
+    for (const dtype of [setup.dtype, setup.gradients, setup.states]) width(dtype ?? setup.dtype);
+    bytes(setup.cache_dtype ?? setup.dtype);
+    for (const what of ["batch", "length"]) {
+      if (setup[what] < 0n) throw new Refusal(what, setup[what], "a whole number from 0 up");
+    }
+    if (setup.rank < 0n) {
+      throw new Refusal("rank", setup.rank, "a whole number from 0 up, 0 for no LoRA");
+    }
+    if (setup.gpus < 1n) throw new Refusal("gpus", setup.gpus, "a whole number from 1 up");
+    if (setup.task === "training" && setup.quantised && !setup.rank) {
+      throw new Refusal("rank", 0n,
+        "1 or more, for quantised weights are not trained; LoRA's factors are");
+    }
+    return setup;
+  }
+
+  const usesAutocast = (setup) => setup.amp !== null && setup.dtype === "fp32";
+
+  function memory(s, given) {
+    const setup = checked(given), { dtype, batch, length, rank } = setup;
+    const held = Object.fromEntries(KINDS.map((kind) => [kind, 0n]));
+    const tensorsOf = { parameters: weights(s, dtype, setup.quantised) };
+    held.context = big(data.context.at(-1));
+    if (setup.task === "training") {
+      const trained = rank ? adapters(s, rank) : tensors(s).map(([, shape, count]) => [shape, count]);
+      if (rank) tensorsOf.parameters.push(...stored(trained, dtype));
+      tensorsOf.gradients = stored(trained, setup.gradients ?? dtype);
+      tensorsOf.optimizer_states = states(trained, setup.optimizer, setup.states ?? dtype);
+      if (setup.master_weights && width(dtype) < 4n) {
+        tensorsOf.optimizer_states.push(...stored(trained, "fp32"));
+      }
+      const cast = usesAutocast(setup), computed = cast ? setup.amp : dtype;
+      held.activations = activations(
+        s, batch, length, computed, setup.attention, setup.checkpointing, rank, cast);
+      held.logits = 2n * logits(s, batch, length, computed);
+      if (cast) {
+        held.logits += logits(s, batch, length, "fp32");
+        held.cast_weights = sum(castWeights(s, setup, computed));
+      }
+    } else {
+      held.logits = logits(s, batch, 1n, dtype);
+      held.kv_cache = kvCache(s, batch, length, setup.cache_dtype ?? dtype);
+      const caches = 2n * s.num_hidden_layers;
+      if (caches) held.rounding = caches * block(ceil(held.kv_cache, caches)) - held.kv_cache;
+    }
+    for (const kind of Object.keys(tensorsOf)) {
+      let some = tensorsOf[kind], own = kind === "parameters" && setup.load === "to";
+      let nbytes = sum(some);
+      if (setup.gpus > 1n && data.sharding[setup.sharding].includes(kind)) {
+        nbytes = ceil(nbytes, setup.gpus);
+        [some, own] = [[[nbytes, 1n]], false];
+      }
+      held[kind] = nbytes;
+      held.rounding += sum(some.map(([n, count]) => [block(n, own), count])) - nbytes;
+    }
+    return held;
+  }
+
+  const total = (held) => KINDS.reduce((all, kind) => all + held[kind], 0n);
+
+  // Does it fit
+
+  function gpusNeeded(s, setup, capacity) {
+    const fits = (gpus) =>
+      total(memory(s, { ...setup, gpus, sharding: "ZeRO 3" })) <= big(capacity);
+    let few = 1, enough = data.most_gpus;
+    if (fits(1)) return 1;
+    if (!fits(enough)) return null;
+    while (enough - few > 1) {
+      const middle = Math.floor((few + enough) / 2);
+      if (fits(middle)) enough = middle;
+      else few = middle;
+    }
+    return enough;
+  }
+
+  function levers(s, setup) {
+    const changes = { ...data.levers };
+    for (const [name, what] of Object.entries(data.halves)) {
+      changes[name] = { [what]: ceil(big(setup[what]), 2n) };
+    }
+    changes[data.more_gpus] = { gpus: 2n * big(setup.gpus), sharding: "ZeRO 3" };
+    const now = total(memory(s, setup)), found = [];
+    for (const [name, change] of Object.entries(changes)) {
+      const whole = setup.task === "training" && !big(change.rank ?? setup.rank);
+      if (whole && "quantised" in change) continue;
+      const changed = { ...setup, ...change };
+      const saved = now - total(memory(s, changed));
+      if (saved > 0n) found.push({ name, change, saved });
+    }
+    return found.sort((a, b) => (a.saved < b.saved ? 1 : a.saved > b.saved ? -1 : 0));
+  }
+
+  return { dimensions, parameters, loraParameters, width, bytes, layerActivations, usesAutocast,
+    memory, total, gpusNeeded, levers };
+}

@@ -1,0 +1,356 @@
+/* The estimator's page: reads the form, shows what estimate.js says, keeps the address. */
+"use strict";
+
+(() => {
+  const $ = (id) => document.getElementById(id);
+  const form = $("e-form");
+  if (!form) return;
+  const data = JSON.parse($("estimator-data").textContent);
+  const F = everyByteFormulas(data);
+  const KINDS = Object.keys(data.kinds);
+  const SIZES = ["model_type", "vocab_size", "hidden_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "max_position_embeddings", "num_local_experts", "num_experts_per_tok", "tie_word_embeddings"];
+  const NUMBERS = [...SIZES.slice(1, -1), "batch", "length", "rank", "gpus"];
+  const LARGEST = 10n ** 12n; // of a typed number
+  const controls = [...form.elements].filter((control) => control.name);
+  const control = (name) => form.elements.namedItem(name);
+  const get = (c) => (c.type === "checkbox" ? (c.checked ? "1" : "") : c.value.trim());
+  const set = (c, value) => {
+    if (c.type === "checkbox") c.checked = Boolean(value) && value !== "0";
+    else c.value = value;
+  };
+  const start = Object.fromEntries(controls.map((c) => [c.name, get(c)]));
+
+  // Numbers as text
+
+  const GB = 10n ** 9n, MB = 10n ** 6n, GiB = 2 ** 30;
+  const grouped = (n) => n.toLocaleString("en-US");
+  const short = (n) => {
+    const sign = n < 0n ? "−" : "", size = n < 0n ? -n : n;
+    const [unit, name] = size >= GB ? [GB, "GB"] : [MB, "MB"];
+    const hundredths = (size * 100n + unit / 2n) / unit;
+    return `${sign}${grouped(hundredths / 100n)}.${String(hundredths % 100n).padStart(2, "0")} ${name}`;
+  };
+  const percent = (n, all) => (all ? Number((n * 1000n + all / 2n) / all) / 10 : 0);
+  const gib = (n) => (Number(n) / GiB).toFixed(1).replace(/\.0$/, "");
+  const element = (tag, text, attributes = {}) => {
+    const made = document.createElement(tag);
+    made.textContent = text;
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    return made;
+  };
+
+  // From the form to the formulas
+
+  function whole(name) {
+    const text = get(control(name)).replace(/[ ,_\u202f\u00a0]/g, "");
+    if (text === "" && SIZES.includes(name)) return 0n;
+    if (!/^\d+$/.test(text)) {
+      throw new Refusal(name, get(control(name)), "a whole number, such as 1024");
+    }
+    if (BigInt(text) > LARGEST) {
+      throw new Refusal(name, BigInt(text), `at most ${grouped(LARGEST)}`);
+    }
+    return BigInt(text);
+  }
+
+  function read() {
+    const values = {}, refused = [];
+    for (const c of controls) values[c.name] = c.type === "checkbox" ? c.checked : c.value || null;
+    for (const name of NUMBERS) {
+      try {
+        values[name] = whole(name);
+      } catch (error) {
+        refused.push(error);
+      }
+    }
+    if (refused.length) return { refused };
+    try {
+      const sizes = F.dimensions(Object.fromEntries(SIZES.map((name) => [name, values[name]])));
+      const setup = Object.fromEntries(
+        Object.entries(values).filter(([name]) => !SIZES.includes(name) && !["model", "card"].includes(name)));
+      return { sizes, setup, card: values.card, held: F.memory(sizes, setup), refused };
+    } catch (error) {
+      if (!(error instanceof Refusal)) throw error;
+      return { refused: [error] };
+    }
+  }
+
+  function showRefusals(refused) {
+    for (const c of controls) {
+      const error = refused.find(({ what }) => what === c.name), at = $(`e-${c.name}-error`);
+      if (error) c.setAttribute("aria-invalid", "true");
+      else c.removeAttribute("aria-invalid");
+      at.hidden = !error;
+      at.textContent = error ? error.message : "";
+      if (error && SIZES.includes(c.name)) $("e-sizes").open = true;
+    }
+  }
+
+  // What a kind is, in words
+
+  const bytesOf = (dtype) => {
+    const [n, d] = F.bytes(dtype);
+    return `${Number(n) / Number(d)} B (${dtype})`;
+  };
+  const REMEMBERS = {
+    sgd: "SGD without momentum remembers nothing",
+    momentum: "one number for each trained parameter",
+    adam: "two numbers for each trained parameter",
+    adamw: "two numbers for each trained parameter",
+    lion: "one number for each trained parameter",
+    adafactor: "of each matrix one number for a row and one for a column",
+    "adam 8-bit": "two bytes for each trained parameter, and an FP32 scale for each 256; tensors under 4,096 numbers stay in FP32",
+    "lion 8-bit": "one byte for each trained parameter, and an FP32 scale for each 256; tensors under 4,096 numbers stay in FP32",
+  };
+
+  function inWords(kind, { sizes, setup, held }) {
+    const count = F.parameters(sizes), adapters = setup.rank ? F.loraParameters(sizes, setup.rank) : 0n;
+    const trained = setup.rank ? adapters : count, training = setup.task === "training";
+    const batch = grouped(setup.batch), length = grouped(setup.length);
+    const layers = grouped(sizes.num_hidden_layers);
+    const computed = F.usesAutocast(setup) ? setup.amp : setup.dtype;
+    const split = setup.gpus > 1n && data.sharding[setup.sharding].includes(kind)
+      ? `; divided by ${grouped(setup.gpus)} GPUs, rounded up to a whole byte` : "";
+    switch (kind) {
+      case "parameters":
+        return (setup.quantised
+          ? `${grouped(count)} parameters: the layers' matrices in ${setup.quantised} with their scales, the rest × ${bytesOf(setup.dtype)}`
+          : `${grouped(count)} parameters × ${bytesOf(setup.dtype)}`)
+          + (training && adapters ? `; and ${grouped(adapters)} of LoRA × ${bytesOf(setup.dtype)}` : "") + split;
+      case "gradients":
+        return training
+          ? `one for each trained parameter: ${grouped(trained)} × ${bytesOf(setup.gradients ?? setup.dtype)}${split}`
+          : "none: they serve training alone";
+      case "optimizer_states":
+        return training
+          ? REMEMBERS[setup.optimizer]
+            + (setup.optimizer === "sgd" || setup.optimizer.includes("8-bit") ? ""
+              : `, ${grouped(trained)} parameters, ${bytesOf(setup.states ?? setup.dtype)} each number`)
+            + (setup.master_weights && F.width(setup.dtype) < 4n ? "; and an FP32 copy of each" : "") + split
+          : "none: they serve training alone";
+      case "activations": {
+        if (!training) return "none is kept: one layer's at a time, not counted here";
+        const layer = F.layerActivations(sizes, setup.batch, setup.length, computed, setup.attention, setup.rank, F.usesAutocast(setup));
+        const scores = setup.attention === "eager" ? ", a score for each pair of tokens and head included" : "";
+        return (setup.checkpointing
+          ? `the inputs of ${layers} layers, and one layer made again: ${grouped(layer)} B${scores}`
+          : `${layers} layers × ${grouped(layer)} B for ${batch} × ${length} tokens${scores}`)
+          + "; and the last norm" + (F.usesAutocast(setup) ? "; norms stay in FP32, and each matrix keeps its own copy of what it reads" : "");
+      }
+      case "logits":
+        return training
+          ? `a score for each of ${grouped(sizes.vocab_size)} words at ${batch} × ${length} tokens, ${bytesOf(computed)}; and their logarithms${F.usesAutocast(setup) ? ", in FP32 as well" : ""}`
+          : `a score for each of ${grouped(sizes.vocab_size)} words for ${batch} next tokens, ${bytesOf(setup.dtype)}`;
+      case "kv_cache":
+        return training ? "none: training does not generate"
+          : `2 (key and value) × ${layers} layers × ${grouped(sizes.num_key_value_heads)} heads of ${grouped(sizes.head_dim)} numbers × ${batch} × ${length} tokens × ${bytesOf(setup.cache_dtype ?? setup.dtype)}`;
+      case "cast_weights":
+        return held.cast_weights ? `autocast's copy of each matrix, ${bytesOf(setup.amp)} a number, until backward has used it`
+          : "none: no autocast of FP32 weights";
+      case "rounding":
+        return `the allocator's, estimated: each tensor of parameters, gradients, states and KV cache up to a multiple of ${data.allocator.kMinBlockSize} B`
+          + (setup.load === "to" ? "; a tensor of weights from 10 MiB up also keeps what is left of its 2 MiB, up to 1 MiB" : "");
+      default: {
+        const [low, high] = data.context.map((n) => (n / GiB).toFixed(2));
+        return `published, not estimated: ${low} to ${high} GiB were measured on an A100 with PyTorch 2.1; the larger counts`;
+      }
+    }
+  }
+
+  // Showing
+
+  let shown = null, before = null; // the result, and what its changes are told from
+
+  function showBar({ held, card }, all) {
+    const capacity = BigInt(data.cards[card]), scale = all > capacity ? all : capacity;
+    const bar = $("e-bar"), parts = KINDS.filter((kind) => held[kind]);
+    bar.replaceChildren(...parts.map((kind) => {
+      const part = element("span", "", { "data-kind": kind, title: data.kinds[kind].name });
+      part.style.width = `${percent(held[kind] * 100n, scale) / 100}%`;
+      part.style.background = data.kinds[kind].color;
+      part.addEventListener("mouseenter", () => explain(kind));
+      return part;
+    }));
+    const limit = element("span", "", { class: "limit" });
+    limit.style.left = `${percent(capacity * 100n, scale) / 100}%`;
+    bar.append(limit);
+    bar.setAttribute("aria-label", `Stacked bar of ${short(all)} on one GPU: ` + parts.map((kind) =>
+      `${data.kinds[kind].name} ${short(held[kind])}, ${percent(held[kind], all)} %`).join("; ")
+      + `. The card has ${gib(capacity)} GiB.`);
+    $("e-scale").textContent = `${card}: ${gib(capacity)} GiB`;
+    $("e-scale").style.setProperty("--at", limit.style.left);
+    $("e-scale").classList.toggle("left", percent(capacity, scale) < 50);
+  }
+
+  function showTable({ held }, all) {
+    const rows = [...KINDS.map((kind) => [kind, held[kind], before && held[kind] - before[kind]]),
+      [null, all, before && all - F.total(before)]];
+    $("e-table").replaceChildren(...rows.map(([kind, nbytes, change]) => {
+      const row = element("tr", "", kind ? { "data-kind": kind } : { class: "total" });
+      row.classList.toggle("none", !nbytes);
+      const name = element("th", kind ? "" : "in all", { scope: "row" });
+      if (kind) {
+        const button = element("button", data.kinds[kind].name, { type: "button" });
+        const swatch = element("span", "", { class: "swatch", "aria-hidden": "true" });
+        swatch.style.background = data.kinds[kind].color;
+        button.prepend(swatch);
+        for (const event of ["focus", "click"]) button.addEventListener(event, () => explain(kind));
+        row.addEventListener("mouseenter", () => explain(kind));
+        name.append(button);
+      }
+      const changed = change ? (change > 0n ? "+" : "") + short(change) : "";
+      row.append(name, element("td", grouped(nbytes)),
+        element("td", `${percent(nbytes, all).toFixed(1)} %`, { class: "share" }), element("td", changed));
+      return row;
+    }));
+  }
+
+  function explain(kind) {
+    $("e-formula").textContent = `${data.kinds[kind].name}: ${inWords(kind, shown)}.`;
+    $("e-formula").dataset.kind = kind;
+    for (const part of document.querySelectorAll("#estimator [data-kind]")) {
+      part.classList.toggle("pointed", part.dataset.kind === kind);
+    }
+  }
+
+  function showCards({ sizes, setup }, all) {
+    $("e-cards").replaceChildren(...Object.entries(data.cards).map(([name, capacity]) => {
+      const row = document.createElement("tr"), fits = all <= BigInt(capacity);
+      const needed = F.gpusNeeded(sizes, setup, capacity);
+      row.append(element("th", name, { scope: "row" }), element("td", gib(capacity)),
+        element("td", fits ? "fits" : "does not fit", { class: fits ? "fits" : "" }),
+        element("td", needed === null ? `over ${grouped(data.most_gpus)}` : grouped(needed)));
+      return row;
+    }));
+  }
+
+  function showLevers({ sizes, setup, card }, all) {
+    const capacity = BigInt(data.cards[card]), found = F.levers(sizes, setup);
+    $("e-levers-note").textContent = (all <= capacity
+      ? `It fits on ${card} with ${short(capacity - all)} to spare. `
+      : `${short(all - capacity)} too much for ${card}. `)
+      + (found.length ? "Each change by itself, the one that saves most first:" : "Nothing is left to change.");
+    $("e-levers").replaceChildren(...found.map(({ name, change, saved }) => {
+      const item = document.createElement("li"), left = all - saved;
+      const button = element("button", name, { type: "button" });
+      button.addEventListener("click", () => {
+        for (const [what, value] of Object.entries(change)) set(control(what), value === null ? "" : String(value === true ? 1 : value || ""));
+        update(true);
+        $("e-levers").querySelector("button")?.focus();
+      });
+      item.append(button, ` saves ${short(saved)}, leaves ${short(left)}`
+        + (all > capacity && left <= capacity ? ": fits" : ""));
+      return item;
+    }));
+  }
+
+  function summary({ setup, card, held }) {
+    const all = F.total(held), capacity = BigInt(data.cards[card]);
+    const model = control("model").value === "own" ? "your dimensions" : control("model").value;
+    const gpus = setup.gpus > 1n ? ` on each of ${grouped(setup.gpus)} GPUs` : "";
+    return `${short(all)}${gpus}, estimated, for ${setup.task} with ${model}: `
+      + `${all <= capacity ? "fits on" : "does not fit on"} ${card} with its ${gib(capacity)} GiB.`;
+  }
+
+  let speaking;
+  function say(text) { // to screen readers, once typing has paused
+    clearTimeout(speaking);
+    speaking = setTimeout(() => { $("e-status").textContent = text; }, 600);
+  }
+
+  // The form, from one state to the next
+
+  function fillSizes() {
+    const model = data.models[control("model").value];
+    if (model) for (const name of SIZES) set(control(name), String(model[name] || ""));
+  }
+
+  function update(remember, typing = false) {
+    const task = control("task").value;
+    for (const part of form.querySelectorAll("[data-task]")) part.hidden = part.dataset.task !== task;
+    const now = read();
+    showRefusals(now.refused);
+    $("estimator").classList.toggle("stale", now.refused.length > 0);
+    if (remember !== undefined) keepAddress(remember);
+    if (now.refused.length) {
+      $("e-headline").textContent = "Mend the marked field"
+        + (shown ? ": what stands below is for what you chose before." : ".");
+      say(now.refused[0].message);
+      return;
+    }
+    if (!typing) before = shown && shown.held;
+    shown = now;
+    const all = F.total(now.held);
+    for (const name of SIZES.slice(1, -1)) { // what follows from the others
+      control(name).placeholder = now.sizes[name] ? String(now.sizes[name]) : "none";
+    }
+    $("e-headline").textContent = summary(now);
+    say(summary(now));
+    showBar(now, all);
+    showTable(now, all);
+    showLevers(now, all);
+    showCards(now, all);
+    if ($("e-formula").dataset.kind) explain($("e-formula").dataset.kind);
+  }
+
+  function keepAddress(remember) {
+    const state = new URLSearchParams();
+    const own = control("model").value === "own";
+    for (const c of controls) {
+      if (SIZES.includes(c.name) ? own && get(c) : get(c) !== start[c.name]) state.set(c.name, get(c));
+    }
+    const hash = String(state) && `#${state}`;
+    if (hash !== location.hash) {
+      history[remember ? "pushState" : "replaceState"](null, "", hash || location.pathname);
+    }
+  }
+
+  function restore(text) {
+    const state = new URLSearchParams(text), unknown = [];
+    for (const c of controls) set(c, start[c.name]);
+    const own = state.get("model") === "own";
+    if (own) for (const name of SIZES) set(control(name), "");
+    if (own) control("model_type").selectedIndex = 0;
+    for (const [name, value] of state) {
+      const c = control(name);
+      if (!c || (c.tagName === "SELECT" && ![...c.options].some((option) => option.value === value))) {
+        unknown.push(`${name}=${value}`);
+      } else set(c, value);
+    }
+    fillSizes();
+    if (own) $("e-sizes").open = true;
+    $("e-look").textContent = unknown.length ? `The address asks for what this page does not know: ${unknown.join(", ")}.` : "";
+  }
+
+  let typed = null; // the field whose keystrokes make one change
+  form.addEventListener("focusin", () => { typed = null; });
+  form.addEventListener("input", ({ target }) => {
+    if (target.name === "model") fillSizes();
+    else if (SIZES.includes(target.name)) control("model").value = "own";
+    update(false, target === typed);
+    typed = target.type === "text" ? target : null;
+  });
+  form.addEventListener("submit", (event) => event.preventDefault());
+  for (const button of document.querySelectorAll("#estimator .tasks button")) {
+    button.addEventListener("click", () => {
+      restore(button.dataset.state);
+      update(true);
+      $("e-look").textContent = button.dataset.look;
+    });
+  }
+  $("e-reset").addEventListener("click", () => {
+    restore("");
+    update(true);
+  });
+  const fromAddress = () => { // leaves the addresses of headings alone
+    if (!location.hash || location.hash.includes("=")) {
+      restore(location.hash.slice(1));
+      update();
+    }
+  };
+  window.addEventListener("popstate", fromAddress);
+  restore(location.hash.includes("=") ? location.hash.slice(1) : "");
+  update();
+})();

@@ -1,0 +1,103 @@
+"""Does it fit: cards and their memory, how many of one are needed, and what would help.
+
+All by the formulas of `helpers.estimate`, in bytes.
+"""
+
+import tomllib
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from helpers.estimate import Dimensions, Setup, memory
+
+MOST_GPUS = 1024  # the largest number in the ZeRO paper's table 1
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU: the "GB" that it is sold with, and the bytes that it has."""
+
+    sold: int
+    memory: int
+
+
+@cache
+def cards() -> dict[str, Card]:
+    """Name: card of the book's data file (``helpers/data/cards.toml``), by memory."""
+    file = resources.files("helpers").joinpath("data", "cards.toml")
+    return {name: Card(**card) for name, card in tomllib.loads(file.read_text("utf-8")).items()}
+
+
+def gpus_needed(sizes: Dimensions, setup: Setup, capacity: int) -> int | None:
+    """How many GPUs of `capacity` bytes hold it: 1, or the fewest under ZeRO 3.
+
+    None if more than `MOST_GPUS` do not: each of them holds its own activations,
+    logits, KV cache and CUDA context whole.
+    """
+
+    def fits(gpus: int) -> bool:
+        sharded = replace(setup, gpus=gpus, sharding="ZeRO 3")
+        return memory(sizes, sharded).total <= capacity
+
+    if fits(1):
+        return 1
+    few, enough = 1, MOST_GPUS
+    if not fits(enough):
+        return None
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        few, enough = (few, middle) if fits(middle) else (middle, enough)
+    return enough
+
+
+# What can be changed to save memory: the change in words, and in a `Setup`.
+_HALF = {"dtype": "bf16", "gradients": None, "states": None, "amp": None, "master_weights": False}
+LEVERS: dict[str, dict[str, Any]] = {
+    "all in BF16": _HALF,
+    "8-bit Adam": {"optimizer": "adam 8-bit"},
+    "Adafactor": {"optimizer": "adafactor"},
+    "SGD without momentum": {"optimizer": "sgd"},
+    "LoRA of rank 16": {"rank": 16},
+    "QLoRA: LoRA of rank 16 on NF4": {"rank": 16, "quantised": "nf4 double"},
+    "checkpointing": {"checkpointing": True},
+    "fused attention": {"attention": "flash"},
+    "weights in INT8": {"quantised": "int8"},
+    "weights in NF4, double quantised": {"quantised": "nf4 double"},
+    "KV cache in FP8": {"cache_dtype": "fp8"},
+    "device_map instead of .to()": {"load": "device_map"},
+}
+# Fields of a `Setup` that are halved, and the number of GPUs, which is doubled.
+HALVES = {"half the batch": "batch", "half the length": "length"}
+MORE_GPUS = "twice the GPUs, ZeRO 3"
+
+
+@dataclass(frozen=True, slots=True)
+class Lever:
+    """A change to a setup, and the bytes that it saves on one GPU."""
+
+    name: str
+    setup: Setup
+    saved: int
+
+
+def levers(sizes: Dimensions, setup: Setup) -> list[Lever]:
+    """Each single change that saves memory, the one that saves most first.
+
+    A smaller batch or length is a smaller task, and all change what is computed:
+    which of them can be afforded is not for a formula to say.
+    """
+    changes = dict(LEVERS)
+    for name, what in HALVES.items():
+        changes[name] = {what: -(-getattr(setup, what) // 2)}
+    changes[MORE_GPUS] = {"gpus": 2 * setup.gpus, "sharding": "ZeRO 3"}
+    now, found = memory(sizes, setup).total, []
+    for name, change in changes.items():
+        whole = setup.task == "training" and not change.get("rank", setup.rank)
+        if whole and "quantised" in change:
+            continue  # weights that are trained are not quantised
+        changed = replace(setup, **change)
+        saved = now - memory(sizes, changed).total
+        if saved > 0:
+            found.append(Lever(name, changed, saved))
+    return sorted(found, key=lambda lever: -lever.saved)

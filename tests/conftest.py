@@ -1,0 +1,35 @@
+"""What the tests of the built book share: the book, and a browser."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, sync_playwright
+
+from tools.book import build
+
+
+@pytest.fixture(scope="session")
+def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The book, built with warnings as errors, of a clone that has no address."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("REPOSITORY", raising=False)
+        patch.setattr("tools.repository._origin", lambda root: "")
+        return build(tmp_path_factory.mktemp("book")).parent
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A Chromium of this machine; without one its tests are skipped, unless it is required."""
+    found = (shutil.which(name) for name in ("chromium", "google-chrome", "chromium-browser"))
+    path = next(filter(None, found), None)
+    if path is None:
+        missing = "no Chromium on this machine: install one, such as Debian's package chromium"
+        if os.environ.get("REQUIRE_CHROMIUM"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    with sync_playwright() as playwright:
+        with playwright.chromium.launch(executable_path=path, args=["--no-sandbox"]) as launched:
+            yield launched

@@ -1,0 +1,569 @@
+"""The estimator's page, driven in a browser as a person would, and its formulas."""
+
+import dataclasses
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page
+
+from helpers import estimate, fit
+from helpers.estimate import Dimensions, Memory, Setup
+from helpers.units import GiB, grouped
+from tools.repository import ROOT
+
+SCRIPTS = [ROOT / "book" / "_static" / name for name in ("estimate.js", "estimator.js")]
+SIZES = [field.name for field in dataclasses.fields(Dimensions)]
+OPTIONS = [field.name for field in dataclasses.fields(Setup)]
+NUMBERS = ["batch", "length", "rank", "gpus"]
+NONSENSE = re.compile("NaN|undefined|Infinity|null|object")
+
+
+@pytest.fixture
+def tab(html: Path, browser: Browser) -> Iterator[Page]:
+    """The page, from a file. In the end: no error, no request off the machine, no NaN."""
+    requests: list[str] = []
+    errors: list[str] = []
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.goto((html / "book" / "estimator.html").as_uri())
+    yield tab
+    results = tab.locator("#e-headline, #e-table, #e-formula, #e-levers, #e-cards")
+    assert not NONSENSE.search(" ".join(results.all_inner_texts()))
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+    assert [e for e in errors if "Got invalid theme mode" not in e] == []
+    tab.close()
+
+
+def state(tab: Page) -> dict[str, Any]:
+    """What the controls say, by name."""
+    values: dict[str, Any] = tab.evaluate(
+        """() => Object.fromEntries([...document.querySelectorAll("#e-form [name]")]
+            .map((c) => [c.name, c.type === "checkbox" ? c.checked : c.value]))"""
+    )
+    return values
+
+
+def asked(values: dict[str, Any]) -> tuple[Dimensions, Setup]:
+    """The same for Python."""
+    sizes = {n: values[n] for n in SIZES}
+    sizes |= {n: int(v or 0) for n, v in sizes.items() if n != "model_type"}
+    sizes["tie_word_embeddings"] = bool(sizes["tie_word_embeddings"])
+    options = {n: values[n] if values[n] != "" else None for n in OPTIONS}
+    options |= {n: int(values[n]) for n in NUMBERS}
+    return Dimensions(**sizes), Setup(**options)
+
+
+def shown(tab: Page) -> list[int]:
+    """The table's bytes, the sum at the end."""
+    cells = tab.locator("#e-table tr td:nth-child(2)").all_inner_texts()
+    return [int(cell.replace(",", "")) for cell in cells]
+
+
+def check(tab: Page) -> Memory:
+    """Whether all that the page shows is what Python says of what is chosen."""
+    values = state(tab)
+    sizes, setup = asked(values)
+    memory = estimate.memory(sizes, setup)
+    assert shown(tab) == [*dataclasses.astuple(memory), memory.total]
+    capacity = fit.cards()[values["card"]].memory
+    headline = tab.inner_text("#e-headline")
+    fits = "does not fit on" if memory.total > capacity else "fits on"
+    assert f"{fits} {values['card']}" in headline
+    assert values["task"] in headline
+    levers = fit.levers(sizes, setup)
+    assert tab.locator("#e-levers button").all_inner_texts() == [lever.name for lever in levers]
+    rows = tab.locator("#e-cards tr").all_inner_texts()
+    for row, (name, card) in zip(rows, fit.cards().items(), strict=True):
+        needed = fit.gpus_needed(sizes, setup, card.memory)
+        said = "fits" if memory.total <= card.memory else "does not fit"
+        count = f"over {fit.MOST_GPUS:,}" if needed is None else grouped(needed)
+        assert row.split("\t")[:1] + row.split("\t")[2:] == [name, said, count]
+    return memory
+
+
+# One set of formulas
+
+
+def random_sizes(rng: random.Random) -> dict[str, Any]:
+    """Dimensions, some of them large beyond a double's whole numbers, some impossible."""
+    heads, keys = rng.randint(1, 16), rng.randint(1, 8)
+    experts = rng.choice((0, 0, 0, rng.randint(1, 8)))
+    sizes = {
+        "model_type": rng.choice(list(estimate.TRAITS)),
+        "vocab_size": rng.randint(1, 300_000),
+        "hidden_size": rng.randint(1, 300) * heads * keys,
+        "num_hidden_layers": rng.choice((0, rng.randint(1, 60))),
+        "num_attention_heads": heads * keys,
+        "tie_word_embeddings": rng.random() < 0.5,
+        "max_position_embeddings": rng.randint(0, 200_000),
+        "intermediate_size": rng.choice((0, rng.randint(1, 60_000))),
+        "num_key_value_heads": rng.choice((0, keys)),
+        "head_dim": rng.choice((0, rng.randint(1, 300))),
+        "num_local_experts": experts,
+        "num_experts_per_tok": rng.randint(0, experts),
+    }
+    if rng.random() < 0.05:
+        sizes["vocab_size"] = rng.randint(10**9, 10**15)
+    if rng.random() < 0.05:
+        sizes[rng.choice(SIZES[1:5] + SIZES[6:])] = rng.randint(-1, 3)
+        sizes["tie_word_embeddings"] = bool(sizes["tie_word_embeddings"])
+    return sizes
+
+
+def random_setup(rng: random.Random) -> dict[str, Any]:
+    computed = ("fp64", "fp32", "fp16", "bf16")
+    return {
+        **{name: rng.choice(known) for name, known in estimate.CHOICES.items()},
+        "dtype": rng.choice(computed),
+        "gradients": rng.choice((None, *computed)),
+        "states": rng.choice((None, *computed)),
+        "master_weights": rng.random() < 0.3,
+        "rank": rng.choice((0, rng.randint(1, 256))),
+        "batch": rng.randint(0, 300),
+        "length": rng.choice((rng.randint(0, 5000), rng.randint(0, 10**6))),
+        "checkpointing": rng.random() < 0.3,
+        "cache_dtype": rng.choice((None, *estimate.BYTES)),
+        "gpus": rng.choice((1, rng.randint(0, 2000))),
+    }
+
+
+def in_python(sizes: dict[str, Any], setup: dict[str, Any]) -> list[str] | str:
+    try:
+        memory = estimate.memory(Dimensions(**sizes), Setup(**setup))
+    except ValueError as error:
+        return str(error)
+    return [str(nbytes) for nbytes in dataclasses.astuple(memory)]
+
+
+IN_THE_BROWSER = """(inputs) => {
+    const data = JSON.parse(document.getElementById("estimator-data").textContent);
+    const F = everyByteFormulas(data);
+    return inputs.map(([sizes, setup, capacity]) => {
+        try {
+            const dims = F.dimensions(sizes), held = F.memory(dims, setup);
+            if (!capacity) return Object.values(held).map(String);
+            const levers = F.levers(dims, setup).map(({name, saved}) => [name, String(saved)]);
+            return [levers, F.gpusNeeded(dims, setup, capacity)];
+        } catch (error) {
+            if (!(error instanceof Refusal)) throw error;
+            return error.message;
+        }
+    });
+}"""
+
+
+def for_javascript(values: dict[str, Any]) -> dict[str, Any]:
+    """Whole numbers as text, which BigInt reads at any size."""
+    return {k: str(v) if type(v) is int else v for k, v in values.items()}
+
+
+def test_the_port_is_equal_to_the_byte(tab: Page) -> None:
+    rng = random.Random(20_260_101)
+    inputs = [(random_sizes(rng), random_setup(rng)) for _ in range(7_000)]
+    expected = [in_python(*given) for given in inputs]
+    sent = [[for_javascript(sizes), for_javascript(setup)] for sizes, setup in inputs]
+    found = tab.evaluate(IN_THE_BROWSER, sent)
+    for given, mine, other in zip(inputs, expected, found, strict=True):
+        assert mine == other, given
+    sums = [e for e in expected if isinstance(e, list)]
+    assert len(sums) >= 5_000
+    assert len(expected) - len(sums) >= 100  # refusals, in the same words
+    assert any(int(nbytes) > 2**53 for row in sums for nbytes in row)
+
+
+def test_levers_and_numbers_of_gpus_are_equal(tab: Page) -> None:
+    rng = random.Random(7)
+    inputs = []
+    while len(inputs) < 200:
+        sizes, setup = random_sizes(rng), random_setup(rng)
+        if isinstance(in_python(sizes, setup), list):
+            inputs.append((sizes, setup, rng.choice(list(fit.cards().values())).memory))
+    found = tab.evaluate(
+        IN_THE_BROWSER, [[for_javascript(a), for_javascript(b), c] for a, b, c in inputs]
+    )
+    for (given, options, capacity), other in zip(inputs, found, strict=True):
+        sizes, setup = Dimensions(**given), Setup(**options)
+        levers = [[lever.name, str(lever.saved)] for lever in fit.levers(sizes, setup)]
+        assert other == [levers, fit.gpus_needed(sizes, setup, capacity)], (given, options)
+
+
+def test_the_scripts_are_small_and_plain() -> None:
+    assert sum(script.stat().st_size for script in SCRIPTS) < 40_000
+    for script in SCRIPTS:
+        text = script.read_text("utf-8")
+        assert not re.search(r"\b(import|export|fetch|XMLHttpRequest|eval)\b", text)
+
+
+# The page
+
+CONTROLS = [  # each with a value that is not where it starts, and what else is to be chosen
+    ("model", "Mixtral-8x7B-v0.1", ""),
+    ("model_type", "qwen3", ""),
+    ("vocab_size", "1000", ""),
+    ("hidden_size", "8192", ""),
+    ("num_hidden_layers", "3", ""),
+    ("num_attention_heads", "16", ""),
+    ("num_key_value_heads", "4", ""),
+    ("head_dim", "64", ""),
+    ("intermediate_size", "512", ""),
+    ("max_position_embeddings", "77", "model=gpt2"),
+    ("num_local_experts", "8", ""),
+    ("num_experts_per_tok", "1", "model=Mixtral-8x7B-v0.1"),
+    ("tie_word_embeddings", True, ""),
+    ("task", "inference", ""),
+    ("batch", "3", ""),
+    ("length", "777", ""),
+    ("optimizer", "adam 8-bit", ""),
+    ("rank", "8", ""),
+    ("attention", "flash", ""),
+    ("checkpointing", True, ""),
+    ("dtype", "fp32", ""),
+    ("quantised", "nf4 double", "rank=4"),
+    ("gradients", "fp32", ""),
+    ("states", "fp32", ""),
+    ("amp", "fp16", "dtype=fp32"),
+    ("master_weights", True, ""),
+    ("cache_dtype", "fp8", "task=inference"),
+    ("card", "T4", ""),
+    ("gpus", "5", "sharding=ZeRO+3"),
+    ("sharding", "ZeRO 2", "gpus=4"),
+    ("load", "device_map", "model=gpt2-large&dtype=fp32"),
+]
+
+
+def open_state(tab: Page, text: str) -> None:
+    """Go to an address as from a link: the page is loaded anew."""
+    tab.goto("about:blank")
+    tab.goto(ADDRESS[0] + (f"#{text}" if text else ""))
+
+
+ADDRESS: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def _address(html: Path) -> None:
+    ADDRESS[:] = [(html / "book" / "estimator.html").as_uri()]
+
+
+def change(tab: Page, name: str, value: str | bool) -> None:
+    control = tab.locator(f"#e-{name}")
+    if name in SIZES and not control.is_visible():
+        tab.click("#e-sizes > summary")
+    if isinstance(value, bool):
+        control.set_checked(value)
+    elif control.evaluate("c => c.tagName") == "SELECT":
+        control.select_option(value)
+    else:
+        control.fill(value)
+
+
+def test_every_control_is_tested(tab: Page) -> None:
+    assert sorted(state(tab)) == sorted(name for name, _, _ in CONTROLS)
+    check(tab)
+
+
+@pytest.mark.parametrize(("name", "value", "before"), CONTROLS)
+def test_a_control(tab: Page, name: str, value: str | bool, before: str) -> None:
+    if before:
+        open_state(tab, before)
+    first = check(tab)
+    start = state(tab)
+    assert start[name] != value
+    change(tab, name, value)
+    assert name in tab.url
+    assert state(tab)[name] == value
+    second = check(tab)
+    # All but the choice of the card, and what this model has no use for, change the sum.
+    if name not in ("card", "num_local_experts"):
+        assert second != first
+        assert change_of_all(tab)
+    # The address brings it all back.
+    values = state(tab)
+    tab.reload()
+    assert state(tab) == values
+    assert check(tab) == second
+
+
+def change_of_all(tab: Page) -> str:
+    return tab.locator("#e-table tr.total td:nth-child(4)").inner_text()
+
+
+def test_a_number_may_have_its_thousands_set_apart(tab: Page) -> None:
+    change(tab, "length", "12345")
+    plain = shown(tab)
+    for text in ("12,345", "12 345", " 12_345 "):
+        change(tab, "length", text)
+        assert shown(tab) == plain
+
+
+def test_changes_are_told_from_before_the_typing(tab: Page) -> None:
+    first = shown(tab)[-1]
+    tab.click("#e-length")
+    tab.keyboard.press("End")
+    tab.keyboard.type("00")
+    second = shown(tab)[-1]
+    assert change_of_all(tab) == f"+{(second - first) / 1e9:,.2f} GB"
+    change(tab, "optimizer", "sgd")
+    change(tab, "optimizer", "momentum")
+    assert change_of_all(tab) == f"+{shown(tab)[2] / 1e9:,.2f} GB"
+
+
+def test_tasks(tab: Page) -> None:
+    """Each button sets the state and says what to look at; what it says is true."""
+    after: dict[tuple[int, str], Memory] = {}
+    for item in range(tab.locator(".tasks li").count()):
+        buttons = tab.locator(".tasks li").nth(item).locator("button")
+        for i in range(buttons.count()):
+            button = buttons.nth(i)
+            button.click()
+            assert tab.inner_text("#e-look") == button.get_attribute("data-look")
+            after[item + 1, button.inner_text()] = check(tab)
+    train, infer = after[1, "Training"], after[1, "Inference"]
+    assert infer.gradients == infer.optimizer_states == infer.activations == 0
+    assert infer.parameters == train.parameters
+    assert infer.kv_cache > train.kv_cache == 0
+    whole, half, mixed = (after[2, n] for n in ("All FP32", "All FP16", "FP16 by autocast"))
+    for kind in ("parameters", "gradients", "optimizer_states", "logits"):
+        assert getattr(whole, kind) == 2 * getattr(half, kind)
+    assert 0.5 < half.activations / whole.activations < 0.501
+    assert mixed.optimizer_states == whole.optimizer_states
+    assert mixed.cast_weights > whole.cast_weights == 0
+    assert mixed.activations < whole.activations
+    assert mixed.logits == whole.logits
+    adam, momentum, sgd = (after[3, n] for n in ("Adam", "SGD, momentum", "SGD"))
+    assert adam.optimizer_states == 2 * momentum.optimizer_states == 2 * adam.parameters
+    assert sgd.optimizer_states == 0
+    base = after[4, "As it is"]
+    assert base.parameters == train.parameters
+    layers, width = after[4, "Twice the layers"], after[4, "Twice the width"]
+    assert layers.logits == base.logits
+    assert 1.8 < layers.parameters / base.parameters < 2
+    assert 3.5 < width.parameters / base.parameters < 4
+    assert width.activations / base.activations < 2
+    words = after[4, "Twice the words"]
+    assert words.logits == 2 * base.logits
+    assert words.activations == base.activations
+    batch, length = after[4, "Twice the batch"], after[4, "Twice the length"]
+    assert (batch.activations, batch.logits) == (2 * base.activations, 2 * base.logits)
+    assert batch.parameters == length.parameters == base.parameters
+    assert length.logits == 2 * base.logits
+    assert length.activations > 2 * base.activations
+
+
+def test_the_way_back(tab: Page) -> None:
+    """A task is a step in the browser's history; typing is not."""
+    start = state(tab)
+    tab.get_by_role("button", name="SGD", exact=True).click()
+    chosen = state(tab)
+    assert chosen["optimizer"] == "sgd"
+    change(tab, "length", "99")
+    tab.go_back()
+    assert state(tab) == start
+    check(tab)
+    tab.go_forward()
+    assert state(tab) == {**chosen, "length": "99"}
+    tab.click("#e-reset")
+    assert state(tab) == start
+    assert "#" not in tab.url
+
+
+def test_headings_keep_their_addresses(tab: Page) -> None:
+    change(tab, "batch", "4")
+    tab.evaluate("location.hash = 'what-is-not-in-it'")
+    assert state(tab)["batch"] == "4"
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, "hidden_size"])
+def test_nonsense_gets_a_message_at_its_field(tab: Page, name: str) -> None:
+    right, good = shown(tab), state(tab)[name]
+    field, error = tab.locator(f"#e-{name}"), tab.locator(f"#e-{name}-error")
+    assert error.get_attribute("id") == field.get_attribute("aria-describedby")
+    for text in ("", "abc", "-1", "1.5", "1e9", "NaN", "٣", "9" * 20):
+        if name == "hidden_size" and text == "":
+            text = "0"  # empty, a dimension follows from the others
+        change(tab, name, text)
+        assert field.get_attribute("aria-invalid") == "true"
+        assert error.is_visible()
+        assert error.inner_text().startswith(f"{name} is ")
+        assert "Mend the marked field" in tab.inner_text("#e-headline")
+        assert shown(tab) == right  # of what was chosen before
+        change(tab, name, good)
+        assert field.get_attribute("aria-invalid") is None
+        assert error.is_hidden()
+        assert shown(tab) == right
+    check(tab)
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "message"),
+    [
+        ("quantised=nf4", "rank", "rank is 0: expected 1 or more"),
+        (
+            "model=own&model_type=llama&vocab_size=10&hidden_size=10&num_attention_heads=3",
+            "num_attention_heads",
+            "num_attention_heads is 3: expected a divisor of hidden_size 10",
+        ),
+        ("batch=many", "batch", "batch is 'many': expected a whole number"),
+    ],
+)
+def test_an_impossible_address(tab: Page, text: str, field: str, message: str) -> None:
+    open_state(tab, text)
+    error = tab.locator(f"#e-{field}-error")
+    assert error.is_visible()
+    assert error.inner_text().startswith(message)
+
+
+def test_an_unknown_word_in_the_address(tab: Page) -> None:
+    open_state(tab, "optimizer=magic&colour=blue&batch=2")
+    assert "optimizer=magic, colour=blue" in tab.inner_text("#e-look")
+    assert state(tab)["batch"] == "2"
+    check(tab)
+
+
+def test_levers_are_pulled(tab: Page) -> None:
+    """Pulling the first one again and again makes Llama-3.1-8B fit on the card."""
+    for _ in range(8):
+        sizes, setup = asked(state(tab))
+        first = fit.levers(sizes, setup)[0]
+        tab.locator("#e-levers button").first.click()
+        assert asked(state(tab))[1] == first.setup
+        check(tab)
+        if " fits on" in tab.inner_text("#e-headline"):
+            break
+    else:
+        raise AssertionError(tab.inner_text("#e-headline"))
+    assert "to spare" in tab.inner_text("#e-levers-note")
+
+
+def test_every_kind_has_its_formula(tab: Page) -> None:
+    for text in ("", "task=inference&cache_dtype=int4", "rank=4&quantised=nf4&amp=fp16&dtype=fp32"):
+        open_state(tab, text)
+        names = tab.locator("#e-table button")
+        for i in range(names.count()):
+            names.nth(i).hover()
+            formula = tab.inner_text("#e-formula")
+            assert formula.startswith(names.nth(i).inner_text() + ": ")
+            assert len(formula) > 30
+            assert not NONSENSE.search(formula)
+    # On the bar as well.
+    tab.locator("#e-bar [data-kind=parameters]").hover()
+    assert "B (fp32)" in tab.inner_text("#e-formula")
+
+
+def test_the_bar_is_to_scale_and_told_in_words(tab: Page) -> None:
+    memory = check(tab)
+    bar = tab.locator("#e-bar")
+    label = bar.get_attribute("aria-label") or ""
+    whole = tab.evaluate("document.getElementById('e-bar').clientWidth")
+    for kind, nbytes in dataclasses.asdict(memory).items():
+        part = bar.locator(f"[data-kind={kind}]")
+        if not nbytes:
+            assert part.count() == 0
+            continue
+        assert f"{nbytes / 1e9:,.2f} GB" in label or nbytes < 1e9
+        width = part.evaluate("e => parseFloat(e.style.width)")
+        assert width == pytest.approx(100 * nbytes / memory.total, abs=0.01)
+    limit = bar.locator(".limit").evaluate("e => parseFloat(e.style.left)")
+    assert limit == pytest.approx(100 * 24 * GiB / memory.total, abs=0.01)
+    assert whole > 300
+    assert bar.get_attribute("role") == "img"
+
+
+def test_by_keyboard_alone(tab: Page) -> None:
+    def reach(selector: str) -> None:
+        for _ in range(200):
+            tab.keyboard.press("Tab")
+            if tab.evaluate("s => document.activeElement.matches(s)", selector):
+                focus = "getComputedStyle(document.activeElement).outlineStyle"
+                assert tab.evaluate(focus) != "none"
+                return
+        raise AssertionError(f"{selector} is not reached with the Tab key")
+
+    reach(".tasks button")
+    tab.keyboard.press("Enter")
+    assert state(tab)["model"] == "gpt2-large"
+    reach("#e-task")
+    tab.keyboard.press("ArrowDown")
+    assert state(tab)["task"] == "inference"
+    reach("#e-batch")
+    tab.keyboard.type("7")
+    assert state(tab)["batch"] == "7"
+    check(tab)
+    reach("#e-table button")
+    assert tab.inner_text("#e-formula").startswith("parameters: 774,030,080 parameters")
+    reach("#e-levers button")
+    before = shown(tab)[-1]
+    tab.keyboard.press("Enter")
+    assert shown(tab)[-1] < before
+    assert tab.evaluate("document.activeElement.matches('#e-levers button')")
+
+
+def test_changes_are_announced_once_typing_pauses(tab: Page) -> None:
+    tab.wait_for_function("document.getElementById('e-status').textContent")
+    change(tab, "batch", "2")
+    headline = tab.inner_text("#e-headline")
+    assert tab.text_content("#e-status") != headline
+    tab.wait_for_function(
+        "text => document.getElementById('e-status').textContent === text", arg=headline
+    )
+
+
+STATES = [
+    "",
+    "task=inference&model=gpt2",
+    "model=own&model_type=llama&vocab_size=10&hidden_size=0",
+    "batch=many",
+]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 360])
+def test_no_serious_violation_of_accessibility(
+    html: Path, browser: Browser, theme: str, width: int
+) -> None:
+    tab = browser.new_page(
+        color_scheme=theme,  # type: ignore[arg-type]
+        viewport={"width": width, "height": 900},
+        reduced_motion="reduce",
+    )
+    for text in STATES:
+        open_state(tab, text)
+        results = Axe().run(tab).response["violations"]
+        bad = [v for v in results if v["impact"] in ("serious", "critical")]
+        assert [(v["id"], [n["html"] for n in v["nodes"]]) for v in bad] == []
+    tab.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390, 360])
+def test_nothing_is_wider_than_the_screen(tab: Page, width: int) -> None:
+    tab.set_viewport_size({"width": width, "height": 800})
+    for text in (*STATES, urlencode({"model": "Llama-3.1-405B", "batch": 10**6})):
+        open_state(tab, text)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_motion_and_paper(tab: Page) -> None:
+    style = "getComputedStyle(document.querySelector('#e-bar [data-kind]')).transitionDuration"
+    assert tab.evaluate(style) != "0s"
+    tab.emulate_media(reduced_motion="reduce")
+    assert tab.evaluate(style) == "0s"
+    tab.emulate_media(media="print")
+    assert tab.locator(".tasks").is_hidden()
+    assert tab.locator("#e-table").is_visible()
+    assert tab.pdf()[:4] == b"%PDF"
+
+
+def test_without_a_script_the_page_says_so(html: Path, browser: Browser) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    tab = context.new_page()
+    tab.goto((html / "book" / "estimator.html").as_uri())
+    assert "needs its script" in tab.inner_text("#estimator noscript")
+    context.close()

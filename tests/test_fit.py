@@ -1,0 +1,104 @@
+"""Cards, how many of them, and the levers."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import fit
+from helpers.estimate import CHOICES, Setup, dimensions, known_models, memory
+from helpers.units import GiB
+
+MODELS = st.sampled_from(["gpt2", "Qwen2-0.5B", "Llama-3.1-8B"])
+SETUPS = st.builds(
+    Setup,
+    task=st.sampled_from(CHOICES["task"]),
+    dtype=st.sampled_from(["fp32", "bf16"]),
+    rank=st.integers(1, 64),
+    quantised=st.sampled_from(CHOICES["quantised"]),
+    optimizer=st.sampled_from(CHOICES["optimizer"]),
+    batch=st.integers(0, 16),
+    length=st.integers(0, 4096),
+    attention=st.sampled_from(CHOICES["attention"]),
+    checkpointing=st.booleans(),
+    gpus=st.integers(1, 16),
+    sharding=st.sampled_from(CHOICES["sharding"]),
+)
+
+
+def test_the_cards() -> None:
+    cards = fit.cards()
+    assert len(cards) >= 20
+    # Sold sizes of the makers' data sheets.
+    sold = {"RTX 4090": 24, "RTX 4050 Laptop": 6, "T4": 16, "H100": 80, "H200": 141}
+    assert {name: cards[name].sold for name in sold} == sold
+    assert cards["RTX 4090"].memory == 24 * GiB
+    assert cards["T4"].memory == 15 * GiB  # one sixteenth is for error correction
+    assert [c.memory for c in cards.values()] == sorted(c.memory for c in cards.values())
+    for name, card in cards.items():  # never more than is sold, never much less
+        assert 0.93 <= card.memory / (card.sold * GiB) <= 1, name
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(MODELS, SETUPS, st.integers(1, 200))
+def test_the_number_of_gpus_is_the_smallest(model: str, setup: Setup, gib: int) -> None:
+    sizes, capacity = dimensions(model), gib * GiB
+    needed = fit.gpus_needed(sizes, setup, capacity)
+
+    def total(gpus: int) -> int:
+        return memory(sizes, replace(setup, gpus=gpus, sharding="ZeRO 3")).total
+
+    if needed is None:
+        assert total(fit.MOST_GPUS) > capacity
+    else:
+        assert total(needed) <= capacity
+        assert needed == 1 or total(needed - 1) > capacity
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3, 7, 64, 1023, 1024])
+def test_cards_of_just_the_right_size(gpus: int) -> None:
+    sizes, setup = dimensions("Llama-3.1-8B"), Setup(dtype="bf16", length=512)
+    held = memory(sizes, replace(setup, gpus=gpus, sharding="ZeRO 3")).total
+    assert fit.gpus_needed(sizes, setup, held) == gpus
+    assert fit.gpus_needed(sizes, setup, held - 1) == (gpus + 1 if gpus < fit.MOST_GPUS else None)
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(MODELS, SETUPS)
+def test_levers_save_what_they_say_in_order(model: str, setup: Setup) -> None:
+    sizes = dimensions(model)
+    found = fit.levers(sizes, setup)
+    saved = [lever.saved for lever in found]
+    assert saved == sorted(saved, reverse=True)
+    assert all(amount > 0 for amount in saved)
+    now = memory(sizes, setup).total
+    for lever in found:
+        assert memory(sizes, lever.setup).total == now - lever.saved
+        assert lever.setup.task == setup.task
+
+
+def test_levers_of_a_full_training() -> None:
+    setup = Setup(optimizer="adam", dtype="fp32", batch=2, length=1024)
+    sizes = dimensions("gpt2-large")
+    found = {lever.name: lever for lever in fit.levers(sizes, setup)}
+    # Adam's two states, 8 bytes for each of the published parameters.
+    parameters = known_models()["gpt2-large"]["published"]
+    assert found["SGD without momentum"].saved == 8 * parameters
+    # Weights that are all trained cannot be quantised; with LoRA they can.
+    assert "weights in INT8" not in found
+    assert "QLoRA: LoRA of rank 16 on NF4" in found
+    assert found["half the batch"].setup.batch == 1
+    assert found[fit.MORE_GPUS].setup.gpus == 2
+
+
+@pytest.mark.parametrize("name", fit.LEVERS)
+def test_every_lever_has_its_use(name: str) -> None:
+    """There is a setup for each of them, or it would be idle."""
+    large = {"dtype": "fp32", "batch": 2, "length": 512}
+    setups = (
+        Setup(**large),  # type: ignore[arg-type]
+        Setup(task="inference", **large),  # type: ignore[arg-type]
+    )
+    sizes = dimensions("gpt2-large")
+    assert any(name == lever.name for setup in setups for lever in fit.levers(sizes, setup))
