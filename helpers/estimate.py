@@ -16,7 +16,7 @@ from importlib import resources
 from typing import Any
 
 from helpers import precision
-from helpers.allocator import kMinBlockSize, kMinLargeAlloc, kRoundLarge, kSmallSize
+from helpers.allocator_config import kMinBlockSize, kMinLargeAlloc, kRoundLarge, kSmallSize
 from helpers.units import GiB
 
 # What tells the architectures apart, by transformers' model_type.
