@@ -5,13 +5,15 @@ SVG, the same bytes at every run, so that nbval can compare them.
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from helpers.accounting import KINDS, Breakdown, Timeline
@@ -245,6 +247,76 @@ def loss_curves(curves: Mapping[str, Sequence[float]]) -> Figure:
     axes.set_ylabel("loss")
     _legend(figure, axes, columns=1)
     return figure
+
+
+_MARKERS = ("o", "s", "D", "^", "v", "<", ">", "p", "h", "P", "X", "*", "d", "x", "+", "1")
+
+
+def against_bytes(
+    panels: Mapping[str, Mapping[str, Mapping[str, tuple[int, Sequence[float]]]]],
+) -> Figure:
+    """Quality against size, both logarithmic: a colour for each model, a marker for each format.
+
+    A marker stands at the median of its values, with a bar from the least to the
+    largest. A line joins a model's formats in order of size; of several that take
+    about the same bytes (2 % apart at most) it goes through the best.
+
+    Args:
+        panels: what is measured (less is better): model: format: its bytes, and a
+            value for each seed.
+
+    Raises:
+        ValueError: there are more models than colours, or more formats than markers.
+    """
+    models = list(dict.fromkeys(model for panel in panels.values() for model in panel))
+    rows = [found for panel in panels.values() for found in panel.values()]
+    formats = list(dict.fromkeys(name for found in rows for name in found))
+    colors = dict(zip(models, COLORS.values(), strict=False))
+    markers = dict(zip(formats, _MARKERS, strict=False))
+    if len(colors) < len(models) or len(markers) < len(formats):
+        raise ValueError(
+            f"{len(models)} models and {len(formats)} formats: expected at most "
+            f"{len(COLORS)} and {len(_MARKERS)}"
+        )
+    figure, column = plt.subplots(
+        len(panels), sharex=True, squeeze=False, figsize=(5.4, 1.6 + 3.2 * len(panels))
+    )
+    for axes, (label, panel) in zip(column[:, 0], panels.items(), strict=True):
+        for model, found in panel.items():
+            drawn = {name: (nbytes, median(seeds)) for name, (nbytes, seeds) in found.items()}
+            edge = _lower_edge(drawn.values())
+            axes.plot(*zip(*edge, strict=True), color=colors[model], lw=0.8)
+            over = {"textcoords": "offset points", "ha": "right"}
+            axes.annotate(model, edge[-1], (4, 6), **over)
+            for name, (nbytes, middle) in drawn.items():
+                seeds = found[name][1]
+                axes.vlines(nbytes, min(seeds), max(seeds), color=colors[model], lw=0.8)
+                look = {"color": colors[model], "ms": 5, "fillstyle": "none", "mew": 0.9}
+                axes.plot(nbytes, middle, markers[name], **look)
+        axes.set(xscale="log", yscale="log", ylabel=label)
+        axes.xaxis.set_major_locator(LogLocator(4))
+        axes.xaxis.set_major_formatter(lambda nbytes, _: _short(int(nbytes)))
+        axes.yaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+    axes.set_xlabel("bytes of the model")
+    keys = [
+        Line2D([], [], color="black", ls="", marker=mark, ms=5, fillstyle="none", label=name)
+        for name, mark in markers.items()
+    ]
+    figure.legend(handles=keys, loc="outside lower center", ncols=3, handlelength=1.6)
+    return figure
+
+
+def _lower_edge(points: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
+    """In order of bytes; of points at most 2 % apart the least."""
+    edge: list[tuple[int, float]] = []
+    for nbytes, value in sorted(points):
+        if edge and nbytes < 1.02 * edge[-1][0]:
+            edge[-1] = min(edge[-1], (nbytes, value), key=lambda point: point[1])
+        else:
+            edge.append((nbytes, value))
+    return edge
 
 
 def _short(nbytes: int) -> str:

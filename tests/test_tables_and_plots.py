@@ -8,7 +8,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 from helpers.accounting import KINDS, Breakdown, Timeline
-from helpers.plots import loss_curves, stacked_bars, timeline
+from helpers.plots import against_bytes, loss_curves, stacked_bars, timeline
 from helpers.tables import table
 
 
@@ -73,3 +73,37 @@ def test_a_timeline_leaves_out_what_cannot_be_seen() -> None:
 def test_loss_curves_count_steps_from_one() -> None:
     (axes,) = loss_curves({"run": [3.0, 2.0, 1.0]}).axes
     assert list(axes.lines[0].get_xdata()) == [1, 2, 3]
+
+
+def test_quality_against_bytes_draws_the_median_and_joins_the_best_of_a_size() -> None:
+    small = {"FP32": (4000, [3.0, 1.0, 2.0]), "A": (1010, [7.0]), "B": (1000, [5.0])}
+    panels = {"loss": {"small": small, "large": {"FP32": (8000, [0.5])}}}
+    figure = against_bytes(panels)
+    (axes,) = figure.axes
+    edges = [line for line in axes.lines if line.get_marker() == "None"]
+    assert [list(edge.get_xydata().flatten()) for edge in edges] == [
+        [1000, 5, 4000, 2],
+        [8000, 0.5],
+    ]
+    (bar, *_) = axes.collections
+    assert bar.get_segments()[0].tolist() == [[4000, 1], [4000, 3]]
+    assert {text.get_text() for text in axes.texts} == {"small", "large"}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["FP32", "A", "B"]
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert axes.get_ylabel() == "loss"
+    marks = {line.get_marker() for line in axes.lines} - {"None"}
+    assert len(marks) == 3  # the same format, the same marker in both models
+    assert len({edge.get_color() for edge in edges}) == 2
+
+
+def test_panels_share_their_axis_of_bytes() -> None:
+    one = {"model": {"FP32": (4000, [1.0])}}
+    upper, lower = against_bytes({"error": one, "loss": one}).axes
+    assert upper.get_shared_x_axes().joined(upper, lower)
+    assert (upper.get_xlabel(), lower.get_xlabel()) == ("", "bytes of the model")
+
+
+def test_more_formats_than_markers_are_refused() -> None:
+    many = {str(n): (n + 1, [1.0]) for n in range(17)}
+    with pytest.raises(ValueError, match="1 models and 17 formats: expected at most 11 and 16"):
+        against_bytes({"loss": {"model": many}})
