@@ -607,7 +607,7 @@ for maker, nbytes in held.most_common():
     print(f"{maker:12}{nbytes:14,} B")
 
 # %% [markdown]
-# `validate` holds the activations of four layers, and that twice. **Cure:**
+# `validate` holds the input and the outputs of four layers, and that twice; cuBLAS's workspace came to life there too. **Cure:**
 
 # %%
 del outputs
@@ -872,7 +872,7 @@ for step, factor in enumerate((float("inf"), 1.0)):
 # <a id="saves"></a>
 # ### Why does AMP not save memory?
 #
-# Because it is made for speed and keeps its parameters in FP32. Autocast converts on the way: activations become half as large, parameters get an extra copy for the time of the step.
+# Because it is made for speed and keeps its parameters in FP32. Autocast converts on the way: what matrix products give becomes half as large, and parameters get a copy in 16 bits for as long as the context lasts.
 
 # %%
 model = nn.Linear(64, 64)
