@@ -25,7 +25,7 @@ from helpers.units import GB, MB, KiB, MiB
 # (WCAG 1.4.11), after the palette of Okabe and Ito for all kinds of sight.
 COLORS = dict(
     zip(
-        (*KINDS, "logits", "KV cache", "cast weights", "CUDA context"),  # the last of estimates
+        (*KINDS, "logits", "KV cache", "CUDA context"),  # the last of estimates
         (
             "#0072b2",  # parameters
             "#6b8e23",  # scales
@@ -40,7 +40,6 @@ COLORS = dict(
             "#8c6d5a",  # rounding
             "#c4742f",  # logits
             "#5b86a8",  # KV cache
-            "#b264dc",  # cast weights
             "#6f7f33",  # CUDA context
         ),
         strict=True,
