@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -27,6 +28,7 @@ from torch.utils import _foreach_utils
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from helpers import cuda_kernels
 from helpers.accounting import Breakdown, Timeline, Tracker, in_backward
 from helpers.allocator import CachingAllocator, SegmentInfo
 from helpers.units import KiB, binary
@@ -113,15 +115,15 @@ class GPU(ABC):
     def breakdown(
         self,
         model: torch.nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        *optimizers: torch.optim.Optimizer | None,
     ) -> Breakdown:
         """What the allocated bytes are for; see `helpers.accounting.Tracker.breakdown`."""
-        return self._tracker.breakdown(model, optimizer)
+        return self._tracker.breakdown(model, *optimizers)
 
     def record(
         self,
         model: torch.nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        *optimizers: torch.optim.Optimizer | None,
     ) -> AbstractContextManager[Timeline]:
         """What each operation does to memory; see `helpers.accounting.Tracker.record`.
 
@@ -130,7 +132,7 @@ class GPU(ABC):
         """
         if self not in GPU._open:
             raise RuntimeError(f"{self} cannot record: open() it first")
-        return self._tracker.record(model, optimizer)
+        return self._tracker.record(model, *optimizers)
 
     # The names of torch.cuda
 
@@ -184,6 +186,10 @@ class GPU(ABC):
 
     def _free(self, handle: int) -> None:
         """Give back to the replayed allocator what `_malloc` took."""
+
+    def _kernel(self, operation: Any) -> Callable[..., Any] | None:
+        """What is to run in an operation's place, where its allocations are replayed."""
+        return None
 
     def _computed(self, operation: Any, result: Any) -> None:
         """Take what an operation takes beside its results, where it is replayed."""
@@ -318,6 +324,7 @@ class VirtualGPU(GPU):
             )
             stack.enter_context(asked)
         stack.enter_context(without_dynamo())
+        stack.enter_context(cuda_kernels.in_force())
 
     @override
     def memory_allocated(self) -> int:
@@ -363,6 +370,10 @@ class VirtualGPU(GPU):
     @override
     def _free(self, handle: int) -> None:
         self._allocator.free(handle)
+
+    @override
+    def _kernel(self, operation: Any) -> Callable[..., Any] | None:
+        return cuda_kernels.KERNELS.get(operation)
 
     @override
     def _computed(self, operation: Any, result: Any) -> None:

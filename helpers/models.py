@@ -15,7 +15,21 @@ from helpers.estimate import dimensions, known_models
 with warnings.catch_warnings():
     # In a notebook without ipywidgets tqdm complains that its bars will be plain.
     warnings.filterwarnings("ignore", "IProgress not found")
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+    from transformers import (
+        AttentionInterface,
+        AutoConfig,
+        AutoModelForCausalLM,
+        PreTrainedConfig,
+        PreTrainedModel,
+    )
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+CAUSAL_SDPA = "causal_sdpa"
+"""For ``attn_implementation``: transformers' ``"sdpa"`` for whole texts without padding.
+
+Only that transformers makes no mask for it. For ``"sdpa"`` it looks at the values
+of positions and padding to find that it needs none, and ``meta`` has no values."""
+AttentionInterface.register(CAUSAL_SDPA, sdpa_attention_forward)
 
 # What the data file says of a model that its config.json does not.
 _NOT_OF_THE_CONFIG = ("published", "source")
