@@ -17,7 +17,7 @@ from helpers import precision
 
 # What tells the architectures apart, by transformers' model_type.
 _TRAITS: dict[str, frozenset[str]] = {
-    "gpt2": frozenset({"biases", "layer norm", "learned positions"}),
+    "gpt2": frozenset({"biases", "dropout", "layer norm", "learned positions"}),
     "llama": frozenset({"gated"}),
     "mistral": frozenset({"gated"}),
     "mixtral": frozenset({"gated"}),
@@ -296,30 +296,49 @@ def lora_parameters(sizes: Dimensions, rank: int) -> int:
 
 # Activations
 
-ATTENTION = ("eager", "flash")
+ATTENTION = ("eager", "flash", "efficient")
 
 
 def layer_activations(
-    sizes: Dimensions, batch: int, length: int, dtype: str = "fp32", attention: str = "eager"
+    sizes: Dimensions,
+    batch: int,
+    length: int,
+    dtype: str = "fp32",
+    attention: str = "eager",
+    dropout: bool = False,
 ) -> int:
     """Bytes that autograd keeps of one decoder layer from forward to backward.
 
-    Counted from what transformers' layers save without dropout, tensor by tensor;
-    the same way of counting as in Korthikanti et al. 2022 (arXiv 2205.05198).
-    Eager attention keeps a matrix of `length` x `length` for each head; flash
-    attention one number for each row of it.
+    Counted from what transformers' layers save, tensor by tensor; the same way of
+    counting as in Korthikanti et al. 2022 (arXiv 2205.05198). Eager attention
+    keeps a matrix of `length` x `length` for each head; flash attention (FP16 and
+    BF16) and memory-efficient attention (FP32 too) one number for each row of it,
+    and their random state: see `helpers.cuda_kernels`.
+
+    Args:
+        sizes: of the model.
+        batch: texts.
+        length: tokens of each.
+        dtype: what the model computes in.
+        attention: one of `ATTENTION`.
+        dropout: GPT-2's, of its scores, residuals and embedding: a byte each, and
+            the scores once more.
 
     Raises:
-        ValueError: impossible sizes, an unknown dtype or kind of attention.
+        ValueError: impossible sizes, an unknown dtype or kind of attention, or
+            dropout where the architecture has none.
     """
     _check_batch(batch, length)
     if attention not in ATTENTION:
         raise _refuse("attention", attention, f"one of {', '.join(ATTENTION)}")
+    if dropout and not sizes.has("dropout"):
+        raise _refuse("dropout", dropout, f"False, as {sizes.model_type} has none")
     b = _width(dtype)
     half = b < 4  # then norms and softmax are computed in FP32 (not so GPT-2's)
     h, heads = sizes.hidden_size, sizes.num_attention_heads
     queries, keys = heads * sizes.head_dim, sizes.num_key_value_heads * sizes.head_dim
     experts = max(1, sizes.num_experts_per_tok)
+    once = 0  # for the whole batch
     if sizes.has("layer norm"):
         norm = 2 * b * h + 2 * 4  # input and output; mean and deviation
         scores = b
@@ -335,13 +354,22 @@ def layer_activations(
         # one head of one sequence can be looked at many times over.
         repeated = keys if batch == sizes.num_key_value_heads == 1 else queries
         token += 2 * b * (queries + repeated) + heads * length * scores
+        token += heads * length * (1 + b) if dropout else 0
     else:
-        token += 2 * b * (queries + keys) + 4 * heads
+        token += 2 * b * (queries + keys)
+        rows = batch * length
+        if attention == "flash":
+            once += 24 if rows else 0
+        else:
+            rows = batch * 32 * math.ceil(length / 32)
+            once += 16 if rows and not dropout else 0  # with dropout it is on the host
+        once += 4 * heads * rows
+    token += 2 * h if dropout else 0
     if sizes.has("gated"):  # gate, its SiLU, up, their product
         token += experts * 4 * b * sizes.intermediate_size
     else:  # input, half of it, tanh, 1 + tanh, their product
         token += 5 * b * sizes.intermediate_size
-    return batch * length * token
+    return batch * length * token + once
 
 
 def activations(
@@ -350,27 +378,32 @@ def activations(
     length: int,
     dtype: str = "fp32",
     attention: str = "eager",
-    checkpointing: bool = False,
+    checkpointing: int = 0,
+    dropout: bool = False,
 ) -> int:
     """Bytes that autograd keeps of the whole model but for the logits.
 
-    With checkpointing of each layer: the layers' inputs, and at the peak one
-    layer's activations, made again.
+    With `checkpointing` of each so many layers: the inputs of these groups, and
+    at the peak one group's activations, made again.
 
     Raises:
-        ValueError: impossible sizes, an unknown dtype or kind of attention.
+        ValueError: impossible sizes, an unknown dtype or kind of attention, or
+            dropout where the architecture has none.
     """
-    layer = layer_activations(sizes, batch, length, dtype, attention)
-    b, h = _width(dtype), sizes.hidden_size
+    layer = layer_activations(sizes, batch, length, dtype, attention, dropout)
+    if not isinstance(checkpointing, int) or checkpointing < 0:
+        raise _refuse("checkpointing", checkpointing, "a number of layers, 0 for none")
+    b, h, layers = _width(dtype), sizes.hidden_size, sizes.num_hidden_layers
     if sizes.has("layer norm"):
         last = batch * length * (2 * b * h + 2 * 4)
     else:
         last = batch * length * ((4 + 2 * b if b < 4 else 3 * b) * h + 4)
         last += 2 * b * length * sizes.head_dim  # the rotary embedding's cos and sin
+    last += batch * length * h if dropout else 0  # of the embedding
     if checkpointing:
-        inputs = sizes.num_hidden_layers * batch * length * h * b
-        return last + inputs + (layer if sizes.num_hidden_layers else 0)
-    return last + sizes.num_hidden_layers * layer
+        inputs = math.ceil(layers / checkpointing) * batch * length * h * b
+        return last + inputs + min(checkpointing, layers) * layer
+    return last + layers * layer
 
 
 def logits(sizes: Dimensions, batch: int, length: int, dtype: str = "fp32") -> int:
@@ -437,7 +470,8 @@ def training(
     batch: int = 1,
     length: int = 0,
     attention: str = "eager",
-    checkpointing: bool = False,
+    checkpointing: int = 0,
+    dropout: bool = False,
 ) -> Memory:
     """What a training step holds between forward and backward, its states included.
 
@@ -446,14 +480,15 @@ def training(
     temporaries, workspaces, rounding and the CUDA context.
 
     Raises:
-        ValueError: impossible sizes, or an unknown dtype, optimizer or attention.
+        ValueError: impossible sizes, an unknown dtype, optimizer or attention, or
+            dropout where the architecture has none.
     """
     held = parameter_bytes(sizes, dtype)
     return Memory(
         parameters=held,
         gradients=held,
         optimizer_states=optimizer_states([s for _, s in shapes(sizes)], optimizer, dtype),
-        activations=activations(sizes, batch, length, dtype, attention, checkpointing),
+        activations=activations(sizes, batch, length, dtype, attention, checkpointing, dropout),
         logits=2 * logits(sizes, batch, length, dtype),
     )
 
