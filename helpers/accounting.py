@@ -149,6 +149,9 @@ class Card(Protocol):
     def _free(self, handle: int) -> None:
         """Give back what `_malloc` took."""
 
+    def _kernel(self, operation: Any) -> Callable[..., Any] | None:
+        """A function that is to run in an operation's place, allocation by allocation, if any."""
+
     def _computed(self, operation: Any, result: Any) -> None:
         """Learn that an operation was carried out, after its results were taken in."""
 
@@ -181,6 +184,7 @@ class Tracker(TorchDispatchMode):
         self.making: str | None = None  # the kind of what is made, where it is said
         self._storages: dict[int, _Storage] = {}  # address of the StorageImpl: what it is
         self._recording: _Recording | None = None
+        self._in_kernel = False  # then no step of a timeline, though each allocation counts
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -197,6 +201,15 @@ class Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self.in_use():
             return func(*args, **kwargs)
+        if (kernel := self.card._kernel(func)) is not None:
+            self._sample()
+            within, self._in_kernel = self._in_kernel, not func._can_decompose()
+            try:
+                with self:
+                    return kernel(*args, **kwargs)
+            finally:
+                self._in_kernel = within
+                self._sample()
         if torch.is_inference_mode_enabled():
             # Only there do composite operations arrive whole, with the tensors
             # that they make on the way out of sight.
@@ -225,7 +238,7 @@ class Tracker(TorchDispatchMode):
     def breakdown(
         self,
         model: torch.nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        *optimizers: torch.optim.Optimizer | None,
     ) -> Breakdown:
         """What the allocated bytes are for: one row for each of `KINDS`.
 
@@ -235,9 +248,9 @@ class Tracker(TorchDispatchMode):
 
         Args:
             model: whose parameters, their ``.grad``, and buffers.
-            optimizer: whose states.
+            optimizers: whose states.
         """
-        roles = self._roles(model, optimizer)
+        roles = self._roles(model, optimizers)
         counts: Counter[str] = Counter()
         for storage in self._storages.values():
             counts[roles.get(storage, storage.kind)] += storage.nbytes
@@ -247,12 +260,12 @@ class Tracker(TorchDispatchMode):
     def record(
         self,
         model: torch.nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        *optimizers: torch.optim.Optimizer | None,
     ) -> Iterator[Timeline]:
         """Record what each operation does to memory, while the context lasts.
 
         The timeline is filled when the context ends, by an error too. Kinds are those of
-        `breakdown`, for `model` and `optimizer` as they are at the beginning, at
+        `breakdown`, for `model` and `optimizers` as they are at the beginning, at
         each optimizer step, and at the end.
 
         Raises:
@@ -268,7 +281,7 @@ class Tracker(TorchDispatchMode):
             timeline.marks[name] = len(recording.samples) - 1
 
         def look(*_: object) -> None:
-            recording.roles |= self._roles(model, optimizer)
+            recording.roles |= self._roles(model, optimizers)
 
         look()
         self._sample()
@@ -284,9 +297,11 @@ class Tracker(TorchDispatchMode):
             timeline.steps += recording.steps()
 
     def _roles(
-        self, model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None
+        self,
+        model: torch.nn.Module | None,
+        optimizers: tuple[torch.optim.Optimizer | None, ...],
     ) -> dict[_Storage, str]:
-        """The storages that model and optimizer hold, and as what."""
+        """The storages that model and optimizers hold, and as what."""
         roles: dict[_Storage, str] = {}
 
         def note(kind: str, *tensors: object) -> None:
@@ -298,7 +313,7 @@ class Tracker(TorchDispatchMode):
                     if storage is not None:
                         roles[storage] = kind
 
-        if optimizer is not None:
+        for optimizer in filter(None, optimizers):
             note("optimizer states", *tree_leaves(list(optimizer.state.values())))
         if model is not None:
             note("scales", *scales(model))
@@ -361,7 +376,7 @@ class Tracker(TorchDispatchMode):
 
     def _sample(self) -> None:
         """Between two operations: note what memory is now, if it changed."""
-        if self._recording is None:
+        if self._recording is None or self._in_kernel:
             return
         now = (
             len(self._recording.events),

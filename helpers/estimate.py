@@ -21,7 +21,7 @@ from helpers.units import GiB
 
 # What tells the architectures apart, by transformers' model_type.
 TRAITS: dict[str, frozenset[str]] = {
-    "gpt2": frozenset({"biases", "layer norm", "learned positions"}),
+    "gpt2": frozenset({"biases", "dropout", "layer norm", "learned positions"}),
     "llama": frozenset({"gated"}),
     "mistral": frozenset({"gated"}),
     "mixtral": frozenset({"gated"}),
@@ -360,7 +360,7 @@ def _adapters(sizes: Dimensions, rank: int) -> Counter[tuple[int, ...]]:
 
 # Activations
 
-ATTENTION = ("eager", "flash")
+ATTENTION = ("eager", "flash", "efficient")
 
 
 def layer_activations(
@@ -371,28 +371,44 @@ def layer_activations(
     attention: str = "eager",
     rank: int = 0,
     autocast: bool = False,
+    dropout: bool = False,
 ) -> int:
     """Bytes that autograd keeps of one decoder layer from forward to backward.
 
-    Counted from what transformers' layers save without dropout, tensor by tensor;
-    the same way of counting as in Korthikanti et al. 2022 (arXiv 2205.05198).
-    Eager attention keeps a matrix of `length` x `length` for each head; flash
-    attention one number for each row of it. With LoRA of a `rank`, each matrix
-    keeps what its first factor gives, and frozen norms keep less. Under `autocast`
-    of FP32 weights to `dtype`, norms and what runs between the layers stay in FP32,
-    and each matrix keeps its own copy of what it reads.
+    Counted from what transformers' layers save, tensor by tensor; the same way of
+    counting as in Korthikanti et al. 2022 (arXiv 2205.05198). Eager attention
+    keeps a matrix of `length` x `length` for each head; flash attention (FP16 and
+    BF16) and memory-efficient attention (FP32 too) one number for each row of it,
+    and their random state: see `helpers.cuda_kernels`.
+
+    Args:
+        sizes: of the model.
+        batch: texts.
+        length: tokens of each.
+        dtype: what the model computes in.
+        attention: one of `ATTENTION`.
+        rank: of LoRA, if not 0: each matrix keeps what its first factor gives, and
+            frozen norms keep less.
+        autocast: of FP32 weights to `dtype`: norms and what runs between the layers
+            stay in FP32, and each matrix keeps its own copy of what it reads.
+        dropout: GPT-2's, of its scores, residuals and embedding: a byte each, and
+            the scores once more.
 
     Raises:
-        ValueError: impossible sizes, an unknown dtype or kind of attention.
+        ValueError: impossible sizes, an unknown dtype or kind of attention, or
+            dropout where the architecture has none.
     """
     _check_batch(batch, length)
     if attention not in ATTENTION:
         raise _refuse("attention", attention, f"one of {', '.join(ATTENTION)}")
+    if dropout and not sizes.has("dropout"):
+        raise _refuse("dropout", dropout, f"False, as {sizes.model_type} has none")
     b = _width(dtype)
     half = b < 4  # then norms and softmax are computed in FP32 (not so GPT-2's)
     h, heads = sizes.hidden_size, sizes.num_attention_heads
     queries, keys = heads * sizes.head_dim, sizes.num_key_value_heads * sizes.head_dim
     experts = max(1, sizes.num_experts_per_tok)
+    once = 0  # for the whole batch
     gated, wide = sizes.has("gated"), 4 if autocast else b
     readers = (1 if sizes.model_type == "gpt2" else 3) + 1 + gated if autocast else 2
     in_fp32 = autocast or not sizes.has("layer norm")  # the softmax
@@ -405,17 +421,26 @@ def layer_activations(
         # Query, output, and keys and values repeated for all heads: a copy, unless
         # one head of one sequence can be looked at many times over. Autocast copies
         # the keys, which rotation has made FP32.
-        once = batch == sizes.num_key_value_heads == 1
-        repeated = (queries + keys if autocast else 2 * keys) if once else 2 * queries
+        single = batch == sizes.num_key_value_heads == 1
+        repeated = (queries + keys if autocast else 2 * keys) if single else 2 * queries
         token += b * (2 * queries + repeated) + heads * length * scores
+        token += heads * length * (1 + b) if dropout else 0
     else:
-        token += 2 * b * (queries + keys) + 4 * heads
+        token += 2 * b * (queries + keys)
+        rows = batch * length
+        if attention == "flash":
+            once += 24 if rows else 0
+        else:
+            rows = batch * 32 * math.ceil(length / 32)
+            once += 16 if rows and not dropout else 0  # with dropout it is on the host
+        once += 4 * heads * rows
+    token += 2 * h if dropout else 0
     if gated:  # gate, its SiLU, up, their product
         token += experts * 4 * b * sizes.intermediate_size
     else:  # input, half of it, tanh, 1 + tanh, their product; autocast's power is in FP32
         token += (5 * b + 6 * autocast) * sizes.intermediate_size
     matrices = (2 if sizes.model_type == "gpt2" else 4) + experts * (2 + gated)
-    return batch * length * (token + matrices * rank * b)
+    return batch * length * (token + matrices * rank * b) + once
 
 
 def _norm_input(sizes: Dimensions, b: int) -> int:
@@ -436,28 +461,34 @@ def activations(
     length: int,
     dtype: str = "fp32",
     attention: str = "eager",
-    checkpointing: bool = False,
+    checkpointing: int = 0,
     rank: int = 0,
     autocast: bool = False,
+    dropout: bool = False,
 ) -> int:
     """Bytes that autograd keeps of the whole model but for the logits.
 
-    With checkpointing of each layer: the layers' inputs, and at the peak one
-    layer's activations, made again. With LoRA of a `rank`: no input of the head,
-    and none of the first norm, before which nothing is trained.
+    With `checkpointing` of each so many layers: the inputs of these groups, and
+    at the peak one group's activations, made again. With LoRA of a `rank`: no
+    input of the head, and none of the first norm, before which nothing is trained.
 
     Raises:
-        ValueError: impossible sizes, an unknown dtype or kind of attention.
+        ValueError: impossible sizes, an unknown dtype or kind of attention, or
+            dropout where the architecture has none.
     """
-    layer = layer_activations(sizes, batch, length, dtype, attention, rank, autocast)
+    layer = layer_activations(sizes, batch, length, dtype, attention, rank, autocast, dropout)
+    if not isinstance(checkpointing, int) or checkpointing < 0:
+        raise _refuse("checkpointing", checkpointing, "a number of layers, 0 for none")
     b, h, layers = _width(dtype), sizes.hidden_size, sizes.num_hidden_layers
     wide = 4 if autocast else b
     norm = _norm_input(sizes, wide)
     last = batch * length * (norm + _norm_rest(sizes, wide, rank) + (0 if rank else b * h))
     if not sizes.has("learned positions"):
         last += 2 * wide * length * sizes.head_dim  # the rotary embedding's cos and sin
+    last += batch * length * h if dropout else 0  # of the embedding
     if checkpointing:
-        return last + layers * batch * length * h * wide + (layer if layers else 0)
+        inputs = math.ceil(layers / checkpointing) * batch * length * h * wide
+        return last + inputs + min(checkpointing, layers) * layer
     return last + layers * layer - (batch * length * norm if rank and layers else 0)
 
 
@@ -744,7 +775,8 @@ def training(
     batch: int = 1,
     length: int = 0,
     attention: str = "eager",
-    checkpointing: bool = False,
+    checkpointing: int = 0,
+    dropout: bool = False,
     gpus: int = 1,
     sharding: str = "none",
 ) -> Memory:
@@ -756,8 +788,8 @@ def training(
     and the CUDA context.
 
     Raises:
-        ValueError: impossible sizes, or an unknown dtype, optimizer, attention or
-            sharding.
+        ValueError: impossible sizes, an unknown dtype, optimizer, attention or
+            sharding, or dropout where the architecture has none.
     """
     setup = Setup(
         task="training",
@@ -766,11 +798,14 @@ def training(
         batch=batch,
         length=length,
         attention=attention,
-        checkpointing=checkpointing,
+        checkpointing=checkpointing > 0,
         gpus=gpus,
         sharding=sharding,
     )
-    return replace(memory(sizes, setup), rounding=0, context=0)
+    kept = activations(
+        sizes, batch, length, dtype, attention, checkpointing=checkpointing, dropout=dropout
+    )
+    return replace(memory(sizes, setup), activations=kept, rounding=0, context=0)
 
 
 def inference(

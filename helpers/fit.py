@@ -61,7 +61,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "LoRA of rank 16": {"rank": 16},
     "QLoRA: LoRA of rank 16 on NF4": {"rank": 16, "quantised": "nf4 double"},
     "checkpointing": {"checkpointing": True},
-    "fused attention": {"attention": "flash"},
+    "fused attention": {"attention": "efficient"},
     "weights in INT8": {"quantised": "int8"},
     "weights in NF4, double quantised": {"quantised": "nf4 double"},
     "KV cache in FP8": {"cache_dtype": "fp8"},

@@ -14,7 +14,7 @@ import pickle
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from torch.utils import _foreach_utils
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from helpers import cuda_kernels
 from helpers.accounting import KINDS, Breakdown, Timeline, Tracker, in_backward
 from helpers.allocator import CachingAllocator, SegmentInfo
 from helpers.autocast import cuda_autocast
@@ -118,15 +119,15 @@ class GPU(ABC):
     def breakdown(
         self,
         model: torch.nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        *optimizers: torch.optim.Optimizer | None,
     ) -> Breakdown:
         """What the allocated bytes are for; see `helpers.accounting.Tracker.breakdown`."""
-        return self._tracker.breakdown(model, optimizer)
+        return self._tracker.breakdown(model, *optimizers)
 
     def record(
         self,
         model: torch.nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        *optimizers: torch.optim.Optimizer | None,
     ) -> AbstractContextManager[Timeline]:
         """What each operation does to memory; see `helpers.accounting.Tracker.record`.
 
@@ -135,7 +136,7 @@ class GPU(ABC):
         """
         if self not in GPU._open:
             raise RuntimeError(f"{self} cannot record: open() it first")
-        return self._tracker.record(model, optimizer)
+        return self._tracker.record(model, *optimizers)
 
     @contextmanager
     def making(self, kind: str) -> Iterator[None]:
@@ -239,6 +240,10 @@ class GPU(ABC):
 
     def _free(self, handle: int) -> None:
         """Give back to the replayed allocator what `_malloc` took."""
+
+    def _kernel(self, operation: Any) -> Callable[..., Any] | None:
+        """What is to run in an operation's place, where its allocations are replayed."""
+        return None
 
     def _computed(self, operation: Any, result: Any) -> None:
         """Take what an operation takes beside its results, where it is replayed."""
@@ -401,6 +406,7 @@ class VirtualGPU(GPU):
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", applied))
         stack.enter_context(cuda_autocast())
         stack.enter_context(without_dynamo())
+        stack.enter_context(cuda_kernels.in_force())
 
     @override
     def memory_allocated(self) -> int:
@@ -460,6 +466,10 @@ class VirtualGPU(GPU):
     @override
     def _free(self, handle: int) -> None:
         self._allocator.free(handle)
+
+    @override
+    def _kernel(self, operation: Any) -> Callable[..., Any] | None:
+        return cuda_kernels.KERNELS.get(operation)
 
     @override
     def _computed(self, operation: Any, result: Any) -> None:

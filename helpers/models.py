@@ -36,14 +36,23 @@ with warnings.catch_warnings():
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download as hub_download
     from transformers import (
+        AttentionInterface,
         AutoConfig,
         AutoModelForCausalLM,
         BitsAndBytesConfig,
         PreTrainedConfig,
         PreTrainedModel,
     )
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from helpers.placement import mapped, moved
+
+CAUSAL_SDPA = "causal_sdpa"
+"""For ``attn_implementation``: transformers' ``"sdpa"`` for whole texts without padding.
+
+Only that transformers makes no mask for it. For ``"sdpa"`` it looks at the values
+of positions and padding to find that it needs none, and ``meta`` has no values."""
+AttentionInterface.register(CAUSAL_SDPA, sdpa_attention_forward)
 
 # What the data file says of a model that its config.json does not.
 _NOT_OF_THE_CONFIG = ("published", "source")

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.pytorch_utils import Conv1D
 
-from helpers import estimate
+from helpers import estimate, models
 from helpers.allocator import CachingAllocator
 from helpers.estimate import Dimensions, Setup
 from helpers.gpu import VirtualGPU
@@ -40,16 +40,18 @@ def test_a_mixture_of_experts_uses_fewer_than_it_loads() -> None:
 # Against replays
 
 
-def build(sizes: Dimensions, dtype: str) -> PreTrainedModel:
-    """The real model of these sizes, eager, without dropout, on the device in force."""
+def build(
+    sizes: Dimensions, dtype: str, attention: str = "eager", dropout: float = 0
+) -> PreTrainedModel:
+    """The real model of these sizes, on the device in force."""
     given = dataclasses.asdict(sizes) | {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     if not sizes.num_local_experts:
         del given["num_local_experts"], given["num_experts_per_tok"]
     if sizes.model_type == "gpt2":
         del given["intermediate_size"], given["num_key_value_heads"], given["head_dim"]
-        given |= {"resid_pdrop": 0, "attn_pdrop": 0, "embd_pdrop": 0}
+        given |= dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), dropout)
     config = AutoConfig.for_model(
-        given.pop("model_type"), attn_implementation="eager", use_cache=False, **given
+        given.pop("model_type"), attn_implementation=attention, use_cache=False, **given
     )
     return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).train()
 
@@ -176,6 +178,81 @@ def test_a_step_under_autocast_is_as_estimated(kind: str, batch: int) -> None:
     assert held["parameters"] == expected.parameters
     assert held["cast weights"] == expected.cast_weights
     assert 0 <= held["activations"] - expected.activations - expected.logits <= 64
+
+
+def held_after_forward(
+    model: PreTrainedModel, gpu: VirtualGPU, batch: int, length: int, mask: bool
+) -> tuple[int, torch.Tensor]:
+    """Bytes of activations between forward and backward, and the loss."""
+    ids = torch.zeros(batch, length, dtype=torch.int64).to(gpu.device)
+    given = {"input_ids": ids, "position_ids": torch.arange(length)[None].to(gpu.device)}
+    if mask:
+        causal = torch.zeros(1, 1, length, length, dtype=model.dtype)
+        given["attention_mask"] = causal.to(gpu.device)
+    logits = model(**given).logits
+    loss = cross_entropy(logits.flatten(0, 1), ids.flatten())
+    return gpu.breakdown(model)["activations"], loss
+
+
+FUSED = [
+    (name, dtype, length, dropout)
+    for name in SMALL
+    for dtype in DTYPES
+    for length in (96, 100)  # a multiple of 32 and none
+    for dropout in (False, True)
+    if name == "gpt2" or not dropout
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "length", "dropout"), FUSED)
+def test_fused_attention_and_dropout_are_as_estimated(
+    name: str, dtype: str, length: int, dropout: bool
+) -> None:
+    sizes = SMALL[name]
+    fused = "efficient" if dtype == "fp32" else "flash"
+    for kind in ("eager", fused):
+        implementation = kind if kind == "eager" else models.CAUSAL_SDPA
+        with VirtualGPU() as gpu:
+            with gpu.device:
+                model = build(sizes, dtype, implementation, 0.1 * dropout)
+            held, loss = held_after_forward(model, gpu, 3, length, kind == "eager")
+            loss.backward()
+        expected = estimate.training(sizes, "sgd", dtype, 3, length, kind, dropout=dropout)
+        assert 0 <= held - expected.activations - expected.logits <= 8  # the loss and its weight
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("attention", ["eager", "flash"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_checkpointing_saves_as_estimated(name: str, attention: str) -> None:
+    sizes = dataclasses.replace(SMALL[name], num_hidden_layers=4)
+    implementation = "eager" if attention == "eager" else models.CAUSAL_SDPA
+    found = []
+    for checkpointing in (False, True):
+        with VirtualGPU() as gpu:
+            with gpu.device:
+                model = build(sizes, "bf16", implementation)
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            held, loss = held_after_forward(model, gpu, 2, 256, attention == "eager")
+            loss.backward()
+        found.append(held)
+    whole, inputs = (
+        estimate.activations(sizes, 2, 256, "bf16", attention, every) for every in (0, 1)
+    )
+    layer = estimate.layer_activations(sizes, 2, 256, "bf16", attention)
+    assert found[0] - found[1] == whole - (inputs - layer)
+
+
+def test_a_checkpoint_of_many_layers_keeps_fewer_inputs_and_makes_more_again() -> None:
+    sizes = dataclasses.replace(SMALL["llama"], num_hidden_layers=10)
+    layer = estimate.layer_activations(sizes, 2, 64)
+    state = 2 * 64 * 256 * 4  # of one layer's input
+    each, four, all_ten, more = (
+        estimate.activations(sizes, 2, 64, checkpointing=every) for every in (1, 4, 10, 11)
+    )
+    assert four - each == (3 - 10) * state + (4 - 1) * layer
+    assert all_ten == more == estimate.activations(sizes, 2, 64) + state
 
 
 @pytest.mark.parametrize("name", ["adam 8-bit", "lion", "lion 8-bit"])
@@ -306,7 +383,8 @@ def test_flash_attention_and_checkpointing_never_cost_more(
     sizes: Dimensions, batch: int, length: int
 ) -> None:
     eager = estimate.activations(sizes, batch, length)
-    assert estimate.activations(sizes, batch, length, attention="flash") <= eager
+    flash = estimate.activations(sizes, batch, length, attention="flash")
+    assert flash <= eager + 24 * sizes.num_hidden_layers  # its random state
     if sizes.num_hidden_layers > 1:
         assert estimate.activations(sizes, batch, length, checkpointing=True) <= eager
 
@@ -526,6 +604,14 @@ def test_impossible_sizes_are_refused(change: dict[str, object], message: str) -
         (
             lambda s: estimate.activations(s, 1, 1, attention="linear"),
             "attention is 'linear': expected one of eager, flash",
+        ),
+        (
+            lambda s: estimate.activations(s, 1, 1, dropout=True),
+            "dropout is True: expected False, as llama has none",
+        ),
+        (
+            lambda s: estimate.activations(s, 1, 1, checkpointing=-1),
+            "checkpointing is -1: expected a number of layers, 0 for none",
         ),
         (
             lambda s: estimate.inference(s, quantised="int3"),

@@ -175,6 +175,7 @@ function everyByteFormulas(data) {
     const readers = autocast ? (s.model_type === "gpt2" ? 1n : 3n) + (gated ? 2n : 1n) : 2n;
     const inFP32 = autocast || !has(s, "layer norm"); // the softmax
     const scores = inFP32 && half ? b + 4n : half || !inFP32 ? b : 4n;
+    let fixed = 0n; // for the whole batch
     let token = 2n * (normInput(s, wide) + normRest(s, wide, rank)) + readers * b * h;
     if (has(s, "query and key norms")) {
       token += ((half ? 4n : b) + (rank ? 0n : b)) * (queries + keys);
@@ -184,10 +185,15 @@ function everyByteFormulas(data) {
       const once = batch === 1n && s.num_key_value_heads === 1n;
       const repeated = once ? (autocast ? queries : keys) + keys : 2n * queries;
       token += b * (2n * queries + repeated) + heads * length * scores;
-    } else token += 2n * b * (queries + keys) + 4n * heads;
+    } else {
+      const fast = attention === "flash";
+      const rows = batch * (fast ? length : 32n * ceil(length, 32n));
+      token += 2n * b * (queries + keys);
+      fixed = 4n * heads * rows + (rows ? (fast ? 24n : 16n) : 0n);
+    }
     token += (gated ? experts * 4n * b : 5n * b + (autocast ? 6n : 0n)) * s.intermediate_size;
     const matrices = (s.model_type === "gpt2" ? 2n : 4n) + experts * (gated ? 3n : 2n);
-    return batch * length * (token + matrices * rank * b);
+    return batch * length * (token + matrices * rank * b) + fixed;
   }
 
   function activations(s, batch, length, dtype, attention, checkpointing, rank, autocast) {

@@ -1,0 +1,324 @@
+"""Operations that CUDA computes with kernels of its own, for their allocations alone.
+
+On PyTorch's ``meta`` device some operations take another path than on CUDA:
+attention is computed with its whole matrix, dropout in four steps. Here they
+take CUDA's, as PyTorch 2.14 has it on cards of compute capability 8.0, 8.6,
+8.9 and 12.x: `COMPOSITES` choose the kernel, `KERNELS` allocate what it does.
+
+Covered: what each kernel returns, what autograd keeps of it, in which layout,
+and flash attention's temporaries. Not covered: temporaries of other kernels
+(memory-efficient attention in half precision, splits of flash attention over
+few heads, sorting for an embedding's gradient, partial sums of a layer norm's),
+`torch.nn.functional.rms_norm`, which is one kernel on CUDA, and nested tensors.
+Hopper's cards and Blackwell's of 10.x prefer cuDNN's attention, which returns as
+many bytes as flash attention, but for 8 less of its two random states.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+aten = torch.ops.aten
+
+# Of the matrix products in memory-efficient attention, on cards from 8.0 on:
+# 128 bits (minimum_gemm_alignment in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+_ALIGNMENT = {torch.float16: 8, torch.bfloat16: 8, torch.float32: 4}
+
+
+# Which kernel, and what is done around it
+
+
+def attention_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    enable_gqa: bool = False,
+) -> SDPBackend:
+    """The kernel that CUDA would take for `torch.nn.functional.scaled_dot_product_attention`.
+
+    The first that is enabled (``torch.nn.attention.sdpa_kernel``) and can: flash
+    attention for FP16 and BF16 without a mask, memory-efficient attention also for
+    FP32 and with a mask, else the whole matrix. The conditions are those of
+    ``can_use_flash_attention`` and ``can_use_mem_efficient_attention`` in
+    ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``.
+
+    Raises:
+        RuntimeError: no enabled kernel can.
+        NotImplementedError: only cuDNN's is enabled, which is not replayed.
+    """
+    tensors = (query, key, value)
+    dense = all(t.dim() == 4 and t.numel() and t.dtype is query.dtype for t in tensors)
+    if dense:
+        heads, shared, of_values = (t.size(1) for t in tensors)
+        grouped = shared == of_values and (
+            heads == shared or (heads % shared == 0 if enable_gqa else shared == 1)
+        )
+        dense = grouped and query.size(0) == key.size(0) == value.size(0)
+    unit = dense and all(t.stride(-1) == 1 for t in tensors)
+
+    def flash() -> bool:
+        size = query.size(-1)
+        return (
+            torch.backends.cuda.flash_sdp_enabled()
+            and attn_mask is None
+            and query.dtype in (torch.float16, torch.bfloat16)
+            and (unit or (dense and size == 1))
+            and size == key.size(-1) == value.size(-1) <= 256
+            and not (is_causal and query.size(-2) != key.size(-2))
+        )
+
+    def efficient() -> bool:
+        multiple = _ALIGNMENT.get(query.dtype, 0)
+        return (
+            torch.backends.cuda.mem_efficient_sdp_enabled()
+            and unit
+            and multiple > 0
+            and query.size(-1) == key.size(-1)
+            and not any(n % multiple for t in tensors for n in (t.size(-1), t.storage_offset()))
+            and (attn_mask is None or attn_mask.stride(-1) == 1)
+        )
+
+    can = {
+        SDPBackend.FLASH_ATTENTION: flash,
+        SDPBackend.EFFICIENT_ATTENTION: efficient,
+        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+    }
+    for backend in map(SDPBackend, torch._C._get_sdp_priority_order()):
+        if backend in can and can[backend]():
+            return backend
+    if torch.backends.cuda.cudnn_sdp_enabled() and not any(
+        (
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+        )
+    ):
+        raise NotImplementedError("cuDNN's attention is not replayed: enable another kernel")
+    raise RuntimeError("No available kernel. Aborting execution.")  # PyTorch's own words
+
+
+def _scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    # scaled_dot_product_attention in aten/src/ATen/native/transformers/attention.cpp.
+    kernel = attention_kernel(query, key, value, attn_mask, is_causal, enable_gqa)
+    if kernel == SDPBackend.MATH:
+        return aten.scaled_dot_product_attention.default.decompose(
+            *(query, key, value, attn_mask, dropout_p, is_causal),
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+    if kernel == SDPBackend.FLASH_ATTENTION:
+        size = query.size(-1)
+        padded = [_padded(t, 8) for t in (query, key, value)]
+        result = aten._scaled_dot_product_flash_attention(
+            *padded, dropout_p, is_causal, False, scale=scale or 1 / math.sqrt(size)
+        )[0]
+        return result if result.size(-1) == size else result[..., :size]
+    if attn_mask is not None:
+        if attn_mask.dtype is torch.bool:
+            outside = torch.scalar_tensor(-math.inf, dtype=query.dtype, device=query.device)
+            attn_mask = torch.where(attn_mask, 0.0, outside)
+        if any(stride % 8 for stride in attn_mask.stride()[:-1]):
+            last = attn_mask.size(-1)
+            attn_mask = torch.nn.functional.pad(attn_mask, (0, 8 - last % 8))[..., :last]
+        attn_mask = attn_mask.expand(*query.shape[:3], key.size(2))
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    return aten._scaled_dot_product_efficient_attention(
+        *(query, key, value, attn_mask, trained, dropout_p, is_causal), scale=scale
+    )[0]
+
+
+def _padded(tensor: Tensor, multiple: int) -> Tensor:
+    over = tensor.size(-1) % multiple
+    return torch.nn.functional.pad(tensor, (0, multiple - over)) if over else tensor
+
+
+def _dropout(input: Tensor, p: float, train: bool) -> Tensor:
+    # is_fused_kernel_acceptable in aten/src/ATen/native/Dropout.cpp.
+    if train and 0 < p < 1 and input.numel():
+        return aten.native_dropout(input, p, train)[0]
+    return aten.dropout.default.decompose(input, p, train)
+
+
+def _softmax(name: str) -> Callable[..., Tensor]:
+    # From FP16 to FP32 without a copy: softmax and log_softmax in
+    # aten/src/ATen/native/SoftMax.cpp.
+    composite, kernel = getattr(aten, name).int, getattr(aten, f"_{name}")
+
+    def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+        if input.dtype is torch.float16 and dtype is torch.float32:
+            return kernel(input, dim, True)
+        return composite.decompose(input, dim, dtype)
+
+    return softmax
+
+
+COMPOSITES: dict[Any, Callable[..., Any]] = {
+    aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
+    aten.dropout.default: _dropout,
+    aten.softmax.int: _softmax("softmax"),
+    aten.log_softmax.int: _softmax("log_softmax"),
+}
+"""Operations made of others, which depend on the device: as they are made on CUDA."""
+
+
+# What a kernel allocates, its temporaries included
+
+
+def _native_dropout(input: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+    # aten/src/ATen/native/cuda/Dropout.cu: one byte for each number, and the result.
+    mask = torch.empty_like(input, dtype=torch.bool)
+    return torch.empty_like(input), mask
+
+
+def _flash_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    # mha_fwd in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp: the
+    # result in the layout (batch, length, heads, size), FP32 logarithms of each row's
+    # sum, and two tensors of random state, with and without dropout.
+    if return_debug_mask:
+        raise NotImplementedError("flash attention's debug mask is not replayed")
+    result = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
+    logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
+    state = query.new_empty(2, dtype=torch.uint64)
+    unused = query.new_empty((), dtype=torch.uint64)
+    none = query.new_empty(0)
+    return result, logsumexp, None, None, query.size(2), key.size(2), state, unused, none
+
+
+def _flash_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, ...]:
+    # _flash_attention_backward in .../cuda/attention_backward.cu, and mha_bwd in flash_api.cpp.
+    copies = [t.transpose(1, 2).contiguous() for t in (grad_out, out)]
+    grads = [torch.empty_like(t.transpose(1, 2)) for t in (query, key, value)]
+    batch, heads, length, size = query.shape
+    rows, columns = _rounded(length, 128), _rounded(size, 32 if size <= 128 else 64)
+    temporaries = [
+        query.new_empty(batch, heads, rows, dtype=torch.float32),
+        query.new_empty(batch, rows, heads, columns, dtype=torch.float32),
+        *_for_all_heads(query, key, value),
+    ]
+    del copies, temporaries
+    return tuple(grad.transpose(1, 2) for grad in grads)
+
+
+def _efficient_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None,
+    compute_log_sumexp: bool,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, ...]:
+    # _efficient_attention_forward in .../cuda/attention.cu. The random state is on the
+    # host with dropout; without, it is two zeros on the device.
+    batch, heads, length, _ = query.shape
+    if dropout_p:
+        states = [torch.scalar_tensor(0, dtype=torch.int64) for _ in range(2)]
+    else:
+        states = [query.new_zeros((), dtype=torch.int64) for _ in range(2)]
+    result = query.new_empty(batch, length, heads, value.size(-1)).transpose(1, 2)
+    rows = _rounded(length, 32) if compute_log_sumexp else 0
+    return result, query.new_empty(batch, heads, rows, dtype=torch.float32), *states
+
+
+def _efficient_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    philox_seed: Tensor,
+    philox_offset: Tensor,
+    dropout_p: float,
+    grad_input_mask: list[bool],
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor | None, ...]:
+    # _efficient_attention_backward in .../cuda/attention_backward.cu, but for its workspace.
+    copy = grad_out.transpose(1, 2).contiguous()
+    grads = [t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (query, key, value)]
+    expanded = _for_all_heads(query, key, value)
+    bias = None
+    if attn_bias is not None and grad_input_mask[3]:
+        last = attn_bias.size(-1)
+        bias = attn_bias.new_empty(*attn_bias.shape[:-1], _rounded(last, 16))[..., :last]
+    delta = query.new_empty(query.shape[:3], dtype=torch.float32)
+    del copy, expanded, delta
+    return *grads, bias
+
+
+def _for_all_heads(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """Gradients of keys and values for each query head, before they are summed by group."""
+    batch, heads, length, _ = key.shape
+    if heads == query.size(1):
+        return []
+    return [t.new_empty(batch, length, query.size(1), t.size(-1)) for t in (key, value)]
+
+
+def _rounded(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+KERNELS: dict[Any, Callable[..., Any]] = {
+    aten.native_dropout.default: _native_dropout,
+    aten._scaled_dot_product_flash_attention.default: _flash_forward,
+    aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    aten._scaled_dot_product_efficient_attention.default: _efficient_forward,
+    aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+    **COMPOSITES,  # in inference mode they arrive whole
+}
+"""Operations on ``meta`` tensors, and what allocates as CUDA's kernel does."""
+
+_in_force = False
+
+
+@contextmanager
+def in_force() -> Iterator[None]:
+    """Let `COMPOSITES` on ``meta`` tensors be made as on CUDA; within itself without effect.
+
+    Autograd then finds the kernels' own operations, with PyTorch's formulas for
+    their gradients. What `KERNELS` allocate is for the one who accounts to ask for.
+    """
+    global _in_force
+    if _in_force:
+        yield
+        return
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for operation, function in COMPOSITES.items():
+            library.impl(operation, function, "AutogradMeta")
+        _in_force = True
+        try:
+            yield
+        finally:
+            _in_force = False
