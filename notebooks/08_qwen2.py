@@ -111,7 +111,7 @@ table(
 # %% [markdown]
 # ### How many parameters?
 #
-# The article asks `num_parameters()`. We count the same model without its weights, and twice more in ways that go wrong.
+# The article asks `num_parameters()`. We count the same model without its weights. Then in a way that goes wrong, and with accelerate's estimator.
 
 # %%
 with unseen():
@@ -131,7 +131,7 @@ print(f"accelerate's estimator:     {estimated:13,} B")
 print(f"  less 2 B a parameter:     {estimated - 2 * N:13,} B")
 
 # %% [markdown]
-# The output head *is* the embedding matrix, under a second name: the two are **tied**. Counting names instead of tensors adds 28 %. Accelerate's estimator gets it right, here called as a library on a model without weights, and adds the buffers of today's rotary embedding. It knows no rounding and nothing that grows while the model runs.
+# The output head *is* the embedding matrix, under a second name: the two are **tied**. Counting names instead of tensors adds 28 %. Accelerate's estimator, called as a library, gets it right, and adds the buffers of today's rotary embedding. It knows no rounding and nothing that grows while the model runs.
 
 # %% [markdown]
 # ### Parameters times bytes
@@ -217,7 +217,7 @@ for name, d in off.items():
 assert rms["fp16"] < rms["bf16"] < rms["int8"] < rms["nf4"] < spread, rms
 
 # %% [markdown]
-# FP16 comes closest, BF16 follows, each bit less costs. Of random weights, four bits lose more than of trained ones. [Number formats](02_precision_formats.ipynb) says why.
+# FP16 comes closest, BF16 follows, each bit less costs. [Number formats](02_precision_formats.ipynb) says why. With random weights this shows that each load works, not how well a quantised model answers.
 
 # %% [markdown]
 # ## Compare: the missing 200 MiB
@@ -241,7 +241,7 @@ print(f"frequencies: {frequencies:11,} B, the FP32 buffers they come from")
 #
 # ### Replay
 #
-# We repeat that load, tensor by tensor: the parameters in the order of their names, then each layer's buffers. After each parameter, accelerate emptied PyTorch's cache {cite}`accelerate-0-30`. That will matter later.
+# We repeat that load, tensor by tensor: the parameters in the order of their names, then each layer's buffers. After each parameter, the accelerate of the time emptied PyTorch's cache {cite}`accelerate-0-30`. That will matter later.
 
 
 # %%
@@ -355,21 +355,26 @@ PRINTED_FP32 = int(2.2383761405944824 * GiB)
 model = None
 
 # %%
-rows = []
-for name, earlier in HISTORIES.items():
-    for emptying in (True, False):
-        n = in_fp32_after(*earlier, emptying=emptying)
-        emptied = "yes" if emptying else "no"
-        rows.append((name, emptied, n, n - PRINTED_FP32))
+off = {
+    name: [
+        in_fp32_after(*earlier, emptying=emptying) - PRINTED_FP32
+        for emptying in (True, False)
+    ]
+    for name, earlier in HISTORIES.items()
+}
 table(
-    ["loaded before", "emptied", "this GPU (B)", "less the article's (B)"],
-    rows,
+    ["loaded before", "off by (B)", "without emptying, off by (B)"],
+    [(name, *misses) for name, misses in off.items()],
 )
 
+# %%
+print(f"this GPU:          {in_fp32_after(FP16, FP32) / GiB!r} GiB")
+print("article, measured: 2.2383761405944824 GiB")
+
 # %% [markdown]
-# One history gives the article's figure in every digit: FP16, then FP32, then **FP32 again**, with accelerate's emptying. Cell 5 was the same cell as cell 6, run once before. Nobody wrote that down. The allocator kept it.
+# One history gives the article's figure in every digit: FP16, then FP32, then **FP32 again**, with accelerate's emptying. So cell 5 was most likely the load of cell 6, run once before.
 #
-# An exact hit among several tries may be luck. Exercise 1 tries more: no other fits.
+# That is a reconstruction, not a record: the article says neither what cell 5 was nor which accelerate it used. And an exact hit among several tries may be luck. Exercise 1 tries more: no other fits.
 
 # %% [markdown]
 # ## Convert the loaded model
@@ -437,7 +442,7 @@ table(
 figure = timeline(recorded)
 
 # %% [markdown]
-# `half()` frees **at once**, tensor by tensor: there are never two models. The peak over the old model is the first and largest tensor, the embedding. What the peaks exceed the prediction by is rounding.
+# `half()` frees **at once**, tensor by tensor: there are never two models. The peak over the old model is the first and largest tensor, the embedding. What the peaks exceed the prediction by is rounding, and 256 bytes of buffers.
 #
 # What is freed stays *reserved* by PyTorch's cache. That is what `nvidia-smi` still shows, until the cache is emptied:
 
@@ -498,7 +503,9 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
     error = exact.to(dtype).double() - exact
     for distance in (100, 30_720):
         angle = distance * error.abs().max().item()
-        print(f"{dtype}: {distance:6,} tokens apart, {angle:8.4f} rad off")
+        print(
+            f"{dtype!s:14} {distance:6,} tokens apart: {angle:7.4f} rad off"
+        )
 
 # %% [markdown]
 # A whole turn is 6.28 rad. Across a long text the converted frequencies point anywhere, and turning back to FP32 does not bring them back. So load in the precision you want, or leave such buffers out of the conversion.
@@ -521,7 +528,7 @@ table(
         (
             n,
             estimate.kv_cache(SIZES, 1, n),
-            estimate.logits(SIZES, 1, n) * 3 // 2,
+            6 * n * SIZES.vocab_size,
         )
         for n in LENGTHS
     ],
@@ -597,7 +604,7 @@ table(
 )
 
 # %% [markdown]
-# The long inputs come out within 0.01 GiB of Qwen's figures, though the two versions are up to twelve times apart. So the reason is named: the logits of all positions then, of the last one today (`logits_to_keep`). For one token 0.01 to 0.02 GiB are missing. There all 2,048 tokens are generated, and what picks each of them, sorting 151,936 scores, is not in the replay.
+# The long inputs come out within 0.01 GiB of Qwen's figures, though the two versions are up to twelve times apart. So the reason is named: the logits of all positions then, of the last one today (`logits_to_keep`). For one token 0.01 to 0.02 GiB are missing. What picks each of the 2,048 tokens from its scores is not in the replay. It may be that: we did not check.
 #
 # What Qwen calls GB must be GiB: in GB no row would fit.
 
@@ -606,7 +613,7 @@ table(
 #
 # - Parameters times bytes is exact for parameters. **Buffers** come on top, and no parameter count shows them: here 24 equal tables, 192 MiB.
 # - Converting frees tensor by tensor. The peak is the old model and its largest tensor, and the cache keeps what is freed. `half()` also converts buffers that need FP32.
-# - `dtype="auto"` is today's default. The weights are the small part of a long context: the logits were 26 GiB.
+# - `dtype="auto"` is today's default. In a long context the weights are the small part: the old logits of 30,720 tokens took 28 times as much.
 
 # %% [markdown]
 # ## Exercises
