@@ -207,6 +207,15 @@ def test_flash_attention_needs_room_in_backward(gpu: VirtualGPU, shared: int) ->
     )
 
 
+def test_flash_attention_sums_in_whole_tiles(gpu: VirtualGPU) -> None:
+    apart = [heads(length=S) for _ in range(3)]
+    result = F.scaled_dot_product_attention(*apart)
+    grad = torch.empty_like(result)
+    sums = B * H * 128 * (D + 1) * 4  # rows to a multiple of 128
+    used = peak(gpu, lambda: torch.autograd.grad(result, apart, grad))
+    assert used == 3 * B * H * S * D * 2 + sums
+
+
 def test_efficient_attention_needs_room_in_backward(gpu: VirtualGPU) -> None:
     apart = [heads(FP32, **LONG) for _ in range(3)]  # type: ignore[arg-type]
     result = F.scaled_dot_product_attention(*apart)
