@@ -256,9 +256,9 @@ table(
         "precision",
         "predicted (B)",
         "this GPU (B)",
-        "difference (B)",
-        "accelerate says (B)",
-        "article, measured (GB)",
+        "off by (B)",
+        "accelerate (B)",
+        "article (GB)",
     ],
     [
         (

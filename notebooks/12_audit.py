@@ -60,7 +60,7 @@ print(versions("torch", "transformers"))
 # A cell decides what is confirmed, by comparing text with text.
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 class Number(NamedTuple):
     what: str  # and where it stands
     prints: str
@@ -69,7 +69,7 @@ class Number(NamedTuple):
     here: str  # what this GPU gives
     verdict: str  # where we do not agree
     why: str
-    proof: str  # a chapter
+    proof: str  # chapter#section
 
 
 audited = []
@@ -83,28 +83,38 @@ def judged(number):
     return number._replace(verdict=number.verdict or "confirmed")
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 CHAPTERS = {
-    "01": ("parameters to bytes", "01_parameters_to_bytes"),
-    "02": ("number formats", "02_precision_formats"),
-    "03": ("training and inference", "03_training_and_inference"),
-    "04": ("Adam against SGD", "04_mlp_adam_vs_sgd"),
-    "07": ("gpt2-large", "07_gpt2_large"),
-    "08": ("Qwen2", "08_qwen2"),
-    "09": ("quality", "09_quality_vs_precision"),
+    "01": "01_parameters_to_bytes",
+    "02": "02_precision_formats",
+    "03": "03_training_and_inference",
+    "04": "04_mlp_adam_vs_sgd",
+    "07": "07_gpt2_large",
+    "08": "08_qwen2",
 }
-COLUMNS = ["number", "prints", "says", "formula", "this GPU"]
+COLUMNS = [
+    "number",
+    "prints",
+    "says",
+    "formula",
+    "this GPU",
+    "verdict",
+    "why",
+]
 
 
 def audit(*numbers):
-    """Judge the numbers, keep them, and show them."""
+    """Judge the numbers, keep them, and show what is known of them."""
     audited.extend(map(judged, numbers))
-    lines = []
+    rows = []
     for number in audited[-len(numbers) :]:
-        title, file = CHAPTERS[number.proof]
-        link = f"[{title}]({file}.ipynb)"
-        lines.append((*number[:-1], link))
-    return table([*COLUMNS, "verdict", "why", "proof"], lines)
+        chapter, section = number.proof.split("#")
+        link = f"[proof]({CHAPTERS[chapter]}.ipynb#{section})"
+        rows.append((*number[:-1], link))
+    columns = list(zip([*COLUMNS, ""], *rows))
+    shown = [column for column in columns if any(column[1:])]
+    head, *lines = zip(*shown)
+    return table(head, lines)
 
 
 # %% [markdown]
@@ -112,7 +122,7 @@ def audit(*numbers):
 #
 # Its sums for models of one and of 70 billion parameters {cite}`hoperj2024`.
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 bytes_of = {
     name: f"{number_format(name).bits // 8} bytes"
     for name in ("fp32", "fp16", "bf16")
@@ -125,17 +135,64 @@ exact = "the model has a little more than 70 billion: "
 exact += f"{4 * llama / GB:.1f} GB"
 scales = "each row has an FP32 scale, and not all is quantised"
 audit(
-    Number("FP32", "4 bytes", "", bytes_of["fp32"], "", "", "", "02"),
-    Number("FP16", "2 bytes", "", bytes_of["fp16"], "", "", "", "02"),
-    Number("BF16", "2 bytes", "", bytes_of["bf16"], "", "", "", "02"),
-    Number("1B, FP32", "4 GB", "", f"{weights} GB", "", "", "", "01"),
-    Number("1B, FP16", "2 GB", "", f"{weights // 2} GB", "", "", "", "01"),
     Number(
-        "70B, FP32", "280 GB", "", f"{70 * weights} GB", "", "", exact, "01"
+        "FP32", "4 bytes", "", bytes_of["fp32"], "", "", "", "02#three-fields"
     ),
-    Number("gradients, 1B", "4 GB", "", f"{weights} GB", "", "", "", "03"),
     Number(
-        "Adam's states, 1B", "8 GB", "2 x 4", f"{state} GB", "", "", "", "03"
+        "FP16", "2 bytes", "", bytes_of["fp16"], "", "", "", "02#three-fields"
+    ),
+    Number(
+        "BF16", "2 bytes", "", bytes_of["bf16"], "", "", "", "02#three-fields"
+    ),
+    Number(
+        "1B, FP32",
+        "4 GB",
+        "",
+        f"{weights} GB",
+        "",
+        "",
+        "",
+        "01#seventy-billion",
+    ),
+    Number(
+        "1B, FP16",
+        "2 GB",
+        "",
+        f"{weights // 2} GB",
+        "",
+        "",
+        "",
+        "01#seventy-billion",
+    ),
+    Number(
+        "70B, FP32",
+        "280 GB",
+        "",
+        f"{70 * weights} GB",
+        "",
+        "",
+        exact,
+        "01#seventy-billion",
+    ),
+    Number(
+        "gradients, 1B",
+        "4 GB",
+        "",
+        f"{weights} GB",
+        "",
+        "",
+        "",
+        "03#the-articles-16-gb-made-real",
+    ),
+    Number(
+        "Adam's states, 1B",
+        "8 GB",
+        "2 x 4",
+        f"{state} GB",
+        "",
+        "",
+        "",
+        "03#the-articles-16-gb-made-real",
     ),
     Number(
         "training, 1B, Adam",
@@ -145,15 +202,24 @@ audit(
         "",
         "",
         "activations and the peak come on top",
-        "03",
+        "03#the-articles-16-gb-made-real",
     ),
-    Number("inference, 1B", "4 GB", "", f"{weights} GB", "", "", "", "03"),
+    Number(
+        "inference, 1B",
+        "4 GB",
+        "",
+        f"{weights} GB",
+        "",
+        "",
+        "",
+        "03#the-articles-16-gb-made-real",
+    ),
 )
 
 # %% [markdown]
 # INT8 as "one byte" and "a quarter of FP32" is true of the quantised weights, not of a model:
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 ONE = estimate.dimensions("Llama-3.2-1B")
 n = sum(estimate.parameters(ONE).values())
 of_int8 = estimate.parameter_bytes(ONE, "fp16", "int8") / n
@@ -167,7 +233,7 @@ audit(
         "",
         "explained",
         f"of Llama-3.2-1B: {scales}",
-        "07",
+        "07#089-gb-is-not-a-quarter",
     ),
     Number(
         "1B, INT8",
@@ -177,7 +243,7 @@ audit(
         "",
         "explained",
         "the same",
-        "07",
+        "07#089-gb-is-not-a-quarter",
     ),
     Number(
         "INT8 against FP32",
@@ -187,7 +253,7 @@ audit(
         "",
         "explained",
         "the same; embeddings keep 2 bytes",
-        "07",
+        "07#089-gb-is-not-a-quarter",
     ),
 )
 
@@ -197,7 +263,7 @@ audit(
 # Its script once with each optimizer, stage by stage.
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 def empty_card():
     gc.collect()
     gpu.clear_cublas_workspaces()
@@ -230,7 +296,7 @@ def experiment(optimizer_class, **options):
     return stages
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 RUNS = {
     "Adam": experiment(optim.Adam),
     "SGD": experiment(optim.SGD),
@@ -246,18 +312,26 @@ def mlp(what, prints, run, value, verdict="", why="", says=""):
     parts = PARTS[run] - ("step" in what)  # the model is there before
     formula = f"{parts * P / MB:.2f}" if "training" in what else ""
     here = f"{value / MB:.2f}"
-    return Number(what, prints, says, formula, here, verdict, why, "04")
+    return Number(
+        what,
+        prints,
+        says,
+        formula,
+        here,
+        verdict,
+        why,
+        "04#the-articles-figures",
+    )
 
 
 def step(run):
     return RUNS[run]["trained"] - RUNS[run]["batch"]
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 OTHER_RUN = "it is SGD with momentum's figure: "
 momentum = RUNS["momentum"]["trained"]
 OTHER_RUN += f"{momentum / MB:.2f} and {step('momentum') / MB:.2f} MB"
-CHART = "the bar is 833.58 high, cut to whole MB"
 adam, sgd = RUNS["Adam"], RUNS["SGD"]
 batch = adam["batch"] - adam["loaded"]
 audit(
@@ -292,7 +366,7 @@ audit(
 # The chart and the ratios, which the article gives without decimals:
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 def ratio(run):
     loaded = RUNS[run]["loaded"]
     stages = (loaded, RUNS[run]["trained"], RUNS[run]["inference"])
@@ -303,13 +377,34 @@ charted = f"{int(adam['trained'] / MB)}"
 loading = "loading : training : inference"
 audit(
     Number(
-        "chart, Adam (MB)", "833", "", "", charted, "", "Adam's figure", "04"
+        "chart, Adam (MB)",
+        "833",
+        "",
+        "",
+        charted,
+        "",
+        "Adam's figure",
+        "04#the-articles-figures",
     ),
     Number(
-        "ratio, Adam", "1 : 4 : 1", loading, "", ratio("Adam"), "", "", "04"
+        "ratio, Adam",
+        "1 : 4 : 1",
+        loading,
+        "",
+        ratio("Adam"),
+        "",
+        "",
+        "04#the-articles-figures",
     ),
     Number(
-        "ratio, SGD", "1 : 2 : 1", loading, "", ratio("SGD"), "", "", "04"
+        "ratio, SGD",
+        "1 : 2 : 1",
+        loading,
+        "",
+        ratio("SGD"),
+        "",
+        "",
+        "04#the-articles-figures",
     ),
 )
 
@@ -318,7 +413,7 @@ audit(
 #
 # Its transformers kept two buffers in each of 36 layers: a mask of 1,024 x 1,024 bytes, and one number. The model is made on the GPU, with these buffers.
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 GPT2 = estimate.dimensions("gpt2-large")
 parameters = sum(estimate.parameters(GPT2).values())
 
@@ -342,7 +437,7 @@ buffers = GPT2.num_hidden_layers * (GPT2.max_position_embeddings**2 + 512)
 int8 = estimate.parameter_bytes(GPT2, "fp16", "int8")
 masks = GPT2.num_hidden_layers * GPT2.max_position_embeddings**2
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 workspace = cublas_workspace_size(CUBLAS_WORKSPACE)
 HUB = f"the hub counts {masks / 1e6:.0f}M entries of masks as well"
 FP16 = f"{(loaded['float16'] + 2 * workspace) / GB:.2f} with two workspaces of cuBLAS; "
@@ -357,7 +452,7 @@ audit(
         "",
         "corrected",
         HUB,
-        "01",
+        "01#where-812m-comes-from",
     ),
     Number(
         "FP32 (GB)",
@@ -367,7 +462,7 @@ audit(
         f"{loaded['float32'] / GB:.2f}",
         "",
         f"{loaded['float32']:,} B: parameters, masks, and what is not split off",
-        "07",
+        "07#321-gb",
     ),
     Number(
         "FP16 (GB)",
@@ -377,7 +472,7 @@ audit(
         f"{loaded['float16'] / GB:.2f}",
         "open",
         FP16,
-        "07",
+        "07#the-two-figures-that-stay-open",
     ),
     Number(
         "INT8 (GB)",
@@ -387,7 +482,7 @@ audit(
         f"{(int8 + buffers) / GB:.2f}",
         "open",
         INT8,
-        "07",
+        "07#the-two-figures-that-stay-open",
     ),
 )
 
@@ -396,7 +491,7 @@ audit(
 #
 # It loads Qwen2-0.5B-Instruct with transformers 4.41 {cite}`qwen2-notes`. Its rotary embedding kept two tables for 32,768 positions in each of 24 layers, and accelerate emptied the cache after each parameter. The chapter finds the order of the loads; here they are again.
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 QWEN = estimate.dimensions("Qwen2-0.5B")
 count = sum(estimate.parameters(QWEN).values())
 with unseen():
@@ -417,7 +512,7 @@ def load_as_then(dtype):
     return made
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 empty_card()
 alive = load_as_then(torch.float16)
 in_fp16 = gpu.memory_allocated()
@@ -427,14 +522,23 @@ in_fp32 = gpu.memory_allocated()
 del alive
 empty_card()
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 UNIT = "right in GiB; the label says MB"
 TABLES = "the gap is the rotary tables, not “the framework and the cache”"
-AGAIN = "if the cell ran twice, as its number suggests"
+AGAIN = "reconstructed: FP16, then FP32 twice, as the gap in the cells' numbers suggests"
 FACTOR = "its factor is still 2 bytes; with 4 it is the right one"
 half = repr(2 * count / GiB)
 audit(
-    Number("parameters", "494032768", "", f"{count}", "", "", "", "08"),
+    Number(
+        "parameters",
+        "494032768",
+        "",
+        f"{count}",
+        "",
+        "",
+        "",
+        "08#how-many-parameters",
+    ),
     Number(
         "bytes of FP16",
         "2",
@@ -443,10 +547,17 @@ audit(
         "",
         "",
         "",
-        "02",
+        "02#three-fields",
     ),
     Number(
-        "theory, FP16", "0.9202077388763428", "MB", half, "", "", UNIT, "08"
+        "theory, FP16",
+        "0.9202077388763428",
+        "MB",
+        half,
+        "",
+        "",
+        UNIT,
+        "08#parameters-times-bytes",
     ),
     Number(
         "memory, FP16",
@@ -456,9 +567,18 @@ audit(
         repr(in_fp16 / GiB),
         "",
         TABLES,
-        "08",
+        "08#every-byte-by-cause",
     ),
-    Number("parameters, FP32", "494032768", "", f"{count}", "", "", "", "08"),
+    Number(
+        "parameters, FP32",
+        "494032768",
+        "",
+        f"{count}",
+        "",
+        "",
+        "",
+        "08#how-many-parameters",
+    ),
     Number(
         "bytes of FP32",
         "2",
@@ -467,7 +587,7 @@ audit(
         "",
         "corrected",
         FACTOR,
-        "02",
+        "02#three-fields",
     ),
     Number(
         "theory, FP32",
@@ -477,7 +597,7 @@ audit(
         "",
         "corrected",
         FACTOR,
-        "08",
+        "08#parameters-times-bytes",
     ),
     Number(
         "memory, FP32",
@@ -487,7 +607,7 @@ audit(
         repr(in_fp32 / GiB),
         "",
         AGAIN,
-        "08",
+        "08#the-fp32-figure-and-its-history",
     ),
 )
 
@@ -497,7 +617,7 @@ audit(
 # %% [markdown]
 # ## In sum
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 verdicts = ("confirmed", "explained", "corrected", "open")
 counted = {v: sum(n.verdict == v for n in audited) for v in verdicts}
 assert len(audited) >= 25
