@@ -130,12 +130,14 @@ def timeline(recorded: Timeline) -> Figure:
         step="post",
     )
     peak = recorded.steps[recorded.peak].total / unit
-    axes.set_ylim(0, 1.22 * peak)
     axes.set_xlim(0, len(steps) - 1)
-    for phase, begin in recorded.marks.items():
-        at = bisect_left(steps, begin)
+    places = {phase: bisect_left(steps, begin) for phase, begin in recorded.marks.items()}
+    levels = _levels(places, len(steps) - 1)
+    top = 1.22 + 0.07 * max(levels.values(), default=0)
+    axes.set_ylim(0, top * peak)
+    for phase, at in places.items():
         axes.axvline(at, color="black", linewidth=0.8, linestyle=":")
-        _note(axes, phase, (at, 1.2 * peak), va="top")
+        _note(axes, phase, (at, (top - 0.02 - 0.07 * levels[phase]) * peak), va="top")
     at = steps.index(recorded.peak)
     axes.hlines(peak, 0, at, color="black", linewidth=0.8)
     _note(axes, f"peak {peak:,.2f} {name}", (at, 1.01 * peak), va="bottom", ha="right")
@@ -143,6 +145,18 @@ def timeline(recorded: Timeline) -> Figure:
     axes.set_ylabel(f"allocated ({name})")
     _legend(figure, axes)
     return figure
+
+
+def _levels(places: Mapping[str, int], last: int) -> dict[str, int]:
+    """For names that begin at these places of 0 to `last`: lines on which none meet."""
+    ends: list[float] = []
+    levels: dict[str, int] = {}
+    for name, at in places.items():
+        level = next((i for i, end in enumerate(ends) if end <= at), len(ends))
+        width = 0.014 + 0.018 * len(name)  # of the axes, at the book's size
+        ends[level : level + 1] = [at + width * last]
+        levels[name] = level
+    return levels
 
 
 def _told_apart(recorded: Timeline) -> list[int]:

@@ -56,6 +56,16 @@ def test_a_timeline_names_its_peak_and_its_phases() -> None:
     assert texts == {"forward", "backward", "peak 5.00 MB"}
 
 
+def test_the_names_of_short_phases_stand_on_lines_of_their_own() -> None:
+    steps = [row(parameters=n * 10**6) for n in range(100)]
+    marks = {"forward": 0, "loss": 50, "backward": 52, "optimizer": 54, "end": 90}
+    (axes,) = timeline(Timeline(steps, marks)).axes
+    heights = {text.get_text(): text.xy[1] for text in axes.texts if text.get_text() in marks}
+    assert heights["forward"] == heights["loss"] == heights["end"]
+    assert heights["loss"] > heights["backward"] > heights["optimizer"]
+    assert axes.get_ylim()[1] > heights["forward"]
+
+
 def test_a_timeline_leaves_out_what_cannot_be_seen() -> None:
     small = [row(parameters=10**6 + n, activations=n) for n in range(1000)]
     steps = [*small, *(row(parameters=n * 10**6) for n in (3, 5, 1, 1))]
