@@ -526,3 +526,26 @@ compiled = torch.compile(lambda x: x + 1, backend="eager")
 assert compiled(torch.ones(2)).tolist() == [2, 2]
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_several_optimizers_each_have_their_states(gpu: VirtualGPU) -> None:
+    """One for each parameter, which steps within backward and drops the gradient."""
+    with gpu.device:
+        model = nn.Sequential(nn.Linear(1000, 1000, bias=False), nn.Linear(1000, 1000, bias=False))
+        x = torch.empty(1, 1000)
+    each = [optim.Adam([p]) for p in model.parameters()]
+
+    def step_now(p: torch.Tensor) -> None:
+        owner = next(o for o in each if o.param_groups[0]["params"][0] is p)
+        owner.step()
+        owner.zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step_now)
+    with gpu.record(model, *each) as recorded:
+        model(x).sum().backward()
+    one = 1000 * 1000 * 4
+    rows = gpu.breakdown(model, *each)
+    assert rows["optimizer states"] == recorded.steps[-1]["optimizer states"] == 4 * one
+    assert max(row["gradients"] for row in recorded.steps) == one
+    assert gpu.breakdown(model, each[0])["optimizer states"] == 2 * one
