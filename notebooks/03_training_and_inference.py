@@ -612,7 +612,7 @@ for attention in estimate.ATTENTION:
             ONE_BILLION, BATCH, LENGTH, "fp32", attention, checkpointing
         )
         print(
-            f"{attention:6} checkpointing={checkpointing!s:6}{kept / GB:7.3f} GB"
+            f"{attention:10}checkpointing={checkpointing!s:6}{kept / GB:7.3f} GB"
         )
 
 # %% [markdown]
