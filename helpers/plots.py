@@ -275,12 +275,11 @@ def against_bytes(
             drawn = {name: (nbytes, median(seeds)) for name, (nbytes, seeds) in found.items()}
             edge = _lower_edge(drawn.values())
             axes.plot(*zip(*edge, strict=True), color=colors[model], lw=0.8)
-            over = {"textcoords": "offset points", "ha": "right"}
-            axes.annotate(model, edge[-1], (4, 6), **over)
+            axes.annotate(model, edge[-1], (4, 6), textcoords="offset points", ha="right")
+            look: dict[str, Any] = {"color": colors[model], "ms": 5, "fillstyle": "none"}
             for name, (nbytes, middle) in drawn.items():
                 seeds = found[name][1]
                 axes.vlines(nbytes, min(seeds), max(seeds), color=colors[model], lw=0.8)
-                look = {"color": colors[model], "ms": 5, "fillstyle": "none", "mew": 0.9}
                 axes.plot(nbytes, middle, markers[name], **look)
         axes.set(xscale="log", yscale="log", ylabel=label)
         axes.xaxis.set_major_locator(LogLocator(4))
@@ -289,10 +288,8 @@ def against_bytes(
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
     axes.set_xlabel("bytes of the model")
-    keys = [
-        Line2D([], [], color="black", ls="", marker=mark, ms=5, fillstyle="none", label=name)
-        for name, mark in markers.items()
-    ]
+    grey: dict[str, Any] = {"color": COLORS["workspaces"], "ls": "", "ms": 5, "fillstyle": "none"}
+    keys = [Line2D([], [], marker=mark, label=name, **grey) for name, mark in markers.items()]
     figure.legend(handles=keys, loc="outside lower center", ncols=3, handlelength=1.6)
     return figure
 
