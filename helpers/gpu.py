@@ -397,6 +397,8 @@ class VirtualGPU(GPU):
         def applied(module: Any, fn: Any, recurse: bool = True) -> Any:
             before = torch.__future__.get_swap_module_params_on_conversion()
             comes = any(p is not None and not p.is_meta for p in module._parameters.values())
+            with unseen():
+                comes = comes and fn(torch.empty(0)).is_meta
             torch.__future__.set_swap_module_params_on_conversion(swaps or comes)
             try:
                 return apply(module, fn, recurse)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from torch import nn, optim
 from torch.cuda import _memory_viz
 
@@ -695,3 +696,12 @@ def test_several_optimizers_each_have_their_states(gpu: VirtualGPU) -> None:
     assert rows["optimizer states"] == recorded.steps[-1]["optimizer states"] == 4 * one
     assert max(row["gradients"] for row in recorded.steps) == one
     assert gpu.breakdown(model, each[0])["optimizer states"] == 2 * one
+
+
+def test_a_module_that_stays_on_the_host_is_converted_as_without_a_gpu() -> None:
+    """Swapped, a quantised parameter would lose its class, and with it its scales."""
+    with VirtualGPU() as gpu:
+        layer = Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu")
+        assert layer.weight.dtype is torch.int8
+        assert type(layer.weight).__name__ == "Int8Params"
+        assert gpu.memory_allocated() == 0
