@@ -56,7 +56,7 @@ def _empty_card(gpu: GPU) -> None:
 
 
 def _carried_out(experiment: Experiment, gpu: GPU) -> tuple[Result, dict[str, str]]:
-    """The figures and the messages of each checkpoint on one GPU, which it leaves empty."""
+    """The figures and the messages of each checkpoint on an empty GPU, which it leaves so."""
     rows: Result = {}
     messages: dict[str, str] = {}
 
@@ -68,7 +68,6 @@ def _carried_out(experiment: Experiment, gpu: GPU) -> tuple[Result, dict[str, st
         gpu.reset_peak_memory_stats()
 
     with gpu:
-        _empty_card(gpu)
         try:
             experiment.run(gpu, look)
         finally:
@@ -315,6 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    gc.freeze()  # collecting garbage need not look at what was imported
     for number, name in enumerate(names, 1):
         print(f"[{number}/{len(names)}] {name} ... ", end="", file=sys.stderr, flush=True)
         try:

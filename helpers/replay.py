@@ -84,12 +84,12 @@ def replay_trace(
     streams: set[int] = set()
     first: str | None = None
     reserved = 0
-    number, what = -1, ""
+    number, where = -1, ""
 
     def differs(how: str) -> None:
         nonlocal first
         if first is None:
-            first = f"event {number}, {what}: {how}"
+            first = f"{where}: {how}"
 
     for number, event in enumerate(trace):
         try:
@@ -100,7 +100,7 @@ def replay_trace(
                 f"event {number} of the trace has no {error}: expected an entry of "
                 'torch.cuda.memory._snapshot()["device_traces"]'
             ) from None
-        what = f"{action} of {size:,} B at {address:#x}"
+        where = f"event {number}, {action} of {size:,} B at {address:#x}"
         if action in _GIVEN_BACK:
             if not given:  # somebody called empty_cache(), or memory ran out
                 card.empty_cache()
@@ -136,14 +136,14 @@ def replay_trace(
             else:
                 differs("nothing was allocated there: did the trace begin on an empty card?")
     if given:
-        what = "the end"
+        where = "the end"
         differs(f"the replay gives back {_listed(given)} as well")
     allocated = None
     if segments is not None:
         blocks = [b for s in segments for b in s["blocks"] if b["state"] != "inactive"]
         allocated = card.memory_allocated() - sum(b["size"] for b in blocks)
         if _layout(card.snapshot()) != _layout(segments):
-            what = "the end"
+            where = "the end"
             differs("the blocks do not lie as they were recorded")
     return Replay(number + 1, first, allocated, card.memory_reserved() - reserved)
 
