@@ -17,7 +17,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from helpers.allocator import CachingAllocator
 from helpers.gpu import VirtualGPU
+from helpers.memory_history import TraceEntry
 from helpers.mlp import SimpleMLP
+from helpers.replay import replay_trace
 
 ROUNDS = 7
 PUBLISHED = 833_577_472  # after the step: shown as 833 MB in the article's chart
@@ -86,7 +88,25 @@ def main() -> None:
             else:
                 live.append(allocator.malloc((i * 104_729) % (16 * 2**20) + 1))
 
-    print(f"allocator: 100,000 events in {min(seconds(replay) for _ in range(3)):.2f} s")
+    own = min(seconds(replay) for _ in range(3))
+    print(f"allocator: 100,000 events in {own:.2f} s")
+    trace = recorded(100_000)
+    compared = min(seconds(lambda: replay_trace(trace)) for _ in range(3))
+    print(f"a recorded trace of {len(trace):,} events, compared after each: {compared:.2f} s")
+
+
+def recorded(events: int) -> list[TraceEntry]:
+    """A trace of at least so many events, as the allocator's model writes it."""
+    allocator, live = CachingAllocator(), list[int]()
+    allocator.record_memory_history()
+    assert allocator.history is not None
+    while len(allocator.history.entries) < events:
+        i = len(allocator.history.entries)
+        if i % 3 == 2:
+            allocator.free(live.pop((i * 7919) % len(live)))
+        else:
+            live.append(allocator.malloc((i * 104_729) % (16 * 2**20) + 1))
+    return list(allocator.history.entries)
 
 
 if __name__ == "__main__":

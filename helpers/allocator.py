@@ -426,10 +426,15 @@ class CachingAllocator:
 
     def _new_segment(self, size: int, pool: _Pool) -> _Block:
         """Addresses of their own, and the block that holds all of them."""
-        block = _Block(self._next_address, size, pool)
-        self._next_address += _round_up(size, kRoundLarge)
+        block = _Block(self._place(size), size, pool)
         self._segments[block.address] = block
         return block
+
+    def _place(self, size: int) -> int:
+        """Where a new segment begins: above all earlier ones."""
+        address, self._next_address = self._next_address, self._next_address + size
+        self._next_address = _round_up(self._next_address, kRoundLarge)
+        return address
 
     def _fits(self, size: int) -> bool:
         return self.capacity is None or size <= self.mem_get_info()[0]

@@ -385,10 +385,12 @@ class VirtualGPU(GPU):
         self._workspace_size = cublas_workspace_size(os.environ["CUBLAS_WORKSPACE_CONFIG"])
         # PyTorch's optimizers choose their algorithm by the kind of device: let
         # them choose for this one as they do for CUDA.
-        devices = [*_foreach_utils._get_foreach_kernels_supported_devices(), "meta"]
-        for module in (_foreach_utils, sys.modules[torch.optim.Optimizer.__module__]):
-            name = "_get_foreach_kernels_supported_devices"
-            stack.enter_context(mock.patch.object(module, name, lambda: list(devices)))
+        for kind in ("foreach", "fused"):
+            name = f"_get_{kind}_kernels_supported_devices"
+            devices = [*getattr(_foreach_utils, name)(), "meta"]
+            for module in (_foreach_utils, sys.modules[torch.optim.Optimizer.__module__]):
+                answer = mock.patch.object(module, name, devices.copy)
+                stack.enter_context(answer)
         # ``.to()`` keeps a module's Parameters, and what is tied: on CUDA, and within this
         # device, by ``param.data = ``; on the way from the host only if told to swap them.
         apply = torch.nn.Module._apply

@@ -1,0 +1,343 @@
+"""Recording a GPU, driven to its end with a stand-in for torch.cuda's memory functions.
+
+What stands in for the card is the allocator's model: nothing here is a measurement.
+"""
+
+import copy
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import models, record
+from helpers.allocator import CachingAllocator
+from helpers.experiments import EXPERIMENTS, LOADS, Experiment
+from helpers.gpu import CudaGPU, VirtualGPU
+from helpers.record import FIGURES, main, problems, summary
+from helpers.units import GiB
+
+ROOT = Path(__file__).parent.parent
+TOTAL = 8 * GiB
+
+
+class Card:
+    """What torch.cuda's memory functions speak to: a card of 8 GiB, of which a driver takes 1."""
+
+    def __init__(self) -> None:
+        self.settings: list[str] = []
+        self.fractions: list[float] = []
+        self.stray = 0  # bytes that the card takes and the model does not know of
+        self.renew("")
+
+    def renew(self, alloc_conf: str) -> None:
+        self.gpu = VirtualGPU(TOTAL, "stand-in", alloc_conf, context=1 * GiB)
+
+    @property
+    def memory(self) -> CachingAllocator:
+        return self.gpu._allocator
+
+    def set_settings(self, text: str) -> None:
+        self.settings.append(text)
+        self.renew(text)
+
+    def set_fraction(self, fraction: float, device: object) -> None:
+        self.fractions.append(fraction)
+        self.renew(f"per_process_memory_fraction:{fraction}" if fraction < 1 else "")
+
+    def history(self, enabled: Any, stacks: str, max_entries: int) -> None:
+        self.memory.record_memory_history(enabled, max_entries)
+
+    def total_and_stray(self, device: object) -> int:
+        return self.memory.memory_allocated() + self.stray
+
+
+class StandIn(CudaGPU):
+    """A `CudaGPU` on the meta device; what it asks torch.cuda for, `Card` answers."""
+
+    card: Card
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = torch.device("meta")
+
+    def _enter(self, stack: ExitStack) -> None:
+        super()._enter(stack)
+        self.card.gpu._enter(stack)
+
+    def _malloc(self, nbytes: int) -> int:
+        return self.card.gpu._malloc(nbytes)
+
+    def _free(self, handle: int) -> None:
+        self.card.gpu._free(handle)
+
+    def _kernel(self, operation: Any) -> Callable[..., Any] | None:
+        return self.card.gpu._kernel(operation)
+
+    def _computed(self, operation: Any, result: Any) -> None:
+        self.card.gpu._computed(operation, result)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
+    card = Card()
+    StandIn.card = card
+    monkeypatch.setattr(record, "CudaGPU", StandIn)
+    cuda, memory = torch.cuda, torch.cuda.memory
+
+    def put(place: object, name: str, answer: Callable[..., Any]) -> None:
+        monkeypatch.setattr(place, name, answer, raising=False)
+
+    put(cuda, "is_available", lambda: True)
+    put(cuda, "init", lambda: None)
+    put(cuda, "is_current_stream_capturing", lambda: False)  # optimizers ask: torch 2.8 ...
+    put(torch.accelerator, "current_accelerator", lambda **_: None)  # ... and 2.14
+    for name in (*FIGURES[1:], "reset_peak_memory_stats"):
+        put(cuda, name, lambda device, name=name: getattr(card.memory, name)())
+    put(cuda, "memory_allocated", card.total_and_stray)
+    put(cuda, "mem_get_info", lambda device: card.memory.mem_get_info())
+    put(cuda, "empty_cache", lambda: card.memory.empty_cache())
+    requested = "requested_bytes.all.current"
+    put(
+        cuda,
+        "memory_stats",
+        lambda device: {requested: card.memory.memory_requested() + card.stray},
+    )
+    put(cuda, "memory_snapshot", lambda: [s | {"device": None} for s in card.memory.snapshot()])
+    put(cuda, "set_per_process_memory_fraction", card.set_fraction)
+    put(memory, "_set_allocator_settings", card.set_settings)
+    put(memory, "_record_memory_history", card.history)
+    put(memory, "_snapshot", lambda: card.memory.memory_snapshot())
+    put(torch._C, "_cuda_clearCublasWorkspaces", lambda: card.gpu.clear_cublas_workspaces())
+    named = SimpleNamespace(name="Stand-in", total_memory=TOTAL, major=0, minor=0)
+    put(cuda, "get_device_properties", lambda device: named)
+    put(torch.version, "cuda", "none: a stand-in")  # type: ignore[arg-type]
+    for name in ("cublas_workspace_size", "cublaslt_workspace_size"):
+        put(torch.backends.cuda, name, lambda: 8_519_680)
+    yield card
+    gc.unfreeze()
+
+
+def run(out: Path, *only: str) -> dict[str, Any]:
+    assert main(["--out", str(out), "--only", *only]) == 0
+    written: dict[str, Any] = json.loads(out.read_text("utf-8"))
+    return written
+
+
+def test_every_kind_of_experiment_that_needs_no_checkpoint(
+    card: Card, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = run(tmp_path / "a.json", "mlp-*", "amp-*", "fragmentation*", "out-of-memory")
+    assert problems(written) == []
+    told = written["summary"]
+    assert told["experiments"] == 11
+    assert told["skipped"] == told["figures that differ"] == told["traces that differ"] == 0
+    assert told["figures"] == 4 * told["checkpoints"] > 200
+    # The article's figures, of a real GPU: published to the second decimal of a MB.
+    after = {
+        name: written["experiments"][name]["checkpoints"]["training"]["measured"]
+        for name in ("mlp-sgd", "mlp-momentum", "mlp-adam", "mlp-adam-fused")
+    }
+    assert after["mlp-sgd"]["memory_allocated"] == 425_512_448
+    assert after["mlp-momentum"]["memory_allocated"] == 629_544_960
+    assert after["mlp-adam"]["memory_allocated"] == 833_577_472
+    # Fused: its twelve step counters are on the card, and it takes no temporaries.
+    fused = after["mlp-adam-fused"]
+    assert fused["memory_allocated"] == fused["max_memory_allocated"] == 833_577_472 + 12 * 512
+    assert card.settings == ["expandable_segments:True", "expandable_segments:False"] * 2
+    assert card.fractions == [1.5 * GiB / TOTAL, 1.0]
+    message = written["experiments"]["out-of-memory"]["messages"]["at the error"]
+    assert message["measured"] == message["replayed"]
+    assert "Tried to allocate 896.00 MiB" in message["measured"]
+    assert "1.50 GiB allowed" in message["measured"]
+    progress = capsys.readouterr()
+    assert progress.err.splitlines()[0].startswith("[1/11] mlp-sgd ... 32 figures, 0 differ; ")
+    assert progress.out == f"{tmp_path / 'a.json'}: 11 experiments recorded, 0 skipped\n"
+
+
+def test_the_record_says_what_it_was_made_on(card: Card, tmp_path: Path) -> None:
+    about = run(tmp_path / "a.json", "mlp-sgd")["machine"]
+    assert about["card"] == "Stand-in"
+    assert about["memory"] == TOTAL
+    assert about["versions"]["torch"] == torch.__version__.partition("+")[0] or torch.__version__
+    assert set(about["versions"]) == {"python", *record.PACKAGES}
+    assert about["workspaces"] == {"cublas": 8_519_680, "cublasLt": 8_519_680}
+    assert about["environment"]["CUBLAS_WORKSPACE_CONFIG"] == ":4096:2:16:8"
+    assert about["allocator"]["expandable_segments"] is False
+
+
+def test_a_difference_is_written_down_to_the_byte(card: Card, tmp_path: Path) -> None:
+    card.stray = 512
+    written = run(tmp_path / "a.json", "fragmentation")
+    assert problems(written) == []
+    rows = written["experiments"]["fragmentation"]["checkpoints"].values()
+    assert {row["difference"]["memory_allocated"] for row in rows} == {-512}
+    assert {row["difference"]["memory_reserved"] for row in rows} == {0}
+    assert written["summary"]["figures that differ"] == 6
+    assert written["summary"]["largest difference"] == 512
+
+
+def test_what_fails_is_skipped_by_name_and_the_rest_is_recorded(
+    card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(gpu: Any, look: Any) -> None:
+        torch.empty(9 * GiB, dtype=torch.int8, device=gpu.device)
+
+    def lacking(gpu: Any, look: Any) -> None:
+        raise ImportError("no bitsandbytes here\nand more")
+
+    extra = {"a-large": Experiment(too_large), "b-lacking": Experiment(lacking)}
+    monkeypatch.setattr(record, "EXPERIMENTS", {**extra, "mlp-sgd": EXPERIMENTS["mlp-sgd"]})
+    written = run(tmp_path / "a.json", "*")
+    assert problems(written) == []
+    results = written["experiments"]
+    assert results["a-large"]["skipped"].startswith("OutOfMemoryError: CUDA out of memory.")
+    assert results["b-lacking"] == {"skipped": "ImportError: no bitsandbytes here"}
+    assert results["mlp-sgd"]["checkpoints"]
+    assert written["summary"]["skipped"] == 2
+    assert "[2/3] b-lacking ... skipped: ImportError" in capsys.readouterr().err
+
+
+def test_interrupted_it_keeps_what_it_has(
+    card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(gpu: Any, look: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(EXPERIMENTS, "zz-stop", Experiment(stop))
+    out = tmp_path / "a.json"
+    assert main(["--out", str(out), "--only", "fragmentation", "zz-stop"]) == 130
+    assert "interrupted: " in capsys.readouterr().err
+    kept = json.loads(out.read_text("utf-8"))
+    assert list(kept["experiments"]) == ["fragmentation"]
+    assert problems(kept) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_bad_input_is_one_clear_line(
+    card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--only", "mlp-sgd", "nothing"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("--only is 'nothing': expected a name or a pattern") and "--list" in said
+    there = tmp_path / "there.json"
+    there.write_text("mine")
+    assert main(["--out", str(there)]) == 2
+    assert "exists: remove it, or name another file" in capsys.readouterr().err
+    assert there.read_text() == "mine"
+    assert main(["--out", str(tmp_path / "no" / "a.json")]) == 2
+    assert "cannot be written (No such file or directory)" in capsys.readouterr().err
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
+    assert main(["--out", str(tmp_path / "a.json")]) == 2
+    assert capsys.readouterr().err.startswith("PYTORCH_CUDA_ALLOC_CONF is set: unset it")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("torch.cuda.is_available() is False: ") and said.count("\n") == 1
+
+
+def test_plain_python_is_enough() -> None:
+    """No Jupyter and no matplotlib; the names need neither a GPU nor transformers."""
+    code = (
+        "import sys; from helpers.record import main; main(['--list']);"
+        "print(*sorted({m.partition('.')[0] for m in sys.modules} "
+        "& {'IPython', 'matplotlib', 'transformers', 'bitsandbytes'}))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert said == [*EXPERIMENTS, ""]
+
+
+def test_every_precision_and_path_is_among_the_experiments() -> None:
+    assert LOADS == {"to": tuple(models.DTYPES), "device_map": models.PRECISIONS}
+
+
+# The form of a record
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    """A record by hand: of nobody's card."""
+    row = dict.fromkeys(FIGURES, 1024) | {"by kind": {"parameters": 1000, "rounding": 24}}
+    off = row | {"max_memory_allocated": 1536}
+    differs = dict.fromkeys(FIGURES, 0) | {"max_memory_allocated": 512}
+    trace: dict[str, Any] = {"held before": 0, "events": 2, "mismatch": None}
+    trace["entries"] = [
+        {"action": "segment_alloc", "addr": 4096, "size": 2 * 2**20, "stream": 0},
+        {"action": "alloc", "addr": 4096, "size": 1000, "stream": 0},
+    ]
+    done = {
+        "allocator settings": "",
+        "checkpoints": {"end": {"measured": row, "replayed": off, "difference": differs}},
+        "reached on one GPU only": [],
+        "messages": {},
+        "trace": trace,
+    }
+    card = {"card": "C", "memory": 1, "compute capability": "8.9", "CUDA": "12.8"}
+    made: dict[str, Any] = {
+        "date": "2026-01-01T00:00:00+00:00",
+        "machine": card | {"versions": {"python": "3.12", "torch": "2.14"}},
+        "experiments": {"one": done, "two": {"skipped": "OutOfMemoryError: CUDA"}},
+    }
+    made["summary"] = {
+        "experiments": 1,
+        "skipped": 1,
+        "checkpoints": 1,
+        "figures": 4,
+        "figures that differ": 1,
+        "largest difference": 512,
+        "traces that differ": 0,
+    }
+    return made
+
+
+def test_a_whole_record_has_no_problems(whole: dict[str, Any]) -> None:
+    assert summary(whole["experiments"]) == whole["summary"]
+    assert problems(whole) == []
+
+
+END = ("experiments", "one", "checkpoints", "end")
+DAMAGE = [
+    (("date",), "yesterday", "not the form"),
+    (("machine", "card"), "", "machine: card is ''"),
+    (("machine", "versions"), {"python": "3"}, "no version of torch"),
+    (("summary", "figures that differ"), 0, "the summary does not follow"),
+    (("experiments", "two", "skipped"), "", "no reason given"),
+    ((*END, "difference", "memory_reserved"), 1, "the difference is not that"),
+    ((*END, "measured", "memory_reserved"), 1024.5, "no whole number of bytes"),
+    ((*END, "measured", "by kind", "rounding"), 25, "do not add up"),
+    ((*END, "measured", "by kind"), {"magic": 1024}, "do not add up"),
+    ((*END, "replayed"), {}, "not the form"),
+    (("experiments", "one", "trace", "events"), 3, "replays otherwise"),
+    (("experiments", "one", "trace", "entries", 1, "addr"), 8192, "replays otherwise"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "expected"), DAMAGE)
+def test_each_damage_is_found(
+    whole: dict[str, Any], path: tuple[Any, ...], value: Any, expected: str
+) -> None:
+    damaged = copy.deepcopy(whole)
+    place: Any = damaged
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    assert any(expected in problem for problem in problems(damaged)), problems(damaged)
+
+
+def test_what_is_no_record_at_all_is_told() -> None:
+    for nothing in ({}, [], None, {"date": "2026-01-01"}):
+        assert problems(nothing)[0].startswith("it has not the form of a record")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "book" / "records").glob("*.json")), ids=str)
+def test_a_record_of_the_book_is_whole(path: Path) -> None:
+    assert problems(json.loads(path.read_text("utf-8"))) == []
