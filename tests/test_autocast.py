@@ -70,6 +70,7 @@ def test_the_lists_are_those_of_pytorchs_header() -> None:
 
 def test_every_operator_that_cudas_autocast_treats_is_replayed() -> None:
     registered = torch._C._dispatch_get_registrations_for_dispatch_key("AutocastCUDA")
+    registered = {name for name in registered if name.startswith("aten::")}  # others' aside
     assert without_names(registered) - set(KNOWN) <= NOT_REPLAYED
     assert len(KNOWN) > 100
 
