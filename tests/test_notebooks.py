@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 
-from tools.notebooks import STAMP, made, main, problems, sources
+from tools.notebooks import STAMP, helpers_of, made, main, problems, sources
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sources(ROOT / "notebooks")
@@ -126,6 +126,14 @@ def test_nbval_fails_where_a_stored_digit_is_changed(tmp_path: Path) -> None:
     changed = nbval(notebook, tmp_path)
     assert changed.returncode == 1
     assert "204,032,513 B" in changed.stdout
+
+
+def test_a_notebook_is_executed_again_if_a_helper_that_it_reaches_changes() -> None:
+    reached = {path.stem for path in helpers_of(ROOT / "notebooks" / "04_mlp_adam_vs_sgd.py")}
+    assert {"gpu", "mlp", "plots"} <= reached  # imported
+    assert {"allocator", "accounting", "units"} <= reached  # by these
+    assert not {"models", "record"} & reached
+    assert helpers_of(ROOT / "helpers" / "units.py") == set()
 
 
 SOURCE = """# %% [markdown]

@@ -5,12 +5,13 @@ it, is not executed again.
 """
 
 import argparse
+import ast
 import hashlib
 import itertools
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,33 @@ def digest(paths: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
+def helpers_of(source: Path) -> set[Path]:
+    """The files of helpers that a Python file imports, directly or by way of another."""
+    found: set[Path] = set()
+    left = [source]
+    while left:
+        for name in _imported(left.pop()):
+            path = ROOT.joinpath(*name.split(".")).with_suffix(".py")
+            if path.is_file() and path not in found:
+                found.add(path)
+                left.append(path)
+    return found
+
+
+def _imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
 def stamp(source: Path, repository: str | None) -> dict[str, Any]:
     """What an execution leaves in the notebook that does not depend on the machine."""
     return {
         "source_sha256": digest([source]),
-        "helpers_sha256": digest((ROOT / "helpers").rglob("*.py")),
+        "helpers_sha256": digest(helpers_of(source)),
         "repository": repository,
     }
 
