@@ -3,9 +3,28 @@
 import argparse
 import functools
 import sys
+from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from tools.repository import ROOT
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves the book, and its own page where there is none."""
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """Answer with 404.html what is not there, anything else as usual."""
+        if code != HTTPStatus.NOT_FOUND:
+            super().send_error(code, message, explain)
+            return
+        page = Path(self.directory, "404.html").read_bytes()
+        self.send_response(code)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(page)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not (html / "index.html").is_file():
         print(f"{html} holds no book: run make book first", file=sys.stderr)
         return 1
-    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(html))
+    handler = functools.partial(Handler, directory=str(html))
     try:
         server = ThreadingHTTPServer(("127.0.0.1", options.port), handler)
     except (OSError, OverflowError) as error:
