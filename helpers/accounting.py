@@ -280,8 +280,9 @@ class Tracker(TorchDispatchMode):
             self._sample()
             timeline.marks[name] = len(recording.samples) - 1
 
-        def look(*_: object) -> None:
-            recording.roles |= self._roles(model, optimizers)
+        def look(stepping: object = None, *_: object) -> None:
+            looked_at = tuple(o for o in optimizers if stepping in (None, o))
+            recording.roles |= self._roles(model, looked_at)
 
         look()
         self._sample()
