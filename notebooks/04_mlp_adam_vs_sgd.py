@@ -481,4 +481,4 @@ print(f"the largest tensor: {largest:,} B = {largest / P:.2f} P")
 # %% [markdown]
 # ## Where to go next
 #
-# [Training and inference](03_training_and_inference.ipynb) does the same for a transformer of a billion parameters, and for more optimizers. The [references](../book/references.md) list the article and PyTorch's sources. To check this page on a card of your own, run `make test` there: it compares every table and figure with what your GPU says.
+# [Activations and peaks](05_activations_and_peaks.ipynb) opens up the step, and brings its peak down. [Training and inference](03_training_and_inference.ipynb) does the same for a transformer of a billion parameters, and for more optimizers. The [references](../book/references.md) list the article and PyTorch's sources. To check this page on a card of your own, run `make test` there: it compares every table and figure with what your GPU says.

@@ -864,4 +864,4 @@ print(f"1 at a time, added up  {row.total:14,} B, in {phase}")
 # %% [markdown]
 # ## Where to go next
 #
-# [Training and inference](03_training_and_inference.ipynb) has the formulas for other optimizers and for inference. The kernels that this page replays, and what of them it does not see, stand in `helpers/cuda_kernels.py`, after PyTorch's sources {cite}`pytorch-sdpa`.
+# [Mixed precision](06_mixed_precision.ipynb) asks what 16 bits do to these activations. [Training and inference](03_training_and_inference.ipynb) has the formulas for other optimizers and for inference. The kernels that this page replays, and what of them it does not see, stand in `helpers/cuda_kernels.py`, after PyTorch's sources {cite}`pytorch-sdpa`.

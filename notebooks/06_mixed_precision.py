@@ -975,4 +975,4 @@ for enabled in (False, True):
 # %% [markdown]
 # ## Where to go next
 #
-# [Number formats](02_precision_formats.ipynb) shows the bits behind what went wrong here. [Adam against SGD](04_mlp_adam_vs_sgd.ipynb) takes the step in FP32 apart. The [references](../book/references.md) list the papers and PyTorch's sources.
+# [gpt2-large](07_gpt2_large.ipynb) goes on to inference, in 16, 8 and 4 bits. [Number formats](02_precision_formats.ipynb) shows the bits behind what went wrong here. [Adam against SGD](04_mlp_adam_vs_sgd.ipynb) takes the step in FP32 apart. The [references](../book/references.md) list the papers and PyTorch's sources.

@@ -458,7 +458,7 @@ for name, (dtype, make_optimizer) in TRIES.items():
 table(["6 GiB card", "one step", "peak, this GPU (B)"], rows)
 
 # %% [markdown]
-# BF16 with AdamW comes as far as the optimizer: its states are made at the first step, so that is where it ends. Eight-bit states make room for it. More ways: a smaller batch or length, activation checkpointing, LoRA; [Training and inference](03_training_and_inference.ipynb) puts a figure on each.
+# BF16 with AdamW comes as far as the optimizer: its states are made at the first step, so that is where it ends. Eight-bit states make room for it. More ways: a smaller batch or length, activation checkpointing, LoRA; [Activations and peaks](05_activations_and_peaks.ipynb) measures each.
 #
 # **Prevent.** Estimate first: `estimate.training(...)`, then replay the step on a `VirtualGPU` of your card's size, as above.
 
@@ -777,7 +777,7 @@ print(f"a model of 24 GB takes:   {24 * GB / GiB:.2f} GiB of it")
 # <a id="which"></a>
 # ### Which dtype was loaded?
 #
-# Ask the tensors. A model's `.dtype` is that of its first parameter, and a configuration says what was saved or wished.
+# Ask the tensors. A model's `.dtype` is that of its first parameter, and a configuration says what was saved or wished. [Qwen2](08_qwen2.ipynb) loads one model in several ways.
 
 # %%
 mixed = told(lambda: load(dtype=torch.float16))
@@ -804,7 +804,7 @@ for move in (int8.cuda, int8.half, lambda: int8.to(torch.bfloat16)):
 # <a id="quarter"></a>
 # ### Why do int8 and 4 bits save less than half and a quarter?
 #
-# Three reasons. Only matrices of linear layers are quantised, not embeddings, norms and biases. Each block carries a scale. And activations and caches stay as they are. For gpt2-large, by [formula](02_precision_formats.ipynb):
+# Three reasons. Only matrices of linear layers are quantised, not embeddings, norms and biases. Each block carries a scale. And activations and caches stay as they are. [gpt2-large](07_gpt2_large.ipynb) takes it apart, byte by byte. By formula:
 
 # %%
 fp16 = estimate.parameter_bytes(sizes, "fp16")
@@ -887,7 +887,7 @@ print("gradient:       ", model.weight.grad.dtype)
 print("optimizer state:", adam.state[model.weight]["exp_avg"].dtype)
 
 # %% [markdown]
-# So the 16 bytes per parameter stay 16. It saves where activations outweigh them: large batches, long sequences.
+# So the 16 bytes per parameter stay 16. It saves where activations outweigh them: large batches, long sequences. [Mixed precision](06_mixed_precision.ipynb) counts both sides.
 
 # %% [markdown]
 # ## What to remember
