@@ -5,9 +5,11 @@ What stands in for the card is the allocator's model: nothing here is a measurem
 
 import copy
 import gc
+import importlib.util
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -198,7 +200,9 @@ def test_what_fails_is_skipped_by_name_and_the_rest_is_recorded(
     written = run(tmp_path / "a.json", "*")
     assert problems(written) == []
     results = written["experiments"]
-    assert results["a-large"]["skipped"].startswith("OutOfMemoryError: CUDA out of memory.")
+    assert results["a-large"]["skipped"] == (
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 9.00 GiB."
+    )
     assert results["b-lacking"] == {"skipped": "ImportError: no bitsandbytes here"}
     assert results["mlp-sgd"]["checkpoints"]
     assert written["summary"]["skipped"] == 2
@@ -270,10 +274,7 @@ def whole() -> dict[str, Any]:
     off = row | {"max_memory_allocated": 1536}
     differs = dict.fromkeys(FIGURES, 0) | {"max_memory_allocated": 512}
     trace: dict[str, Any] = {"held before": 0, "events": 2, "mismatch": None}
-    trace["entries"] = [
-        {"action": "segment_alloc", "addr": 4096, "size": 2 * 2**20, "stream": 0},
-        {"action": "alloc", "addr": 4096, "size": 1000, "stream": 0},
-    ]
+    trace["entries"] = ["segment_alloc 0x1000 2097152", "alloc 0x1000 1000"]
     done = {
         "allocator settings": "",
         "checkpoints": {"end": {"measured": row, "replayed": off, "difference": differs}},
@@ -281,7 +282,7 @@ def whole() -> dict[str, Any]:
         "messages": {},
         "trace": trace,
     }
-    card = {"card": "C", "memory": 1, "compute capability": "8.9", "CUDA": "12.8"}
+    card = {"card": "C", "memory": 1, "driver": None, "compute capability": "8.9", "CUDA": "12.8"}
     made: dict[str, Any] = {
         "date": "2026-01-01T00:00:00+00:00",
         "machine": card | {"versions": {"python": "3.12", "torch": "2.14"}},
@@ -317,7 +318,8 @@ DAMAGE = [
     ((*END, "measured", "by kind"), {"magic": 1024}, "do not add up"),
     ((*END, "replayed"), {}, "not the form"),
     (("experiments", "one", "trace", "events"), 3, "replays otherwise"),
-    (("experiments", "one", "trace", "entries", 1, "addr"), 8192, "replays otherwise"),
+    (("experiments", "one", "trace", "entries", 1), "alloc 0x2000 1000", "replays otherwise"),
+    (("experiments", "one", "trace", "entries", 1), "alloc", "not the form"),
 ]
 
 
@@ -341,3 +343,57 @@ def test_what_is_no_record_at_all_is_told() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "book" / "records").glob("*.json")), ids=str)
 def test_a_record_of_the_book_is_whole(path: Path) -> None:
     assert problems(json.loads(path.read_text("utf-8"))) == []
+
+
+# The page
+
+
+@pytest.fixture(scope="module")
+def page() -> Any:
+    """book/_ext/records.py, which Sphinx loads from its folder."""
+    spec = importlib.util.spec_from_file_location("records", ROOT / "book/_ext/records.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_records_the_page_says_so(page: Any, tmp_path: Path) -> None:
+    assert page.found(tmp_path) == {}
+    assert page.shown({}).startswith("**No record of our own exists yet.**")
+
+
+def test_a_record_is_shown_row_by_row(page: Any, tmp_path: Path, whole: dict[str, Any]) -> None:
+    (tmp_path / "c.json").write_text(json.dumps(whole))
+    text = page.shown(page.found(tmp_path))
+    about, off, notes, rows = text.split("\n\n")[0], *text.split("\n\n")[-3:]
+    assert "| C, 1 bytes, 8.9 | torch 2.14, CUDA 12.8 | 2026-01-01 | 4 | 1 | 512 | 0 |" in " ".join(
+        about.split()
+    )
+    row = "| C | one, end | 1,024 | 1,024 | 0 | 0 | 512 |"
+    assert row in " ".join(off.split()) and row in " ".join(rows.split())
+    assert notes == "- C, `two`: skipped, OutOfMemoryError: CUDA"
+    assert rows.startswith("````{dropdown} Every checkpoint")
+    assert "No record of our own" not in text
+
+
+def test_a_record_that_is_not_whole_stops_the_build(
+    page: Any, tmp_path: Path, whole: dict[str, Any]
+) -> None:
+    (tmp_path / "c.json").write_text(json.dumps(whole | {"summary": {}}))
+    with pytest.raises(Exception, match=r"records/c.json: the summary does not follow"):
+        page.found(tmp_path)
+
+
+def test_published_figures_are_replayed_or_say_why_not(page: Any) -> None:
+    path = ROOT / "book/records/published.toml"
+    figures = tomllib.loads(path.read_text("utf-8"))["figure"]
+    for figure in figures:
+        assert ("replay" in figure) != ("replayed" in figure), figure
+        assert figure["url"].startswith("https://"), figure
+    assert page.linear() == int(figures[0]["printed"]) == 8_519_680
+    # A layer, its input, which keeps the last MiB of its segment, and its output.
+    weight, bias, output = 36_864, 512, 512 * 32 * 82 * 82 * 4
+    assert page.convolution(torch.float32) == weight + bias + 442 * 2**20 + output
+    text = page.published(path)
+    assert "8,519,680" in text and "-40,448" in text
