@@ -109,7 +109,10 @@ def _measured(experiment: Experiment) -> tuple[Result, dict[str, str], Result, V
 def compare(experiment: Experiment) -> Result:
     """An experiment on both GPUs: each checkpoint measured, replayed, and the difference."""
     measured, said, trace, alike = _measured(experiment)
-    replayed, would_say = _carried_out(experiment, alike)
+    try:
+        replayed, would_say = _carried_out(experiment, alike)
+    except Exception as error:
+        raise RuntimeError(f"measured, but not replayed: {type(error).__name__}: {error}") from None
     checkpoints = {
         name: {"measured": row, "replayed": replayed[name], "difference": 0}
         for name, row in measured.items()
@@ -180,6 +183,7 @@ def summary(experiments: Mapping[str, Result]) -> Result:
         "figures": len(off),
         "figures that differ": sum(n != 0 for n in off),
         "largest difference": max(off, default=0),
+        "checkpoints on one GPU only": sum(len(r["reached on one GPU only"]) for r in done),
         "traces that differ": sum(result["trace"]["mismatch"] is not None for result in done),
     }
 
@@ -269,6 +273,8 @@ def _line(result: Result) -> str:
     figures = f"{told['figures']} figures, {told['figures that differ']} differ"
     if told["figures that differ"]:
         figures += f", by at most {told['largest difference']:,} B"
+    if alone := result["reached on one GPU only"]:
+        figures += f"; on one GPU only: {', '.join(alone)}"
     trace = result["trace"]
     how = trace["mismatch"] or "the same replayed"
     return f"{figures}; {trace['events']} events, {how}"

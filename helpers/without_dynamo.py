@@ -7,7 +7,7 @@ They import it at their first use (130 MB of RAM, 1 s), only to step out of
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -19,8 +19,8 @@ class _StandIn(ModuleType):
     """Answers the two calls by itself, and anything else with the real module."""
 
     @staticmethod
-    def disable(function: Callable[..., Any], *_: object, **__: object) -> Callable[..., Any]:
-        return function
+    def disable(function: Any = None, *_: object, **__: object) -> Any:
+        return function or (lambda decorated: decorated)
 
     @staticmethod
     def graph_break() -> None:

@@ -658,6 +658,11 @@ def test_the_experiment_takes_under_100_mb_more_than_importing_torch() -> None:
     assert 0 < int(run.stdout) < 100e6
 
 
+def test_what_is_decorated_while_a_virtual_gpu_is_open_stays_a_function(gpu: VirtualGPU) -> None:
+    assert torch.compiler.disable(len)("abc") == 3
+    assert torch.compiler.disable(recursive=False)(len)("abc") == 3
+
+
 def test_dynamo_is_there_for_those_who_need_it() -> None:
     code = """
 import sys, torch

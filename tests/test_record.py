@@ -209,6 +209,30 @@ def test_what_fails_is_skipped_by_name_and_the_rest_is_recorded(
     assert "[2/3] b-lacking ... skipped: ImportError" in capsys.readouterr().err
 
 
+def test_what_only_one_gpu_does_is_told(
+    card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def differently(gpu: Any, look: Any) -> None:
+        look("both")
+        look("measured" if isinstance(gpu, StandIn) else "replayed")
+
+    def not_replayed(gpu: Any, look: Any) -> None:
+        if isinstance(gpu, VirtualGPU):
+            raise NotImplementedError("no kernel")
+
+    several = {"a": Experiment(differently), "b": Experiment(not_replayed)}
+    monkeypatch.setattr(record, "EXPERIMENTS", several)
+    written = run(tmp_path / "a.json", "*")
+    assert problems(written) == []
+    results = written["experiments"]
+    assert list(results["a"]["checkpoints"]) == ["both"]
+    assert results["a"]["reached on one GPU only"] == ["measured", "replayed"]
+    assert written["summary"]["checkpoints on one GPU only"] == 2
+    reason = "RuntimeError: measured, but not replayed: NotImplementedError: no kernel"
+    assert results["b"] == {"skipped": reason}
+    assert "on one GPU only: measured, replayed" in capsys.readouterr().err
+
+
 def test_interrupted_it_keeps_what_it_has(
     card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -295,6 +319,7 @@ def whole() -> dict[str, Any]:
         "figures": 4,
         "figures that differ": 1,
         "largest difference": 512,
+        "checkpoints on one GPU only": 0,
         "traces that differ": 0,
     }
     return made

@@ -148,9 +148,12 @@ def _notes(experiments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, result in experiments.items():
         if "skipped" in result:
             yield name, f"skipped, {result['skipped']}"
-        elif result["trace"]["mismatch"] is not None:
+            continue
+        if alone := result["reached on one GPU only"]:
+            yield name, f"on one GPU only: {', '.join(alone)}"
+        if result["trace"]["mismatch"] is not None:
             yield name, f"the trace differs at {result['trace']['mismatch']}"
-        elif result["trace"]["held before"]:
+        if result["trace"]["held before"]:
             yield name, "the card was not empty before"
 
 
