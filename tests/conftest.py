@@ -9,6 +9,22 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 from tools.book import build
+from tools.notebooks import sources
+from tools.repository import ROOT
+
+PAGES = [
+    *(f"book/{source.stem}.html" for source in sorted((ROOT / "book").glob("*.md"))),
+    *(f"notebooks/{source.stem}.html" for source in sources(ROOT / "notebooks")),
+    "genindex.html",
+    "search.html",
+    "404.html",
+]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for a `page` is run for every page of the book."""
+    if "page" in metafunc.fixturenames:
+        metafunc.parametrize("page", PAGES)
 
 
 @pytest.fixture(scope="session")

@@ -1,26 +1,18 @@
 """The built book: whole, offline, and legible."""
 
-import functools
+import importlib
 import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from playwright.sync_api import Browser
 
-from helpers.plots import COLORS
 from tools.book import build
 from tools.notebooks import sources
 from tools.repository import ROOT, address, web_address
-
-PAGES = [
-    "book/index.html",
-    *(f"notebooks/{source.stem}.html" for source in sources(ROOT / "notebooks")),
-    "book/estimator.html",
-    "book/references.html",
-]
 
 
 class Links(HTMLParser):
@@ -46,10 +38,9 @@ def links(page: Path) -> Links:
     return parser
 
 
-def test_every_page_of_the_contents_is_there(html: Path) -> None:
-    assert (html / "index.html").is_file()
-    for page in PAGES:
-        assert (html / page).is_file(), page
+def test_the_address_itself_leads_to_the_start_page(html: Path) -> None:
+    assert ("a", "book/index.html") in links(html / "index.html").found
+    assert 'content="0; url=book/index.html"' in (html / "index.html").read_text("utf-8")
 
 
 def test_the_notebooks_can_be_downloaded(html: Path) -> None:
@@ -58,28 +49,50 @@ def test_the_notebooks_can_be_downloaded(html: Path) -> None:
         assert (html / "_sources" / "notebooks" / stored.name).read_bytes() == stored.read_bytes()
 
 
-@pytest.mark.parametrize("page", PAGES)
 def test_nothing_is_loaded_from_elsewhere(html: Path, page: str) -> None:
     for tag, target in links(html / page).found:
         if tag != "a":
             assert not urlsplit(target).netloc, f"<{tag}> loads {target}"
 
 
-@pytest.mark.parametrize("page", PAGES)
 def test_links_within_the_book_lead_somewhere(html: Path, page: str) -> None:
     for tag, target in links(html / page).found:
         parts = urlsplit(target)
-        if parts.scheme or parts.netloc or not parts.path:
+        if parts.scheme or parts.netloc:
             continue
-        there = (html / page).parent / unquote(parts.path)
+        # The 404 page is shown at any address, so its links start at the root.
+        there = html / page if not parts.path else (html / page).parent / unquote(parts.path)
+        if parts.path.startswith("/"):
+            there = html / unquote(parts.path[1:])
         assert there.exists(), f"<{tag}> {target}"
         if parts.fragment and there.suffix == ".html":
             assert parts.fragment in links(there).ids, target
 
 
-@pytest.mark.parametrize("page", PAGES)
 def test_ids_are_unique(html: Path, page: str) -> None:
     assert links(html / page).doubles == set()
+
+
+def test_images_have_a_text_of_their_own(html: Path, page: str) -> None:
+    text = (html / page).read_text("utf-8")
+    for label in re.findall(r'<svg class="cell-figure" role="img" aria-label="([^"]*)"', text):
+        assert len(label) > 60
+    for image in re.findall("<img[^>]*>", text):
+        assert 'alt="' in image, image
+        assert 'alt=""' not in image or "logo__image" in image, image  # beside the title
+
+
+def test_a_page_is_of_bounded_size(html: Path, page: str) -> None:
+    assert (html / page).stat().st_size < 1_000_000
+
+
+def test_a_page_says_what_it_is_about(html: Path, page: str) -> None:
+    if page in ("genindex.html", "search.html", "404.html"):
+        return
+    text = (html / page).read_text("utf-8")
+    (said,) = re.findall(r'<meta name="description" content="([^"]*)">', text)
+    assert said == re.findall(r'<meta property="og:description" content="([^"]*)">', text)[0]
+    assert len(said) > 40
 
 
 def test_figures_stand_in_the_page_with_a_name(html: Path) -> None:
@@ -90,42 +103,92 @@ def test_figures_stand_in_the_page_with_a_name(html: Path) -> None:
     assert "833.58" in text
 
 
+def test_no_formula_is_left_to_a_script(html: Path, page: str) -> None:
+    text = (html / page).read_text("utf-8")
+    assert not re.search(r"<script[^>]*mathjax", text, re.IGNORECASE)
+    assert r"\(" not in text
+
+
 def test_formulas_are_mathml(html: Path) -> None:
-    for page in PAGES:
-        text = (html / page).read_text("utf-8")
-        assert not re.search(r"<script[^>]*mathjax", text, re.IGNORECASE)
-        assert r"\(" not in text
     assert "<math" in (html / "book" / "index.html").read_text("utf-8")
 
 
-def test_without_an_address_there_is_no_button(html: Path) -> None:
-    for page in PAGES:
-        text = (html / page).read_text("utf-8")
-        assert "colab.research.google.com" not in text
-        assert "executablebooks" not in text  # Jupyter Book's own address, its default
-        assert "btn-source-repository-button" not in text
+def test_without_an_address_there_is_no_button(html: Path, page: str) -> None:
+    text = (html / page).read_text("utf-8")
+    assert "colab.research.google.com" not in text
+    assert "executablebooks" not in text  # Jupyter Book's own address, its default
+    assert "btn-source" not in text
+    assert 'property="og:url"' not in text
+    assert not (html / "sitemap.xml").exists()
 
 
-def test_with_an_address_the_buttons_lead_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("REPOSITORY", "https://github.com/someone/every-byte")
-    page = build(tmp_path).parent / "notebooks" / "04_mlp_adam_vs_sgd.html"
-    targets = [target for _, target in links(page).found]
-    colab = "https://colab.research.google.com/github/someone/every-byte/blob/main/notebooks/"
-    assert colab + "04_mlp_adam_vs_sgd.ipynb" in targets
-    assert "https://github.com/someone/every-byte" in targets
-    assert any(t.startswith("https://github.com/someone/every-byte/issues/new") for t in targets)
-
-
-def test_a_warning_fails_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the book to change; `build` builds it."""
     copy = tmp_path / "copy"
     ignore = shutil.ignore_patterns(".*", "_build", "tests", "__pycache__")
     shutil.copytree(ROOT, copy, ignore=ignore)
-    with (copy / "book" / "index.md").open("a") as page:
-        page.write("\nSee [nowhere](nowhere.md).\n")
     monkeypatch.setattr("tools.book.ROOT", copy)
     monkeypatch.chdir(copy)
+    return copy
+
+
+def test_with_addresses_the_pages_name_them(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The repository's in buttons, the site's in metadata, the sitemap and the 404 page."""
+    repository, site = "https://github.com/someone/every-byte", "https://someone.org/byte/"
+    monkeypatch.setenv("REPOSITORY", repository)
+    config = copy / "_config.yml"
+    config.write_text(config.read_text().replace('baseurl: ""', f"baseurl: {site}"))
+    html = build(tmp_path).parent
+    page = html / "notebooks" / "04_mlp_adam_vs_sgd.html"
+    targets = [target for _, target in links(page).found]
+    colab = "https://colab.research.google.com/github/someone/every-byte/blob/main/notebooks/"
+    assert colab + "04_mlp_adam_vs_sgd.ipynb" in targets
+    assert repository in targets
+    assert f"{repository}/edit/main/notebooks/04_mlp_adam_vs_sgd.py" in targets
+    assert any(t.startswith(f"{repository}/issues/new") for t in targets)
+    assert f"{site}notebooks/04_mlp_adam_vs_sgd.html" in targets  # canonical
+    start = (html / "book" / "index.html").read_text("utf-8")
+    assert f'<meta property="og:url" content="{site}book/index.html">' in start
+    assert f'<meta property="og:image" content="{site}_static/card.png">' in start
+    assert (html / "_static" / "card.png").stat().st_size < 40_000
+    entries = re.findall("<loc>(.*)</loc>", (html / "sitemap.xml").read_text("utf-8"))
+    assert {f"{site}book/index.html", f"{site}book/glossary.html"} < set(entries)
+    assert all((html / entry.removeprefix(site)).is_file() for entry in entries)
+    elsewhere = links(html / "404.html").found
+    assert ("a", "/byte/book/glossary.html") in elsewhere
+    assert all(target.startswith(("/byte/", "#", "http")) for _, target in elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("repository", "edit", "colab"),
+    [
+        ("https://github.com/a/b", "https://github.com/a/b/edit/trunk/", True),
+        ("https://gitlab.example.org/a/b", "https://gitlab.example.org/a/b/-/edit/trunk/", False),
+        ("https://codeberg.org/a/b", None, False),
+    ],
+)
+def test_a_host_has_the_buttons_that_it_understands(
+    monkeypatch: pytest.MonkeyPatch, repository: str, edit: str | None, colab: bool
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "book" / "_ext")
+    links = importlib.import_module("repository_links")
+    monkeypatch.setenv("REPOSITORY", repository)
+    config = SimpleNamespace(html_theme_options={"repository_branch": "trunk"}, html_context={})
+    links.add_links(None, config)
+    options = config.html_theme_options
+    assert options["use_edit_page_button"] == options["use_issues_button"] == (edit is not None)
+    assert options["repository_url"] == (repository if edit else "")
+    assert bool(options["launch_buttons"]) == colab
+    template = config.html_context.get("edit_page_url_template")
+    assert template is None if edit is None else template.startswith(edit)
+
+
+def test_a_warning_fails_the_build(copy: Path, tmp_path: Path) -> None:
+    with (copy / "book" / "index.md").open("a") as page:
+        page.write("\nSee [nowhere](nowhere.md).\n")
     with pytest.raises(RuntimeError, match=r"nowhere\.md"):
         build(tmp_path)
 
@@ -164,59 +227,3 @@ def test_the_address_comes_from_the_first_place_that_has_it(
     monkeypatch.setenv("REPOSITORY", "somewhere")
     with pytest.raises(ValueError, match="REPOSITORY is 'somewhere': expected a web address"):
         address(tmp_path)
-
-
-# In a browser
-
-WIDTHS = (1280, 390, 360)
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_a_page_in_a_browser(html: Path, browser: Browser, page: str) -> None:
-    """From a file: no request to anywhere, no error, nothing wider than the screen."""
-    requests: list[str] = []
-    errors: list[str] = []
-    tab = browser.new_page()
-    tab.on("request", lambda request: requests.append(request.url))
-    tab.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
-    tab.on("pageerror", lambda error: errors.append(str(error)))
-    for width in WIDTHS:
-        tab.set_viewport_size({"width": width, "height": 900})
-        tab.goto((html / page).as_uri())
-        assert tab.evaluate("document.documentElement.scrollWidth") <= width
-    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
-    # The theme says so on a first visit, and goes on with the system's choice.
-    assert [e for e in errors if "Got invalid theme mode" not in e] == []
-    tab.close()
-
-
-def luminance(rgb: tuple[float, ...]) -> float:
-    """Relative luminance, as WCAG 2 defines it."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one: tuple[float, ...], other: tuple[float, ...]) -> float:
-    dark, light = sorted((luminance(one), luminance(other)))
-    return (light + 0.05) / (dark + 0.05)
-
-
-def from_css(color: str) -> tuple[float, ...]:
-    if color.startswith("#"):
-        return tuple(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
-    return tuple(float(n) / 255 for n in re.findall(r"[\d.]+", color)[:3])
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_figures_are_legible_in_both_themes(html: Path, browser: Browser, theme: str) -> None:
-    tab = browser.new_page(color_scheme=theme)  # type: ignore[arg-type]
-    tab.goto((html / "notebooks" / "04_mlp_adam_vs_sgd.html").as_uri())
-    style = functools.partial(
-        tab.evaluate, "([at, name]) => getComputedStyle(document.querySelector(at))[name]"
-    )
-    page = from_css(style(["body", "backgroundColor"]))
-    assert (luminance(page) < 0.1) == (theme == "dark")
-    assert contrast(from_css(style(["svg.cell-figure text", "fill"])), page) >= 4.5
-    for kind, color in COLORS.items():
-        assert contrast(from_css(color), page) >= 3, kind
-    tab.close()

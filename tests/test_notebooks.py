@@ -4,6 +4,7 @@ nbval executes them itself, beside these tests (see Makefile: make test).
 """
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,25 @@ def test_figures_have_a_text_of_their_own(source: Path) -> None:
     for cell in read(source).cells:
         if any("image/svg+xml" in output.get("data", {}) for output in cell.get("outputs", [])):
             assert len(cell.metadata["mystnb"]["image"]["alt"]) > 60, cell.source
+
+
+EVIDENCE = {"12_audit"}  # pages to look things up in, not chapters: no way through them
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=NAMES)
+def test_it_opens_with_what_it_takes_and_closes_with_what_it_gave(source: Path) -> None:
+    text = [cell.source for cell in read(source).cells if cell.cell_type == "markdown"]
+    title, *rest = text[0].splitlines()
+    assert title.startswith("# ")
+    assert re.search(r"^- \*\*Time:\*\* .*minute", text[0], re.MULTILINE)
+    assert re.search(r"^- \*\*Needs:\*\* \w+", text[0], re.MULTILINE)
+    if source.stem in EVIDENCE:
+        return
+    assert rest[1].startswith("After this chapter you can ")
+    ends = {cell.split("\n")[0]: cell for cell in text if cell.startswith("## ")}
+    assert list(ends)[-3:] == ["## What to remember", "## Exercises", "## Where to go next"]
+    assert len(re.findall("^- ", ends["## What to remember"], re.MULTILINE)) == 3
+    assert re.search(r"\]\((\.\./book/)?\w+\.(ipynb|md)\)", ends["## Where to go next"])
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=NAMES)

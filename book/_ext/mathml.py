@@ -32,7 +32,8 @@ def visit_inline(self: HTML5Translator, node: nodes.math) -> None:
 
 def visit_block(self: HTML5Translator, node: nodes.math_block) -> None:
     """Write a formula on its own, with its number if it has one."""
-    self.body.append(self.starttag(node, "div", CLASS="math"))
+    # By the second name the theme's script lets the keyboard scroll it, where it is too wide.
+    self.body.append(self.starttag(node, "div", CLASS="math pst-scrollable-table-container"))
     if node["number"]:
         number = get_node_equation_number(self, node)
         self.body.append(f'<span class="eqno">({number})')
