@@ -8,7 +8,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 from helpers.accounting import KINDS, Breakdown, Timeline
-from helpers.plots import against_bytes, loss_curves, stacked_bars, timeline
+from helpers.plots import COLORS, against_bytes, loss_curves, stacked_bars, timeline
 from helpers.tables import table
 
 
@@ -115,5 +115,5 @@ def test_panels_share_their_axis_of_bytes() -> None:
 
 def test_more_formats_than_markers_are_refused() -> None:
     many = {str(n): (n + 1, [1.0]) for n in range(17)}
-    with pytest.raises(ValueError, match="1 models and 17 formats: expected at most 11 and 16"):
+    with pytest.raises(ValueError, match=f"1 models and 17 formats: expected at most {len(COLORS)} and 16"):
         against_bytes({"loss": {"model": many}})
