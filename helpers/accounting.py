@@ -149,7 +149,9 @@ class Card(Protocol):
     def _free(self, handle: int) -> None:
         """Give back what `_malloc` took."""
 
-    def _kernel(self, operation: Any) -> Callable[..., Any] | None:
+    def _kernel(
+        self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[..., Any] | None:
         """A function that is to run in an operation's place, allocation by allocation, if any."""
 
     def _computed(self, operation: Any, result: Any) -> None:
@@ -201,7 +203,7 @@ class Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self.in_use():
             return func(*args, **kwargs)
-        if (kernel := self.card._kernel(func)) is not None:
+        if (kernel := self.card._kernel(func, args, kwargs)) is not None:
             self._sample()
             within, self._in_kernel = self._in_kernel, not func._can_decompose()
             try:

@@ -241,7 +241,9 @@ class GPU(ABC):
     def _free(self, handle: int) -> None:
         """Give back to the replayed allocator what `_malloc` took."""
 
-    def _kernel(self, operation: Any) -> Callable[..., Any] | None:
+    def _kernel(
+        self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[..., Any] | None:
         """What is to run in an operation's place, where its allocations are replayed."""
         return None
 
@@ -472,8 +474,14 @@ class VirtualGPU(GPU):
         self._allocator.free(handle)
 
     @override
-    def _kernel(self, operation: Any) -> Callable[..., Any] | None:
-        return cuda_kernels.KERNELS.get(operation)
+    def _kernel(
+        self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[..., Any] | None:
+        kernel = cuda_kernels.KERNELS.get(operation)
+        if kernel is None:
+            return None
+        tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+        return kernel if any(t.is_meta for t in tensors) else None  # the host has its own
 
     @override
     def _computed(self, operation: Any, result: Any) -> None:

@@ -368,3 +368,25 @@ def test_transformers_models_run_with_fused_attention(
     kernel = "EfficientAttention" if dtype == FP32 else "FlashAttention"
     assert sum(kernel in str(node) for node in kept) == 2
     loss.backward()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_is_on_the_host_computes_as_without_a_gpu(inference: bool) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 16, 8).unbind()
+
+    def computed() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        with torch.inference_mode(inference):
+            return [
+                torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True),
+                torch.nn.functional.dropout(query, 0.5),
+                query.softmax(-1),
+            ]
+
+    alone = computed()
+    with VirtualGPU() as gpu:
+        beside = computed()
+        assert gpu.memory_allocated() == 0
+    for a, b in zip(alone, beside, strict=True):
+        torch.testing.assert_close(a, b)

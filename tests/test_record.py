@@ -374,7 +374,7 @@ def test_a_record_of_the_book_is_whole(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def page() -> Any:
+def extension() -> Any:
     """book/_ext/records.py, which Sphinx loads from its folder."""
     spec = importlib.util.spec_from_file_location("records", ROOT / "book/_ext/records.py")
     assert spec is not None and spec.loader is not None
@@ -383,14 +383,16 @@ def page() -> Any:
     return module
 
 
-def test_without_records_the_page_says_so(page: Any, tmp_path: Path) -> None:
-    assert page.found(tmp_path) == {}
-    assert page.shown({}).startswith("**No record of our own exists yet.**")
+def test_without_records_the_page_says_so(extension: Any, tmp_path: Path) -> None:
+    assert extension.found(tmp_path) == {}
+    assert extension.shown({}).startswith("**No record of our own exists yet.**")
 
 
-def test_a_record_is_shown_row_by_row(page: Any, tmp_path: Path, whole: dict[str, Any]) -> None:
+def test_a_record_is_shown_row_by_row(
+    extension: Any, tmp_path: Path, whole: dict[str, Any]
+) -> None:
     (tmp_path / "c.json").write_text(json.dumps(whole))
-    text = page.shown(page.found(tmp_path))
+    text = extension.shown(extension.found(tmp_path))
     about, off, notes, rows = text.split("\n\n")[0], *text.split("\n\n")[-3:]
     assert "| C, 1 bytes, 8.9 | torch 2.14, CUDA 12.8 | 2026-01-01 | 4 | 1 | 512 | 0 |" in " ".join(
         about.split()
@@ -403,22 +405,22 @@ def test_a_record_is_shown_row_by_row(page: Any, tmp_path: Path, whole: dict[str
 
 
 def test_a_record_that_is_not_whole_stops_the_build(
-    page: Any, tmp_path: Path, whole: dict[str, Any]
+    extension: Any, tmp_path: Path, whole: dict[str, Any]
 ) -> None:
     (tmp_path / "c.json").write_text(json.dumps(whole | {"summary": {}}))
     with pytest.raises(Exception, match=r"records/c.json: the summary does not follow"):
-        page.found(tmp_path)
+        extension.found(tmp_path)
 
 
-def test_published_figures_are_replayed_or_say_why_not(page: Any) -> None:
+def test_published_figures_are_replayed_or_say_why_not(extension: Any) -> None:
     path = ROOT / "book/records/published.toml"
     figures = tomllib.loads(path.read_text("utf-8"))["figure"]
     for figure in figures:
         assert ("replay" in figure) != ("replayed" in figure), figure
         assert figure["url"].startswith("https://"), figure
-    assert page.linear() == int(figures[0]["printed"]) == 8_519_680
+    assert extension.linear() == int(figures[0]["printed"]) == 8_519_680
     # A layer, its input, which keeps the last MiB of its segment, and its output.
     weight, bias, output = 36_864, 512, 512 * 32 * 82 * 82 * 4
-    assert page.convolution(torch.float32) == weight + bias + 442 * 2**20 + output
-    text = page.published(path)
+    assert extension.convolution(torch.float32) == weight + bias + 442 * 2**20 + output
+    text = extension.published(path)
     assert "8,519,680" in text and "-40,448" in text

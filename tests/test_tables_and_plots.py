@@ -115,5 +115,7 @@ def test_panels_share_their_axis_of_bytes() -> None:
 
 def test_more_formats_than_markers_are_refused() -> None:
     many = {str(n): (n + 1, [1.0]) for n in range(17)}
-    with pytest.raises(ValueError, match=f"1 models and 17 formats: expected at most {len(COLORS)} and 16"):
+    with pytest.raises(
+        ValueError, match=f"1 models and 17 formats: expected at most {len(COLORS)} and 16"
+    ):
         against_bytes({"loss": {"model": many}})
