@@ -80,8 +80,8 @@ class StandIn(CudaGPU):
     def _free(self, handle: int) -> None:
         self.card.gpu._free(handle)
 
-    def _kernel(self, operation: Any) -> Callable[..., Any] | None:
-        return self.card.gpu._kernel(operation)
+    def _kernel(self, operation: Any, *rest: Any) -> Callable[..., Any] | None:
+        return self.card.gpu._kernel(operation, *rest)
 
     def _computed(self, operation: Any, result: Any) -> None:
         self.card.gpu._computed(operation, result)
