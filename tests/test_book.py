@@ -227,3 +227,15 @@ def test_the_address_comes_from_the_first_place_that_has_it(
     monkeypatch.setenv("REPOSITORY", "somewhere")
     with pytest.raises(ValueError, match="REPOSITORY is 'somewhere': expected a web address"):
         address(tmp_path)
+
+
+@pytest.mark.parametrize("source", sources(ROOT / "notebooks"), ids=lambda source: source.stem)
+def test_a_chapter_links_the_glossarys_terms_at_their_first_mention(
+    html: Path, source: Path
+) -> None:
+    page = (html / "notebooks" / f"{source.stem}.html").read_text("utf-8")
+    linked = re.findall(r'href="\.\./book/glossary\.html#term-([^"]+)"', page)
+    assert len(linked) >= 5
+    assert len(set(linked)) == len(linked)
+    for code in re.findall(r"<pre.*?</pre>|<h[1-6].*?</h[1-6]>|<table.*?</table>", page, re.DOTALL):
+        assert "glossary.html#term-" not in code

@@ -1,0 +1,72 @@
+"""Links the chapters to the glossary: a term's first mention in a chapter's prose.
+
+Notebooks are read in Jupyter and on Colab as well, where Sphinx's ``{term}`` would
+stand as text. So their sources name a term, and the book links it.
+"""
+
+import re
+from collections.abc import Iterator
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.nodes import make_refnode
+
+_NOT_IN = (nodes.title, nodes.reference, nodes.literal, nodes.table, nodes.raw, nodes.Invisible)
+
+
+def link(app: Sphinx, tree: nodes.document, docname: str) -> None:
+    """Replace the first mention of each term in a page of ``notebooks/``."""
+    if not docname.startswith("notebooks/") or app.builder.format != "html":
+        return
+    objects = app.env.get_domain("std").get_objects()
+    terms = {
+        name.lower(): (page, label) for name, _, kind, page, label, _ in objects if kind == "term"
+    }
+    if not terms:
+        return
+    longest_first = sorted(map(re.escape, terms), key=len, reverse=True)
+    named = re.compile(rf"(?<![\w.-])({'|'.join(longest_first)})s?(?![\w-])", re.IGNORECASE)
+    for text in list(tree.findall(nodes.Text)):
+        if _is_prose(text):
+            parts = list(_linked(app, docname, text, named, terms))
+            if len(parts) > 1:
+                text.parent.replace(text, parts)
+
+
+def _is_prose(text: nodes.Text) -> bool:
+    node: nodes.Node | None = text.parent
+    in_paragraph = False
+    while node is not None:
+        if isinstance(node, _NOT_IN) or "output" in " ".join(
+            getattr(node, "attributes", {}).get("classes", [])
+        ):
+            return False
+        in_paragraph |= isinstance(node, nodes.paragraph)
+        node = node.parent
+    return in_paragraph
+
+
+def _linked(
+    app: Sphinx,
+    docname: str,
+    text: nodes.Text,
+    named: re.Pattern[str],
+    terms: dict[str, tuple[str, str]],
+) -> Iterator[nodes.Node]:
+    """The text in pieces; a term that is linked here leaves `terms`."""
+    said, end = str(text), 0
+    for match in named.finditer(said):
+        target = terms.pop(match.group(1).lower(), None)
+        if target is None:
+            continue
+        yield nodes.Text(said[end : match.start()])
+        words = nodes.inline("", match.group(0), classes=["std", "std-term"])
+        yield make_refnode(app.builder, docname, target[0], target[1], words)
+        end = match.end()
+    yield nodes.Text(said[end:])
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Sphinx calls this."""
+    app.connect("doctree-resolved", link)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
