@@ -1,5 +1,6 @@
 """The built book: whole, offline, and legible."""
 
+import functools
 import importlib
 import re
 import shutil
@@ -32,6 +33,7 @@ class Links(HTMLParser):
                 (self.doubles if value in self.ids else self.ids).add(value)
 
 
+@functools.cache
 def links(page: Path) -> Links:
     parser = Links()
     parser.feed(page.read_text("utf-8"))

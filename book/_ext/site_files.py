@@ -28,12 +28,8 @@ FROM_A_FILE = (
 NOT_FOUND = """
 <section>
 <h1>404: not allocated</h1>
-<p>No page stands at this address. It may have moved: look for it by its words.</p>
-<form action="search.html" role="search">
-<p><label>Search the book <input type="search" name="q"></label> <button>Search</button></p>
-</form>
-<p><a href="book/index.html">The start page</a> lists the chapters, and
-the <a href="book/glossary.html">glossary</a> the terms.</p>
+<p>No page stands at this address. It may have moved: <a href="search.html">search for its
+words</a>, or begin at <a href="book/index.html">the start page</a>.</p>
 </section>
 """
 
