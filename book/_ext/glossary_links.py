@@ -22,6 +22,8 @@ def link(app: Sphinx, tree: nodes.document, docname: str) -> None:
     terms = {
         name.lower(): (page, label) for name, _, kind, page, label, _ in objects if kind == "term"
     }
+    already = {node.get("refuri", "").partition("#")[2] for node in tree.findall(nodes.reference)}
+    terms = {name: at for name, at in terms.items() if at[1] not in already}
     if not terms:
         return
     longest_first = sorted(map(re.escape, terms), key=len, reverse=True)
