@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Page, Request, expect
 
 from helpers.plots import COLORS
 from tools.serve import Handler
@@ -53,9 +53,13 @@ class Watched:
         self.requests: list[str] = []
         self.errors: list[str] = []
         self.tab.on("request", lambda request: self.requests.append(request.url))
-        self.tab.on("requestfailed", lambda request: self.errors.append(request.url))
+        self.tab.on("requestfailed", self._failed)
         self.tab.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
         self.tab.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def _failed(self, request: Request) -> None:
+        if request.failure != "net::ERR_ABORTED":  # as when the tab goes on to another page
+            self.errors.append(request.url)
 
     def resize(self, width: int) -> None:
         """Make the window `width` pixels wide: nothing may reach beyond it."""
