@@ -142,7 +142,7 @@ def test_with_addresses_the_pages_name_them(
     repository, site = "https://github.com/someone/every-byte", "https://someone.org/byte/"
     monkeypatch.setenv("REPOSITORY", repository)
     config = copy / "_config.yml"
-    config.write_text(config.read_text().replace('baseurl: ""', f"baseurl: {site}"))
+    config.write_text(config.read_text().replace('baseurl: ""', f"baseurl: {site.rstrip('/')}"))
     html = build(tmp_path).parent
     page = html / "notebooks" / "04_mlp_adam_vs_sgd.html"
     targets = [target for _, target in links(page).found]

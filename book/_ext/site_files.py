@@ -51,6 +51,12 @@ def description(doctree: nodes.document) -> str:
     return next((p.astext().replace("\n", " ") for p in doctree.findall(nodes.paragraph)), "")
 
 
+def address(app: Sphinx) -> str:
+    """The site's address, ending in a slash, or nothing."""
+    configured: str = app.config.html_baseurl
+    return configured.rstrip("/") + "/" if configured else ""
+
+
 def add_metadata(
     app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None
 ) -> None:
@@ -59,7 +65,7 @@ def add_metadata(
         return
     title = re.sub(r"<[^>]*>", "", context["title"])  # HTML, already escaped
     said = escape(description(doctree))
-    site = app.config.html_baseurl
+    site = address(app)
     tags = [f'<meta name="description" content="{said}">']
     properties = {"title": title, "type": "article", "site_name": escape(app.config.html_title)}
     properties["description"] = said
@@ -96,7 +102,7 @@ def finish(app: Sphinx, exception: Exception | None) -> None:
     """Write what stands beside the pages, once these are there."""
     if exception or app.builder.name != "html":
         return
-    html, site = Path(app.outdir), app.config.html_baseurl
+    html, site = Path(app.outdir), address(app)
     # A server shows it at any address: what it names has to be found from there.
     page = html / "404.html"
     root = urlsplit(site).path or "/"
