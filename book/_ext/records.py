@@ -23,9 +23,8 @@ from helpers.tables import table
 from helpers.units import binary
 
 FOLDER = Path(__file__).parent.parent / "records"
-NONE_YET = """**No record of our own exists yet.** The book was written on machines without a GPU.
-Nothing on this page was measured by us: a figure here is either published by others, and says
-by whom, or replayed."""
+NONE_YET = """**No record of our own exists yet.** Nothing on this page was measured by us:
+a figure here is either published by others, and says by whom, or replayed."""
 
 
 # What others published, replayed
