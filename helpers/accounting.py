@@ -12,10 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+    is_traceable_wrapper_subclass_type,
+)
 from torch.utils._pytree import tree_leaves
 
 from helpers.allocator import OutOfMemoryError
@@ -30,15 +35,16 @@ KINDS = (
     "batch",
     "activations",
     "temporaries",
+    "gathered",
     "workspaces",
     "rounding",
 )
 """What a byte can be for. Scales: what quantised parameters are read with. Cast
 weights: autocast's copies of parameters in its lower precision. Batch: copied from
-the host. Activations: made outside
-of backward and of the optimizer. Temporaries: made inside of either, and neither
-gradients of parameters nor optimizer states. Workspaces: cuBLAS's. Rounding: the
-allocator's, from the bytes asked for to the block handed out."""
+the host. Activations: made outside of backward and of the optimizer. Temporaries:
+made inside of either, and neither gradients of parameters nor optimizer states.
+Gathered: FSDP's copies of parameters whose parts other GPUs hold. Workspaces:
+cuBLAS's. Rounding: the allocator's, from the bytes asked for to the block handed out."""
 
 
 class Breakdown(dict[str, int]):
@@ -158,6 +164,24 @@ class Card(Protocol):
         """Learn that an operation was carried out, after its results were taken in."""
 
 
+def _composed(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Carry out a composite operation as PyTorch's C++ composes it; NotImplemented if it is none.
+
+    ``OpOverload.decompose`` prefers what compilers use, which allocates otherwise.
+    """
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
+        return NotImplemented
+    return func._op_dk(key, *args, **kwargs)
+
+
+def _parts(tensor: object) -> list[object]:
+    """The tensors that hold a tensor's bytes: of a ``DTensor``, this GPU's part of it."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+
 def in_backward() -> bool:
     """Whether autograd is at work on a backward pass in this thread."""
     return torch._C._current_graph_task_id() != -1
@@ -203,6 +227,8 @@ class Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self.in_use():
             return func(*args, **kwargs)
+        if any(map(is_traceable_wrapper_subclass_type, types)):
+            return NotImplemented  # such as DTensor: seen is what it does with its parts
         if (kernel := self.card._kernel(func, args, kwargs)) is not None:
             self._sample()
             within, self._in_kernel = self._in_kernel, not func._can_decompose()
@@ -216,7 +242,7 @@ class Tracker(TorchDispatchMode):
             # Only there do composite operations arrive whole, with the tensors
             # that they make on the way out of sight.
             with self:
-                result = func.decompose(*args, **kwargs)
+                result = _composed(func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
         self._sample()  # what died since the last operation
@@ -308,7 +334,7 @@ class Tracker(TorchDispatchMode):
         roles: dict[_Storage, str] = {}
 
         def note(kind: str, *tensors: object) -> None:
-            for tensor in tensors:
+            for tensor in tree_leaves([_parts(tensor) for tensor in tensors]):
                 if isinstance(tensor, torch.Tensor) and tensor.device == self.card.device:
                     storage = self._storages.get(tensor.untyped_storage()._cdata)
                     if storage is None and not self.card._replays:
@@ -340,12 +366,37 @@ class Tracker(TorchDispatchMode):
             known = self._storages.get(key)
             if known is None:
                 self._know(storage, self._birth(func, args))
-            elif known.nbytes != nbytes:  # resized in place: PyTorch takes the new block first
-                handle = self.card._malloc(nbytes)
-                self._log(known, -1)
-                self._free(known)
-                self._storages[key] = new = _Storage(nbytes, known.kind, handle)
-                self._log(new, +1)
+            elif known.nbytes != nbytes:  # resized in place
+                self._resized(key, nbytes)
+
+    def _resized(self, key: int, nbytes: int) -> None:
+        """Account for a storage that has another size now: PyTorch takes the new block first."""
+        known = self._storages[key]
+        handle = self.card._malloc(nbytes)
+        self._log(known, -1)
+        self._free(known)
+        self._storages[key] = new = _Storage(nbytes, known.kind, handle)
+        self._log(new, +1)
+
+    @contextmanager
+    def seeing_resizes(self) -> Iterator[None]:
+        """See ``UntypedStorage.resize_``, too, which is no operation: FSDP's way to free."""
+        resize = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, nbytes: int) -> Any:
+            if not self.in_use() or storage._cdata not in self._storages:
+                return resize(storage, nbytes)
+            self._sample()
+            try:
+                self._resized(storage._cdata, nbytes)
+            except OutOfMemoryError as error:
+                raise torch.OutOfMemoryError(str(error)) from None
+            resized = resize(storage, nbytes)
+            self._sample()
+            return resized
+
+        with mock.patch.object(torch.UntypedStorage, "resize_", resize_):
+            yield
 
     def _know(self, storage: torch.UntypedStorage, kind: str) -> _Storage:
         """Account for a storage from now until its death."""

@@ -3,10 +3,10 @@
 `CachingAllocator` takes the requests that a program makes and tells, to the
 byte, what ``torch.cuda.memory_allocated()`` and its siblings would say. It
 follows ``c10/cuda/CUDACachingAllocator.cpp`` and ``c10/core/AllocatorConfig.h``
-for one stream and the native backend:
+for the native backend:
 
 * a request is rounded up to 512 B and served from the smallest free block of
-  its pool that is large enough (then the lowest address);
+  its stream's pool that is large enough (then the lowest address);
 * where none is, a whole *segment* is reserved: one cudaMalloc;
 * a block much larger than the request is split, the rest stays free;
 * a freed block merges with its free neighbours, its segment stays reserved.
@@ -15,7 +15,7 @@ What `helpers.allocator_config` lists can be set as in ``PYTORCH_ALLOC_CONF``:
 expandable segments grow by pages of 2 or 20 MiB, large blocks can be kept whole,
 and long unused ones given back.
 
-Not modelled: several streams, private pools of CUDA graphs. Where cudaMalloc
+Not modelled: ``Tensor.record_stream``, private pools of CUDA graphs. Where cudaMalloc
 places a segment is the driver's affair: here each new one lies above all earlier
 ones, and a card's free memory is never in pieces for the driver.
 """
@@ -123,19 +123,19 @@ class _Block:
     allocated: bool = False
     prev: "_Block | None" = None
     next: "_Block | None" = None
-    searches: int = 0  # of its pool, when it became free: its age counts from there
+    searches: int = 0  # of large or small ones, when it became free: its age counts from there
     frames: list[Frame] = field(default_factory=list)
     segment_frames: list[Frame] = field(default_factory=list)  # of the first in a segment
 
 
 @dataclass(eq=False, slots=True)
 class _Pool:
-    """The free blocks for small requests, or those for large ones."""
+    """A stream's free blocks for small requests, or those for large ones."""
 
     small: bool
+    stream: int = 0
     free: "SortedList[_Block]" = field(default_factory=lambda: SortedList(key=_by_size))
     unmapped: "SortedList[_Block]" = field(default_factory=lambda: SortedList(key=_by_address))
-    searches: int = 0
 
     @property
     def page(self) -> int:
@@ -211,7 +211,8 @@ class CachingAllocator:
                 )
             self.allowed = int(self.config.per_process_memory_fraction * self.capacity)
         self.history: MemoryHistory | None = None
-        self._small, self._large = _Pool(small=True), _Pool(small=False)
+        self._pools: dict[tuple[bool, int], _Pool] = {}  # for small requests or not, by stream
+        self._searches = {True: 0, False: 0}  # for small blocks, for large ones
         self._segments: dict[int, _Block] = {}  # address: first block
         self._live: dict[int, _Block | None] = {}  # handle: block; None for no bytes
         self._next_handle = 1
@@ -220,17 +221,18 @@ class CachingAllocator:
 
     # The names of torch.cuda
 
-    def malloc(self, nbytes: int) -> int:
+    def malloc(self, nbytes: int, stream: int = 0) -> int:
         """Allocate `nbytes` bytes and return a handle for `free`, never given twice.
 
-        No bytes take no block, as for an empty tensor.
+        No bytes take no block, as for an empty tensor. A block serves the stream
+        that it was first reserved for, and no other.
 
         Raises:
             TypeError, ValueError: `nbytes` is no whole number, or negative.
             OutOfMemoryError: it does not fit within `capacity`; nothing changed
                 but that free segments were given back, as PyTorch does.
         """
-        block = self._allocate(nbytes) if _checked(nbytes, "nbytes") else None
+        block = self._allocate(nbytes, stream) if _checked(nbytes, "nbytes") else None
         handle, self._next_handle = self._next_handle, self._next_handle + 1
         self._live[handle] = block
         return handle
@@ -252,7 +254,7 @@ class CachingAllocator:
         self._requested.add(-block.requested)
         if self.history is not None:
             for action in ("free_requested", "free_completed"):
-                self.history.record(action, block.address, block.requested)
+                self.history.record(action, block.address, block.requested, block.pool.stream)
         block.allocated, block.requested, block.frames = False, 0, []
         self._merge_neighbours(block)
         self._cache(block)
@@ -299,7 +301,8 @@ class CachingAllocator:
 
     def empty_cache(self) -> None:
         """Give back every segment, and every page of an expandable one, that is free as a whole."""
-        for pool in (self._large, self._small):
+        # Large ones first; among them, and among the small, in the streams' order.
+        for _, pool in sorted(self._pools.items()):
             pages = []
             for block in list(pool.free):
                 if block.base is not None:
@@ -348,9 +351,10 @@ class CachingAllocator:
 
     # Serving a request
 
-    def _allocate(self, nbytes: int) -> _Block:
+    def _allocate(self, nbytes: int, stream: int) -> _Block:
         size = _round_up(nbytes, kMinBlockSize)
-        pool = self._small if size <= kSmallSize else self._large
+        key = size <= kSmallSize, stream
+        pool = self._pools.setdefault(key, _Pool(*key))
         block = self._find(size, pool) or self._reserve(size, pool)
         # A remainder too small to be of use stays with the block.
         rest = block.size - size
@@ -364,13 +368,13 @@ class CachingAllocator:
         self._allocated.add(block.size)
         self._requested.add(nbytes)
         if self.history is not None:
-            block.frames = self.history.record("alloc", block.address, nbytes)
+            block.frames = self.history.record("alloc", block.address, nbytes, stream)
         return block
 
     def _find(self, size: int, pool: _Pool) -> _Block | None:
         """Take the free block that serves a request best, if there is one."""
         if self._collects_garbage:
-            pool.searches += 1  # what the age of free blocks is counted in
+            self._searches[pool.small] += 1  # what the age of free blocks is counted in
         free = pool.free
         at = free.bisect_key_left((size, 0))
         if at == len(free):
@@ -421,7 +425,7 @@ class CachingAllocator:
         if not self._fits(total):
             return None
         block = self._new_segment(total, pool)
-        self._take(total, "segment_alloc", block.address, block.address)
+        self._take(total, "segment_alloc", block.address, block.address, pool)
         return block
 
     def _new_segment(self, size: int, pool: _Pool) -> _Block:
@@ -439,11 +443,11 @@ class CachingAllocator:
     def _fits(self, size: int) -> bool:
         return self.capacity is None or size <= self.mem_get_info()[0]
 
-    def _take(self, size: int, action: str, address: int, segment: int) -> None:
+    def _take(self, size: int, action: str, address: int, segment: int, pool: _Pool) -> None:
         """Account for memory taken from the card, or given back if `size` is negative."""
         self._reserved.add(size)
         if self.history is not None:
-            frames = self.history.record(action, address, abs(size))
+            frames = self.history.record(action, address, abs(size), pool.stream)
             if size > 0:
                 self._segments[segment].segment_frames = frames
 
@@ -453,7 +457,7 @@ class CachingAllocator:
         """Give back a segment that is one free block: one cudaFree."""
         block.pool.free.remove(block)
         del self._segments[block.address]
-        self._take(-block.size, "segment_free", block.address, block.address)
+        self._take(-block.size, "segment_free", block.address, block.address, block.pool)
 
     def _release_unsplittable(self, size: int, pool: _Pool) -> bool:
         """Give back blocks of at least `max_split_size`, as many as a request needs."""
@@ -480,9 +484,10 @@ class CachingAllocator:
         assert self.allowed is not None
         threshold = int(self.config.garbage_collection_threshold * self.allowed)
         wanted = self._reserved.current - threshold
-        whole = [b for b in self._large.free if b.prev is None and b.next is None]
+        large = (pool.free for (small, _), pool in sorted(self._pools.items()) if not small)
+        whole = [b for free in large for b in free if b.prev is None and b.next is None]
         whole = [b for b in whole if b.base is None]
-        ages = {id(b): self._large.searches - b.searches for b in whole}
+        ages = {id(b): self._searches[False] - b.searches for b in whole}
         while wanted > 0 and whole:
             average = sum(ages[id(b)] for b in whole) / len(whole)
             old = [b for b in whole if ages[id(b)] >= average]
@@ -542,7 +547,7 @@ class CachingAllocator:
         self._merge_neighbours(block)
         self._cache(block)
         assert block.base is not None
-        self._take(size, "segment_map", address, block.base)
+        self._take(size, "segment_map", address, block.base, block.pool)
         return True
 
     def _unmap(self, block: _Block) -> None:
@@ -567,7 +572,7 @@ class CachingAllocator:
         block.mapped = False
         self._merge_neighbours(block)
         pool.unmapped.add(block)
-        self._take(begin - end, "segment_unmap", begin, base)
+        self._take(begin - end, "segment_unmap", begin, base, pool)
         if block.prev is None and block.next is None:  # nothing is left of the segment
             pool.unmapped.remove(block)
             del self._segments[base]
@@ -576,7 +581,7 @@ class CachingAllocator:
 
     def _cache(self, block: _Block) -> None:
         """Put a free block into its pool."""
-        block.searches = block.pool.searches
+        block.searches = self._searches[block.pool.small]
         block.pool.free.add(block)
 
     def _split(self, block: _Block, size: int) -> None:
@@ -656,9 +661,9 @@ def _describe(first: _Block) -> Iterator[SegmentInfo]:
             address=begin.address,
             total_size=sum(b["size"] for b in blocks),
             allocated_size=allocated,
-            active_size=allocated,  # one stream: nothing waits for another to let go of it
+            active_size=allocated,  # nothing freed waits for another stream to let go of it
             requested_size=sum(b["requested_size"] for b in blocks),
-            stream=0,
+            stream=begin.pool.stream,
             segment_type="small" if begin.pool.small else "large",
             segment_pool_id=(0, 0),
             is_expandable=begin.base is not None,

@@ -149,10 +149,15 @@ def _padded(tensor: Tensor, multiple: int) -> Tensor:
 
 
 def _dropout(input: Tensor, p: float, train: bool) -> Tensor:
-    # is_fused_kernel_acceptable in aten/src/ATen/native/Dropout.cpp.
-    if train and 0 < p < 1 and input.numel():
-        return aten.native_dropout(input, p, train)[0]
-    return aten.dropout.default.decompose(input, p, train)
+    # dropout in aten/src/ATen/native/Dropout.cpp. PyTorch's decomposition in Python
+    # copies what it does not drop, up to 2.8 at least.
+    if not 0 <= p <= 1:
+        raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {p}")
+    if p == 0 or not train or not input.numel():
+        return input
+    if p == 1:
+        return input * input.new_zeros(())
+    return aten.native_dropout(input, p, train)[0]
 
 
 def _softmax(name: str) -> Callable[..., Tensor]:

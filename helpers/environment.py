@@ -213,6 +213,21 @@ def _package(line: str) -> Check | None:
     return Check(name, ok, f"{found} ({wanted})", cure)
 
 
+def require(package: str) -> None:
+    """Check that a package is installed, in a version that requirements.txt asks for.
+
+    Raises:
+        ImportError: it is not; the message says what to do.
+    """
+    try:
+        lines = [line for line in _requirements() if _NAME.findall(line) == [package]]
+    except OSError:  # nothing says which version
+        return
+    for check in map(_package, lines):
+        if check is not None and not check.ok:
+            raise ImportError(f"{check.name}: {check.found}; {check.cure}")
+
+
 def _pip(requirement: str) -> str:
     return f'python -m pip install --upgrade "{requirement}"'
 

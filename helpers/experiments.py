@@ -82,7 +82,7 @@ def training_step(gpu: GPU, look: Look, dtype: torch.dtype, attention: str) -> N
     from helpers import models
 
     how = {"attn_implementation": attention if attention == "eager" else models.CAUSAL_SDPA}
-    none = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0)
+    none = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
     config = models.config("gpt2-large", **how, **none, use_cache=False)
     model = models.build(config, gpu.device, dtype).train()
     look("loaded", model)
@@ -122,6 +122,33 @@ def _text(
         future = torch.full((length, length), float("-inf")).triu(1)
         given["attention_mask"] = future[None, None].to(dtype).to(gpu.device)
     return torch.zeros(1, length, dtype=torch.int64).to(gpu.device), given
+
+
+def one_of_eight(gpu: GPU, look: Look, precision: torch.dtype | None = None) -> None:
+    """Two steps of FSDP on the first of eight GPUs, of which there is one (chapter 10)."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    from helpers.cluster import one_of
+
+    policy = MixedPrecisionPolicy(precision, precision and torch.float32)
+    with one_of(8) as mesh:
+        with gpu.device:
+            model = SimpleMLP()
+        linear = [layer for layer in model.layers if isinstance(layer, nn.Linear)]
+        for module in (*linear, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        look("sharded", model)
+        optimizer = optim.Adam(model.parameters())
+        for number in ("first", "second"):
+            data = torch.zeros(64, 1, 28, 28).to(gpu.device)
+            target = torch.zeros(64, dtype=torch.int64).to(gpu.device)
+            optimizer.zero_grad()
+            loss = cross_entropy(model(data), target)
+            look(f"{number} forward", model, optimizer)
+            loss.backward()
+            look(f"{number} backward", model, optimizer)
+            optimizer.step()
+            look(f"{number} step", model, optimizer)
 
 
 def fragmentation(gpu: GPU, look: Look) -> None:
@@ -182,6 +209,8 @@ EXPERIMENTS = {
     "fragmentation-expandable": Experiment(fragmentation, EXPANDABLE),
     "out-of-memory": Experiment(out_of_memory, capacity=3 * GiB // 2),
     "kv-cache": Experiment(kv_cache),
+    "fsdp-fp32": Experiment(one_of_eight),
+    "fsdp-bf16": Experiment(partial(one_of_eight, precision=torch.bfloat16)),
     **{
         f"step-gpt2-large-{short}-{attention}": Experiment(
             partial(training_step, dtype=dtype, attention=attention)

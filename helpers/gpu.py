@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 from unittest import mock
@@ -69,12 +70,14 @@ class GPU(ABC):
 
     device: torch.device
     _replays = False
+    _stream = 0  # that tensors are made on, where streams are replayed
 
     _open: ClassVar[list["GPU"]] = []
 
     def __init__(self) -> None:
         self._tracker = Tracker(self, in_use=lambda: GPU._open[-1:] == [self])
         self._stack = ExitStack()
+        self._streams = count(1)  # numbers for those that are made
 
     def open(self) -> Self:
         """Begin to account for the device's memory. Returns itself.
@@ -93,6 +96,7 @@ class GPU(ABC):
             stack.callback(ends.remove)
             GPU._open.append(self)
             stack.callback(GPU._open.remove, self)
+            stack.enter_context(self._tracker.seeing_resizes())
             stack.enter_context(self._tracker)
             self._stack = stack.pop_all()
         return self
@@ -467,7 +471,7 @@ class VirtualGPU(GPU):
 
     @override
     def _malloc(self, nbytes: int) -> int:
-        return self._allocator.malloc(nbytes)
+        return self._allocator.malloc(nbytes, self._stream)
 
     @override
     def _free(self, handle: int) -> None:

@@ -53,12 +53,11 @@ class MemoryHistory:
             raise ValueError(f"max_entries is {max_entries}: expected one or more")
         self.entries: deque[TraceEntry] = deque(maxlen=max_entries)
 
-    def record(self, action: str, address: int, size: int) -> list[Frame]:
+    def record(self, action: str, address: int, size: int, stream: int = 0) -> list[Frame]:
         """Note what is being done now; returns the frames that lead there."""
         frames = _frames()
-        entry = TraceEntry(
-            action=action, size=size, stream=0, time_us=time.time_ns() // 1000, frames=frames
-        )
+        now = time.time_ns() // 1000
+        entry = TraceEntry(action=action, size=size, stream=stream, time_us=now, frames=frames)
         entry["device_free" if action == "oom" else "addr"] = address
         self.entries.append(entry)
         return frames

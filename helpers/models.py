@@ -25,11 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from helpers.environment import cache_folder
+from helpers.environment import cache_folder, require
 from helpers.estimate import dimensions, known_models
 from helpers.gpu import VirtualGPU, open_gpu, unseen
 from helpers.units import GB, MB
 
+require("transformers")
 with warnings.catch_warnings():
     # In a notebook without ipywidgets tqdm complains that its bars will be plain.
     warnings.filterwarnings("ignore", "IProgress not found")

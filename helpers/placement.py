@@ -11,6 +11,7 @@ Sources: ``Module._apply`` of PyTorch's ``torch/nn/modules/module.py``;
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,7 +23,10 @@ from helpers.units import GiB
 
 # It tells of a faster kernel for the CPU that could be installed.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-from bitsandbytes.nn.modules import Int8Params, Params4bit  # noqa: E402
+Int8Params: Any = ()
+Params4bit: Any = ()
+with suppress(ImportError):  # not installed: nothing is quantised
+    from bitsandbytes.nn.modules import Int8Params, Params4bit
 
 Twins = list[torch.Tensor]
 

@@ -36,6 +36,7 @@ COLORS = dict(
             "#2a8fc9",  # batch
             "#a07c00",  # activations
             "#c2568f",  # temporaries
+            "#5b7fe0",  # gathered
             "#767676",  # workspaces
             "#8c6d5a",  # rounding
             "#c4742f",  # logits

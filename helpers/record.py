@@ -102,7 +102,12 @@ def _measured(experiment: Experiment) -> tuple[Result, dict[str, str], Result, V
         replay = replay_trace(entries, gpu.memory_snapshot(), experiment.alloc_conf)
     trace = {"held before": held, **asdict(replay)}
     if len(entries) <= _KEPT:
-        trace["entries"] = [f"{e['action']} {e.get('addr', 0):#x} {e['size']}" for e in entries]
+        numbers: dict[int, int] = {}  # of streams, which CUDA names by an address
+        trace["entries"] = [
+            f"{e['action']} {e.get('addr', 0):#x} {e['size']} "
+            f"{numbers.setdefault(e.get('stream', 0), len(numbers))}"
+            for e in entries
+        ]
     return rows, messages, trace, alike
 
 
@@ -239,8 +244,13 @@ def _problems(record: Any) -> list[str]:
 
 def _entries(lines: list[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
-        action, address, size = line.split()
-        yield {"action": action, "addr": int(address, 16), "size": int(size)}
+        action, address, size, stream = line.split()
+        yield {
+            "action": action,
+            "addr": int(address, 16),
+            "size": int(size),
+            "stream": int(stream),
+        }
 
 
 def _write(path: Path, record: Result) -> None:

@@ -48,8 +48,8 @@ class _Replayed(CachingAllocator):
         place, self.place = self.place, None
         return super()._place(size) if place is None else place
 
-    def _take(self, size: int, action: str, address: int, segment: int) -> None:
-        super()._take(size, action, address, segment)
+    def _take(self, size: int, action: str, address: int, *where: Any) -> None:
+        super()._take(size, action, address, *where)
         self.did.append((action, address, abs(size)))
 
     def address(self, handle: int) -> int:
@@ -81,7 +81,6 @@ def replay_trace(
     handles: dict[int, int] = {}  # address in the trace: handle
     taken: list[tuple[str, int, int]] = []  # by the trace, for the next request
     given: set[tuple[str, int, int]] = set()  # by the replay, not yet by the trace
-    streams: set[int] = set()
     first: str | None = None
     reserved = 0
     number, where = -1, ""
@@ -120,10 +119,7 @@ def replay_trace(
             taken.append((action, address, size))
             reserved += size
         elif action == "alloc":
-            streams.add(event.get("stream", 0))
-            if len(streams) > 1:
-                differs("a second stream, and one is modelled")
-            handles[address] = handle = card.malloc(size)
+            handles[address] = handle = card.malloc(size, event.get("stream", 0))
             if card.did != taken:
                 differs(f"for it, the replay takes {_listed(card.did)}, not {_listed(taken)}")
             if card.address(handle) != address:

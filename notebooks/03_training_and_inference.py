@@ -203,7 +203,7 @@ table(
 def published(name, dtype):
     changes = {"attn_implementation": "eager", "use_cache": False}
     if name.startswith("gpt2"):  # alone in having dropout, which we turn off
-        changes |= {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0}
+        changes |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
     config = models.config(name, **changes)
     return models.build(config, gpu.device, DTYPES[dtype]).train()
 

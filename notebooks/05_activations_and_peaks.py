@@ -133,7 +133,7 @@ table(["module", "saved (B)"], saved)
 
 # %%
 ATTENTION = {"eager": "eager", "fused": models.CAUSAL_SDPA}
-NO_DROPOUT = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0)
+NO_DROPOUT = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
 
 
 def build(name, attention, device, dtype=torch.float32, **changes):

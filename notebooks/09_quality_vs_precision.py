@@ -935,4 +935,4 @@ table(["", "bits, with scale", "error (%)"], rows)
 # %% [markdown]
 # ## Where to go next
 #
-# [Troubleshooting](11_troubleshooting.ipynb) is for the day when it does not fit. [Number formats](02_precision_formats.ipynb) shows each format bit by bit. [Training and inference](03_training_and_inference.ipynb) counts what a larger model costs beside its weights. The [references](../book/references.md) list the papers and measurements behind this chapter.
+# [Beyond one GPU](10_beyond_one_gpu.ipynb) divides what fewer bits cannot make small enough. [Troubleshooting](11_troubleshooting.ipynb) is for the day when it does not fit. [Number formats](02_precision_formats.ipynb) shows each format bit by bit. [Training and inference](03_training_and_inference.ipynb) counts what a larger model costs beside its weights. The [references](../book/references.md) list the papers and measurements behind this chapter.

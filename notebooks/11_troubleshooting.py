@@ -87,7 +87,8 @@ def told(action):
     heard = logging.Handler()
     heard.emit = lambda record: show(record.getMessage())
     transformers.logging.disable_default_handler()
-    transformers.logging.add_handler(heard)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(heard)
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)
@@ -95,7 +96,7 @@ def told(action):
             result = action()
         except Exception as error:
             result = show(f"{type(error).__name__}: {error}")
-    transformers.logging.remove_handler(heard)
+    logger.removeHandler(heard)
     for warning in given:
         show(f"{warning.category.__name__}: {warning.message}")
     return result

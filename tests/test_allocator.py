@@ -74,6 +74,21 @@ def test_a_whole_block_is_handed_out_where_a_mebibyte_or_less_would_remain() -> 
     assert allocator.memory_allocated() == 12 * MiB
 
 
+@pytest.mark.parametrize("alloc_conf", ["", "expandable_segments:True"])
+def test_a_freed_block_serves_its_own_stream_alone(alloc_conf: str) -> None:
+    allocator = CachingAllocator(alloc_conf=alloc_conf)
+    allocator.record_memory_history()
+    for stream in (0, 7, 0, 7):
+        allocator.free(allocator.malloc(40 * MiB, stream))
+    assert allocator.memory_reserved() == 2 * 40 * MiB
+    assert [segment["stream"] for segment in allocator.snapshot()] == [0, 7]
+    (entries,) = allocator.memory_snapshot()["device_traces"]
+    assert [e["stream"] for e in entries if e["action"] == "alloc"] == [0, 7, 0, 7]
+    allocator.malloc(1)  # of another pool
+    allocator.empty_cache()
+    assert allocator.memory_reserved() == 2 * MiB
+
+
 def test_free_blocks_merge_with_both_neighbours() -> None:
     allocator = CachingAllocator()
     handles = [allocator.malloc(512 * KiB) for _ in range(4)]  # one segment of the small pool
@@ -362,7 +377,7 @@ CONFIGS = {  # as PyTorch's own parser takes them, or not
 }
 
 
-def test_settings_are_read_as_pytorch_reads_them() -> None:
+def test_pytorch_takes_and_refuses_these_settings() -> None:
     code = f"""
 import torch
 for text in {list(CONFIGS)}:
@@ -372,8 +387,13 @@ for text in {list(CONFIGS)}:
     except (ValueError, RuntimeError):
         print(False)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if "no attribute '_accelerator_setAllocatorSettings'" in run.stderr:
+        pytest.skip("this PyTorch reads the settings only where there is CUDA")  # 2.8
     assert run.stdout.split() == [str(taken) for taken in CONFIGS.values()]
+
+
+def test_settings_are_read_as_pytorch_reads_them() -> None:
     for text, taken in CONFIGS.items():
         try:
             AllocatorConfig.parse(text)
@@ -509,7 +529,7 @@ def replay(allocator: CachingAllocator, steps: list[tuple[str, int]], check: boo
     for step, number in steps:
         if step == "malloc":
             try:
-                live.append(allocator.malloc(number))
+                live.append(allocator.malloc(number, stream=number % 2))
             except OutOfMemoryError:
                 pass
         elif step == "free" and live:

@@ -115,8 +115,12 @@ def traced(device: str, work: Callable[[str, Trace], Any]) -> tuple[list[Any], t
         try:
             work(device, trace)
         except Exception as error:
-            return trace.calls, type(error)
+            return trace.calls, NoDriver if "driver" in str(error) else type(error)
     return trace.calls, None
+
+
+class NoDriver(Exception):
+    """Some operators ask CUDA's driver even for fake tensors: in PyTorch 2.8 convolutions do."""
 
 
 def pytorchs_own_cases() -> list[Any]:
@@ -171,6 +175,8 @@ def test_each_operator_runs_as_under_cudas_autocast(
     elif operator in REFUSED:
         assert of_cuda[0] == of_meta[0]
         assert of_meta[1]
+    elif of_cuda[1] is NoDriver:
+        pytest.skip("not without CUDA's driver in this version of PyTorch")
     else:
         assert of_cuda == of_meta
         # PyTorch refuses to promote FP16 under BF16; and its case for einsum is none.
@@ -220,6 +226,8 @@ def test_whole_models_run_as_under_cudas_autocast(dtype: torch.dtype) -> None:
             mlp(images).float().norm()
 
     of_cuda = traced("cuda", work)
+    if of_cuda[1] is NoDriver:
+        pytest.skip("not without CUDA's driver in this version of PyTorch")
     assert len(of_cuda[0]) > 100
     assert of_cuda == traced("meta", work)
     assert of_cuda[1] is None

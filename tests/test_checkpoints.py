@@ -328,6 +328,28 @@ def test_a_loaded_model_computes_and_its_bytes_are_on_the_gpu(name: str, precisi
         assert gpu.memory_allocated() == (1024 if precision == "nf4 double" else 0)
 
 
+def test_without_bitsandbytes_what_is_not_quantised_loads(tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.modules["bitsandbytes"] = None
+from helpers.estimate import known_models
+known_models()["gpt2-tiny"] = {known_models()["gpt2-tiny"]}
+from helpers.gpu import VirtualGPU
+from helpers.models import load
+with VirtualGPU() as gpu:
+    for path in ("to", "device_map"):
+        model = load("gpt2-tiny", "fp16", path)
+        print(gpu.breakdown(model)["parameters"])
+        del model
+"""
+    cache = os.environ | {"EVERY_BYTE_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=cache, capture_output=True, text=True, check=True
+    )
+    wanted = parameter_bytes(dimensions("gpt2-tiny"), "fp16")
+    assert done.stdout.split() == [str(wanted)] * 2
+
+
 def test_what_stays_unquantised_has_the_dtype_that_is_asked_for() -> None:
     with VirtualGPU() as gpu:
         sums = []

@@ -248,10 +248,25 @@ def test_dropout_that_drops_nothing_takes_nothing(gpu: VirtualGPU, p: float, tra
     assert requested(gpu, lambda: F.dropout(x, p, train))[1] == 0
 
 
-def test_dropout_of_everything(gpu: VirtualGPU) -> None:
+def test_dropout_of_everything_keeps_a_zero(gpu: VirtualGPU) -> None:
     x = torch.empty(1000, device="meta", requires_grad=True)
-    F.dropout(x, 1.0).sum().backward()
+    y, kept = requested(gpu, lambda: F.dropout(x, 1.0))
+    assert kept == 1000 * 4 + 4
+    y.sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.5, float("nan")])
+def test_dropout_of_no_probability_is_refused_as_on_cuda(gpu: VirtualGPU, p: float) -> None:
+    with pytest.raises(RuntimeError, match=f"between 0 and 1, but got {p}"):
+        torch.dropout(torch.empty(10, device="meta"), p, True)
+
+
+def test_what_inference_mode_composes_takes_what_it_takes_on_cuda(gpu: VirtualGPU) -> None:
+    """Compilers compose resizing of indices and gathering; on CUDA it is one kernel."""
+    x = torch.empty(1, 3, 512, 512, device="meta")
+    with torch.inference_mode():
+        assert peak(gpu, lambda: F.interpolate(x, scale_factor=2)) == 3 * 4 * MiB
 
 
 @pytest.mark.parametrize("softmax", [F.softmax, F.log_softmax])

@@ -95,9 +95,12 @@ def test_a_wrong_version(
     assert environment.main([]) == 1
     out = capsys.readouterr().out
     assert (
-        '[FAIL] transformers: 4.41.0 (>=5.3); python -m pip install --upgrade "transformers>=5.3"\n'
+        '[FAIL] transformers: 4.41.0 (>=5.4); python -m pip install --upgrade "transformers>=5.4"\n'
     ) in out
     assert "\n1 of " in out and "Traceback" not in out
+    with pytest.raises(ImportError, match=r"^transformers: 4.41.0 \(>=5.4\); python -m pip instal"):
+        environment.require("transformers")
+    environment.require("torch")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +118,7 @@ def test_a_version_beyond_the_range(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     version(monkeypatch, "bitsandbytes", "")
-    assert "not installed (>=0.47); python -m pip" in the_failure("bitsandbytes")
+    assert "not installed (>=0.50); python -m pip" in the_failure("bitsandbytes")
 
 
 @pytest.mark.parametrize("says", [None, "unknown"])

@@ -41,7 +41,7 @@ def test_a_mixture_of_experts_uses_fewer_than_it_loads() -> None:
 
 
 def build(
-    sizes: Dimensions, dtype: str, attention: str = "eager", dropout: float = 0
+    sizes: Dimensions, dtype: str, attention: str = "eager", dropout: float = 0.0
 ) -> PreTrainedModel:
     """The real model of these sizes, on the device in force."""
     given = dataclasses.asdict(sizes) | {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}

@@ -80,6 +80,16 @@ def test_an_unexecuted_notebook_is_found_out(source: Path) -> None:
     assert "it has no outputs" in found
 
 
+def test_the_readme_says_what_chapter_10_replays() -> None:
+    said = (ROOT / "README.md").read_text("utf-8")
+    (figures,) = re.findall(r"82\.4 GiB.* 67\.0 .*: (.*) and (.*), or (.*) and (.*) with", said)
+    (source,) = [source for source in SOURCES if source.stem.startswith("10_")]
+    outputs = [o for cell in read(source).cells for o in cell.get("outputs", [])]
+    (rows,) = [o.data["text/markdown"] for o in outputs if "82.4 |" in str(o.get("data"))]
+    replayed = [row.split("|")[4].strip() for row in rows.splitlines()[2:]]
+    assert list(figures) == [replayed[i] for i in (0, 2, 1, 3)]
+
+
 def break_source_hash(notebook: NotebookNode) -> None:
     notebook.metadata[STAMP]["source_sha256"] = "0" * 64
 

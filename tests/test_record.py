@@ -75,6 +75,7 @@ class StandIn(CudaGPU):
         self.card.gpu._enter(stack)
 
     def _malloc(self, nbytes: int) -> int:
+        self.card.gpu._stream = self._stream
         return self.card.gpu._malloc(nbytes)
 
     def _free(self, handle: int) -> None:
@@ -136,10 +137,12 @@ def run(out: Path, *only: str) -> dict[str, Any]:
 def test_every_kind_of_experiment_that_needs_no_checkpoint(
     card: Card, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    written = run(tmp_path / "a.json", "mlp-*", "amp-*", "fragmentation*", "out-of-memory")
+    written = run(
+        tmp_path / "a.json", "mlp-*", "amp-*", "fsdp-*", "fragmentation*", "out-of-memory"
+    )
     assert problems(written) == []
     told = written["summary"]
-    assert told["experiments"] == 11
+    assert told["experiments"] == 13
     assert told["skipped"] == told["figures that differ"] == told["traces that differ"] == 0
     assert told["figures"] == 4 * told["checkpoints"] > 200
     # The article's figures, of a real GPU: published to the second decimal of a MB.
@@ -160,15 +163,15 @@ def test_every_kind_of_experiment_that_needs_no_checkpoint(
     assert "Tried to allocate 896.00 MiB" in message["measured"]
     assert "1.50 GiB allowed" in message["measured"]
     progress = capsys.readouterr()
-    assert progress.err.splitlines()[0].startswith("[1/11] mlp-sgd ... 32 figures, 0 differ; ")
-    assert progress.out == f"{tmp_path / 'a.json'}: 11 experiments recorded, 0 skipped\n"
+    assert progress.err.splitlines()[0].startswith("[1/13] mlp-sgd ... 32 figures, 0 differ; ")
+    assert progress.out == f"{tmp_path / 'a.json'}: 13 experiments recorded, 0 skipped\n"
 
 
 def test_the_record_says_what_it_was_made_on(card: Card, tmp_path: Path) -> None:
     about = run(tmp_path / "a.json", "mlp-sgd")["machine"]
     assert about["card"] == "Stand-in"
     assert about["memory"] == TOTAL
-    assert about["versions"]["torch"] == torch.__version__.partition("+")[0] or torch.__version__
+    assert about["versions"]["torch"] in (torch.__version__, torch.__version__.partition("+")[0])
     assert set(about["versions"]) == {"python", *record.PACKAGES}
     assert about["workspaces"] == {"cublas": 8_519_680, "cublasLt": 8_519_680}
     assert about["environment"]["CUBLAS_WORKSPACE_CONFIG"] == ":4096:2:16:8"
@@ -298,7 +301,7 @@ def whole() -> dict[str, Any]:
     off = row | {"max_memory_allocated": 1536}
     differs = dict.fromkeys(FIGURES, 0) | {"max_memory_allocated": 512}
     trace: dict[str, Any] = {"held before": 0, "events": 2, "mismatch": None}
-    trace["entries"] = ["segment_alloc 0x1000 2097152", "alloc 0x1000 1000"]
+    trace["entries"] = ["segment_alloc 0x1000 2097152 0", "alloc 0x1000 1000 0"]
     done = {
         "allocator settings": "",
         "checkpoints": {"end": {"measured": row, "replayed": off, "difference": differs}},
@@ -343,7 +346,7 @@ DAMAGE = [
     ((*END, "measured", "by kind"), {"magic": 1024}, "do not add up"),
     ((*END, "replayed"), {}, "not the form"),
     (("experiments", "one", "trace", "events"), 3, "replays otherwise"),
-    (("experiments", "one", "trace", "entries", 1), "alloc 0x2000 1000", "replays otherwise"),
+    (("experiments", "one", "trace", "entries", 1), "alloc 0x2000 1000 0", "replays otherwise"),
     (("experiments", "one", "trace", "entries", 1), "alloc", "not the form"),
 ]
 

@@ -79,7 +79,7 @@ def changed(at: int, **to: object) -> Trace:
         (BY_HAND[:3] + BY_HAND[4:], 3, "not nothing"),
         (changed(19, addr=MID), 19, f"replayed at {LOW:#x}"),
         (BY_HAND[:-1] + trace(("segment_free", LOW, 26 * MiB)), 20, "the replay keeps it"),
-        (changed(2, stream=7), 2, "a second stream, and one is modelled"),
+        (changed(2, stream=7), 2, "for it, the replay takes segment_alloc of 2,097,152 B"),
         (trace(*freed(HIGH, 512)), 1, "did the trace begin on an empty card?"),
         ([*BY_HAND[:-1], *trace(("segment_free", HIGH, 2 * MiB))], 20, "the replay keeps it"),
     ],
@@ -177,7 +177,7 @@ def test_any_program_of_the_model_replays(steps: list[tuple[int, int]], expandab
         elif choice > 5 and live:
             card.free(live.pop(size % len(live)))
         else:
-            live.append(card.malloc(size if choice % 2 else size % 2**20 + 1))
+            live.append(card.malloc(size if choice % 2 else size % 2**20 + 1, stream=size % 3))
     told = card.memory_snapshot()
     (events,) = told["device_traces"]
     assert replay_trace(events, told["segments"], alloc_conf) == Replay(len(events), None, 0, 0)
