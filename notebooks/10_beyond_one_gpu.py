@@ -449,7 +449,8 @@ def run(program, processes):
             text=True,
         )
     assert done.returncode == 0, done.stderr
-    return [line.split() for line in done.stdout.splitlines()]
+    lines = map(str.split, done.stdout.splitlines())
+    return [words for words in lines if words]
 
 
 # %%
@@ -505,11 +506,12 @@ accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
 model = SimpleMLP()
 model, _ = accelerator.prepare(model, optim.Adam(model.parameters()))
 nbytes = sum(p.nbytes for p in model.parameters())
-sys.stdout.write(f"{type(model).__name__} {nbytes}\\n")
+sys.stdout.write(f"holds {nbytes} {type(model).__name__}\\n")
 accelerator.end_training()
 """
-for kind, nbytes in run(WITH_ACCELERATE, 2):
-    print(f"{kind}: {int(nbytes):,} B of parameters in this process")
+for line in run(WITH_ACCELERATE, 2):
+    if line[0] == "holds":
+        print(f"{line[2]}: {int(line[1]):,} B of parameters in this process")
 
 # %% [markdown]
 # It falls back to DDP, without a word: every process holds everything. So look at what you hold, and not at what you asked for.
