@@ -314,7 +314,7 @@ table(
 )
 
 # %% [markdown]
-# Nothing of that depends on $N$. So the peak has a floor that no number of GPUs gets below: here about $2.5$ times the largest layer.
+# Nothing of that depends on $N$. So the peak has a floor that no number of GPUs gets below: here about $2.5$ times the largest layer, with equal layers four times one of them.
 
 
 # %%
@@ -859,7 +859,7 @@ print(f"one FP32 tensor like the logits: {logits / GiB:.2f} GiB")
 # ## What to remember
 #
 # - DDP divides nothing, and by default it holds the gradients twice: `gradient_as_bucket_view=True`.
-# - FSDP divides what lasts by $N$, row by row, to the byte. The peak does not follow: it has a floor of about two and a half times the largest unit, and your own activations.
+# - FSDP divides what lasts by $N$, row by row, to the byte. The peak does not follow: it has a floor of a few times the largest unit, and your own activations.
 # - Wrap each layer, build the model without storage, and look at what a process holds.
 
 # %% [markdown]
