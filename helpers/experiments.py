@@ -124,13 +124,13 @@ def _text(
     return torch.zeros(1, length, dtype=torch.int64).to(gpu.device), given
 
 
-def one_of_eight(gpu: GPU, look: Look, precision: torch.dtype | None = None) -> None:
+def one_of_eight(gpu: GPU, look: Look, param_dtype: torch.dtype | None = None) -> None:
     """Two steps of FSDP on the first of eight GPUs, of which there is one (chapter 10)."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     from helpers.cluster import one_of
 
-    policy = MixedPrecisionPolicy(precision, precision and torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype, reduce_dtype=param_dtype and torch.float32)
     with one_of(8) as mesh:
         with gpu.device:
             model = SimpleMLP()
@@ -210,7 +210,7 @@ EXPERIMENTS = {
     "out-of-memory": Experiment(out_of_memory, capacity=3 * GiB // 2),
     "kv-cache": Experiment(kv_cache),
     "fsdp-fp32": Experiment(one_of_eight),
-    "fsdp-bf16": Experiment(partial(one_of_eight, precision=torch.bfloat16)),
+    "fsdp-bf16": Experiment(partial(one_of_eight, param_dtype=torch.bfloat16)),
     **{
         f"step-gpt2-large-{short}-{attention}": Experiment(
             partial(training_step, dtype=dtype, attention=attention)

@@ -93,9 +93,13 @@ def levers(sizes: Dimensions, setup: Setup) -> list[Lever]:
     changes[MORE_GPUS] = {"gpus": 2 * setup.gpus, "sharding": "ZeRO 3"}
     now, found = memory(sizes, setup).total, []
     for name, change in changes.items():
-        whole = setup.task == "training" and not change.get("rank", setup.rank)
-        if whole and "quantised" in change:
+        training = setup.task == "training"
+        if training and "quantised" in change and not change.get("rank", setup.rank):
             continue  # weights that are trained are not quantised
+        if "rank" in change and (not training or setup.rank):
+            continue  # LoRA is a way to train, and there already
+        if "attention" in change and setup.attention != "eager":
+            continue  # it is fused already
         changed = replace(setup, **change)
         saved = now - memory(sizes, changed).total
         if saved > 0:

@@ -253,12 +253,25 @@ def _entries(lines: list[str]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _write(path: Path, record: Result) -> None:
-    """Write beside, then move into place: an interruption leaves a whole file."""
+def _written(path: Path, record: Result) -> bool:
+    """Write beside, then move into place: an interruption leaves a whole file.
+
+    False if it cannot be written, which it says; what was there before stays.
+    """
     record["summary"] = summary(record["experiments"])
     beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        print(
+            f"{path} cannot be written ({error.strerror}): make room, or name another file "
+            "with --out",
+            file=sys.stderr,
+        )
+        return False
+    return True
 
 
 def _chosen(patterns: list[str] | None) -> list[str]:
@@ -328,13 +341,7 @@ def main(arguments: list[str] | None = None) -> int:
     if out.exists():
         print(f"{out} exists: remove it, or name another file with --out", file=sys.stderr)
         return 2
-    try:
-        _write(out, record)
-    except OSError as error:
-        print(
-            f"{out} cannot be written ({error.strerror}): name another file with --out",
-            file=sys.stderr,
-        )
+    if not _written(out, record):
         return 2
     gc.freeze()  # collecting garbage need not look at what was imported
     for number, name in enumerate(names, 1):
@@ -348,7 +355,8 @@ def main(arguments: list[str] | None = None) -> int:
             said = str(error).strip().partition("\n")[0].partition(" GPU 0 has")[0]
             result = {"skipped": f"{type(error).__name__}: {said}"}
         record["experiments"][name] = result
-        _write(out, record)
+        if not _written(out, record):
+            return 2
         print(_line(result), file=sys.stderr)
     told = record["summary"]
     print(f"{out}: {told['experiments']} experiments recorded, {told['skipped']} skipped")

@@ -54,7 +54,8 @@ class _Replayed(CachingAllocator):
 
     def address(self, handle: int) -> int:
         block = self._live[handle]
-        assert block is not None, "a trace has no requests of no bytes"
+        if block is None:
+            raise ValueError("the trace has a request of no bytes: the allocator notes none")
         return block.address
 
 

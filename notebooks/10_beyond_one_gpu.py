@@ -600,36 +600,30 @@ table(
 
 
 # %%
-def attempt(capacity, build):
-    with VirtualGPU(capacity * GiB) as card, one_of(GPUS) as mesh:
-        try:
-            build(card, mesh)
-        except torch.OutOfMemoryError as error:
-            return str(error).partition(" GPU 0 has")[0]
-    return f"fits, {card.max_memory_reserved() / GiB:.2f} GiB reserved"
-
-
-def whole_then_shard(card, mesh):
-    with card.device:
+def as_a_whole(capacity):
+    with VirtualGPU(capacity) as card:
         models.build(CONFIG, card.device, torch.float32)
+        return card.max_memory_reserved()
 
 
-def in_parts(card, mesh):
-    with unseen():
-        model = llama(mesh)
-    model.to_empty(device=card.device)
-    optimizer = optim.AdamW(model.parameters())
-    for _ in range(2):
-        optimizer.zero_grad()
-        train(card, model, optimizer)
+def in_parts(capacity):
+    return one_card(GPUS, capacity)[-1]
+
+
+def outcome(attempt, gibibytes):
+    try:
+        reserved = attempt(gibibytes * GiB)
+    except torch.OutOfMemoryError as error:
+        return str(error).partition(" GPU 0 has")[0]
+    return f"fits, {reserved / GiB:.2f} GiB reserved"
 
 
 table(
     ["made", "card (GiB)", "outcome"],
     [
-        ("as a whole", 24, attempt(24, whole_then_shard)),
-        ("in parts", 24, attempt(24, in_parts)),
-        ("in parts", 20, attempt(20, in_parts)),
+        ("as a whole", 24, outcome(as_a_whole, 24)),
+        ("in parts", 24, outcome(in_parts, 24)),
+        ("in parts", 20, outcome(in_parts, 20)),
     ],
 )
 
@@ -851,7 +845,7 @@ print(f"one FP32 tensor like the logits: {logits / GiB:.2f} GiB")
 #
 # - **Activations and logits** belong to a GPU's own batch. More GPUs allow a smaller batch on each; [activation checkpointing](05_activations_and_peaks.ipynb) does the rest. To divide one long text takes other kinds of parallelism: tensor, sequence, context.
 # - **Workspaces and the CUDA context** exist on each GPU.
-# - **NCCL's buffers**, through which the GPUs speak, lie outside of PyTorch's allocator. `memory_allocated()` does not count them, `nvidia-smi` does. This page does not replay them.
+# - **What NCCL takes**, through which the GPUs speak, lies outside of PyTorch's allocator. `memory_allocated()` does not count it, `nvidia-smi` does. This page does not replay it.
 #
 # TorchTitan's figures aside, no GPU has measured this page's replays yet. `python -m helpers.record --only 'fsdp-*'` does it on one: the group answers as little there.
 

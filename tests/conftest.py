@@ -1,9 +1,10 @@
-"""What the tests of the built book share: the book, and a browser."""
+"""What tests share: a virtual GPU; the built book, and a browser."""
 
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
@@ -11,6 +12,9 @@ from playwright.sync_api import Browser, sync_playwright
 from tools.book import build
 from tools.notebooks import sources
 from tools.repository import ROOT
+
+if TYPE_CHECKING:  # imports PyTorch, which not every test needs
+    from helpers.gpu import VirtualGPU
 
 PAGES = [
     *(f"book/{source.stem}.html" for source in sorted((ROOT / "book").glob("*.md"))),
@@ -25,6 +29,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that asks for a `page` is run for every page of the book."""
     if "page" in metafunc.fixturenames:
         metafunc.parametrize("page", PAGES)
+
+
+@pytest.fixture
+def gpu() -> "Iterator[VirtualGPU]":
+    """A virtual GPU without bounds, open and empty."""
+    from helpers.gpu import VirtualGPU
+
+    with VirtualGPU() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

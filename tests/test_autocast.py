@@ -27,12 +27,6 @@ HALF = (torch.float16, torch.bfloat16)
 WORKSPACE = 8_519_680
 
 
-@pytest.fixture
-def gpu() -> Iterator[VirtualGPU]:
-    with VirtualGPU() as opened:
-        yield opened
-
-
 # The lists
 
 KNOWN = {
@@ -120,7 +114,10 @@ def traced(device: str, work: Callable[[str, Trace], Any]) -> tuple[list[Any], t
 
 
 class NoDriver(Exception):
-    """Some operators ask CUDA's driver even for fake tensors: in PyTorch 2.8 convolutions do."""
+    """Some operators ask CUDA's driver even for fake tensors: in PyTorch 2.8 all convolutions."""
+
+
+OLD = torch.__version__ < "2.14"
 
 
 def pytorchs_own_cases() -> list[Any]:
@@ -175,7 +172,7 @@ def test_each_operator_runs_as_under_cudas_autocast(
     elif operator in REFUSED:
         assert of_cuda[0] == of_meta[0]
         assert of_meta[1]
-    elif of_cuda[1] is NoDriver:
+    elif OLD and of_cuda[1] is NoDriver:
         pytest.skip("not without CUDA's driver in this version of PyTorch")
     else:
         assert of_cuda == of_meta
@@ -226,7 +223,7 @@ def test_whole_models_run_as_under_cudas_autocast(dtype: torch.dtype) -> None:
             mlp(images).float().norm()
 
     of_cuda = traced("cuda", work)
-    if of_cuda[1] is NoDriver:
+    if OLD and of_cuda[1] is NoDriver:
         pytest.skip("not without CUDA's driver in this version of PyTorch")
     assert len(of_cuda[0]) > 100
     assert of_cuda == traced("meta", work)

@@ -111,6 +111,13 @@ def test_no_formula_is_left_to_a_script(html: Path, page: str) -> None:
     assert r"\(" not in text
 
 
+def test_references_show_no_latex(html: Path) -> None:
+    page = (html / "book" / "references.html").read_text("utf-8")
+    entries = re.findall(r'<div class="citation".*?</div>', page, re.DOTALL)
+    assert len(entries) > 50
+    assert not [entry for entry in entries if "\\" in entry or "{" in entry]
+
+
 def test_formulas_are_mathml(html: Path) -> None:
     assert "<math" in (html / "book" / "index.html").read_text("utf-8")
 

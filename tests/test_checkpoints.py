@@ -83,6 +83,7 @@ def test_a_checkpoint_is_made_once_and_loads_as_any_other(name: str, tiny: Path)
 def test_the_same_weights_are_made_everywhere(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     first = content(checkpoint("gpt2-tiny"))
+    torch.manual_seed(2)  # weights do not come from the caller's seed
     state = torch.get_rng_state()
     monkeypatch.setenv("EVERY_BYTE_CACHE", str(tiny))
     assert content(checkpoint("gpt2-tiny")) == first
@@ -317,6 +318,8 @@ def test_a_loaded_model_computes_and_its_bytes_are_on_the_gpu(name: str, precisi
         if precision in ("int8", "nf4"):
             codes = 0 if precision == "int8" else 64 * len(model.on_the_virtual_gpu)
             assert wanted <= rows["parameters"] + rows["scales"] <= wanted + codes
+        elif precision in models.DTYPES:
+            assert rows["parameters"] == parameter_bytes(dimensions(name), precision)
         assert (rows["scales"] > 0) == (precision not in models.DTYPES)
         off = (model(ids).logits.float() - exact).square().mean().sqrt() / exact.std()
         assert off < {"fp32": 1e-6, "fp16": 0.01, "bf16": 0.05, "int8": 0.1}.get(precision, 0.5)

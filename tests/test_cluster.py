@@ -1,6 +1,5 @@
 """One GPU of many: what PyTorch's own data parallelism allocates on it."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,12 +26,6 @@ LARGEST = 4 * 4096 * 8192  # one of its matrices
 def part(gpus: int) -> int:
     """Bytes of the first GPU's part: of each tensor's rows as many as nobody has more of."""
     return 4 * sum(-(-shape[0] // gpus) * torch.Size(shape[1:]).numel() for shape in SHAPES)
-
-
-@pytest.fixture
-def gpu() -> Iterator[VirtualGPU]:
-    with VirtualGPU() as opened:
-        yield opened
 
 
 def sharded(gpu: VirtualGPU, mesh: Any, **how: Any) -> nn.Module:
@@ -77,7 +70,8 @@ def test_at_most_two_layers_are_gathered_at_once(gpu: VirtualGPU) -> None:
         _, recorded = step(gpu, model, optim.Adam(model.parameters()))
     # What arrives of the largest layer, its place in the module, and what is there of the next.
     most = max(row["gathered"] for row in recorded.steps)
-    assert 2 * LARGEST <= most < 3 * LARGEST
+    # Of this model's 1.5 LARGEST, all at once would be more.
+    assert 2 * LARGEST <= most < 2.5 * LARGEST
     # An operation that DTensor tries on fake tensors of the whole's size is no memory.
     assert max(row["temporaries"] for row in recorded.steps) < 3 * LARGEST
 
@@ -88,6 +82,7 @@ def test_what_is_gathered_can_stay_until_backward(gpu: VirtualGPU) -> None:
         _, recorded = step(gpu, model, optim.SGD(model.parameters()))
     last = recorded.steps[recorded.marks["backward"]]
     assert WHOLE <= last["gathered"] <= part(8) * 8
+    assert max(row["gathered"] for row in recorded.steps) > 2.5 * LARGEST
 
 
 def test_half_precision_is_gathered_in_half_the_bytes(gpu: VirtualGPU) -> None:
@@ -98,7 +93,7 @@ def test_half_precision_is_gathered_in_half_the_bytes(gpu: VirtualGPU) -> None:
             rows, recorded = step(gpu, model, optim.Adam(model.parameters()))
         assert rows["parameters"] == rows["gradients"] == part(8)  # in FP32 either way
         most.append(max(row["gathered"] for row in recorded.steps))
-    assert most[1] == pytest.approx(most[0] / 2, rel=0.15)  # and its own part, cast
+    assert 2 * most[1] == most[0]
 
 
 def test_fsdp_allocates_on_streams_of_its_own(gpu: VirtualGPU) -> None:

@@ -3,7 +3,7 @@
 Sizes are derived from PyTorch's sources, which `helpers.cuda_kernels` names.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,12 +20,6 @@ from helpers.units import MiB
 FLASH, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
 MATH, CUDNN = SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@pytest.fixture
-def gpu() -> Iterator[VirtualGPU]:
-    with VirtualGPU() as opened:
-        yield opened
 
 
 def heads(

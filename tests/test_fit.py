@@ -92,6 +92,15 @@ def test_levers_of_a_full_training() -> None:
     assert found[fit.MORE_GPUS].setup.gpus == 2
 
 
+@pytest.mark.parametrize("task", ["inference", "training"])
+def test_what_is_done_already_is_no_lever(task: str) -> None:
+    """Nor is LoRA where nothing is trained, though it would quantise the weights."""
+    setup = Setup(task=task, dtype="fp16", rank=8, batch=2, length=512, attention="flash")
+    names = {lever.name for lever in fit.levers(dimensions("gpt2-large"), setup)}
+    assert "weights in NF4, double quantised" in names
+    assert not names & {"LoRA of rank 16", "QLoRA: LoRA of rank 16 on NF4", "fused attention"}
+
+
 @pytest.mark.parametrize("name", fit.LEVERS)
 def test_every_lever_has_its_use(name: str) -> None:
     """There is a setup for each of them, or it would be idle."""

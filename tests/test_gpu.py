@@ -7,7 +7,7 @@ import runpy
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,6 @@ from helpers.mlp import SimpleMLP
 from helpers.units import GiB, MiB
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def gpu() -> Iterator[VirtualGPU]:
-    with VirtualGPU() as opened:
-        yield opened
 
 
 # The article's experiment: figures printed there, completed to the byte (README, chapter 04).

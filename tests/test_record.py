@@ -4,9 +4,11 @@ What stands in for the card is the allocator's model: nothing here is a measurem
 """
 
 import copy
+import errno
 import gc
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -18,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from sphinx.errors import ExtensionError
 
 from helpers import models, record
 from helpers.allocator import CachingAllocator
@@ -252,6 +255,28 @@ def test_interrupted_it_keeps_what_it_has(
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_disk_that_fills_up_is_one_clear_line(
+    card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = []
+
+    def replaced(beside: Path, path: Path, known: Callable[..., None] = os.replace) -> None:
+        written.append(path)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        known(beside, path)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    out = tmp_path / "a.json"
+    assert main(["--out", str(out), "--only", "fragmentation", "mlp-sgd"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(
+        "cannot be written (No space left on device): make room, or name another file with --out"
+    )
+    assert len(json.loads(out.read_text("utf-8"))["experiments"]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_bad_input_is_one_clear_line(
     card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -412,6 +437,9 @@ def test_a_record_that_is_not_whole_stops_the_build(
 ) -> None:
     (tmp_path / "c.json").write_text(json.dumps(whole | {"summary": {}}))
     with pytest.raises(Exception, match=r"records/c.json: the summary does not follow"):
+        extension.found(tmp_path)
+    (tmp_path / "a.json").write_text("{", "utf-8")
+    with pytest.raises(ExtensionError, match=r"^book/records/a\.json is no JSON: "):
         extension.found(tmp_path)
 
 

@@ -81,11 +81,16 @@ def found(folder: Path) -> dict[str, Any]:
     Raises:
         ExtensionError: one of them is not whole.
     """
-    records = {path.name: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
-    for name, record in records.items():
+    records = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            record = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise ExtensionError(f"book/records/{path.name} is no JSON: {error}") from None
         if wrong := problems(record):
-            raise ExtensionError(f"book/records/{name}: {'; '.join(wrong)}")
-    return dict(sorted(records.items()))
+            raise ExtensionError(f"book/records/{path.name}: {'; '.join(wrong)}")
+        records[path.name] = record
+    return records
 
 
 def shown(records: Mapping[str, Any]) -> str:

@@ -323,8 +323,10 @@ function everyByteFormulas(data) {
     changes[data.more_gpus] = { gpus: 2n * big(setup.gpus), sharding: "ZeRO 3" };
     const now = total(memory(s, setup)), found = [];
     for (const [name, change] of Object.entries(changes)) {
-      const whole = setup.task === "training" && !big(change.rank ?? setup.rank);
-      if (whole && "quantised" in change) continue;
+      const training = setup.task === "training";
+      if (training && "quantised" in change && !big(change.rank ?? setup.rank)) continue;
+      if ("rank" in change && (!training || big(setup.rank))) continue;
+      if ("attention" in change && setup.attention !== "eager") continue;
       const changed = { ...setup, ...change };
       const saved = now - total(memory(s, changed));
       if (saved > 0n) found.push({ name, change, saved });
