@@ -15,11 +15,11 @@ from torch import nn, optim
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from helpers.allocator import CachingAllocator
-from helpers.gpu import VirtualGPU
-from helpers.memory_history import TraceEntry
+from every_byte.allocator import CachingAllocator
+from every_byte.allocator.history import TraceEntry
+from every_byte.allocator.replay import replay_trace
+from every_byte.gpu import VirtualGPU
 from helpers.mlp import SimpleMLP
-from helpers.replay import replay_trace
 
 ROUNDS = 7
 PUBLISHED = 833_577_472  # after the step: shown as 833 MB in the article's chart

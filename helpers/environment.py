@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from helpers.units import GiB, MiB, binary
+from every_byte.units import GiB, MiB, binary
 
 
 def versions(*packages: str) -> str:

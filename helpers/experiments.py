@@ -13,9 +13,9 @@ import torch
 from torch import nn, optim
 from torch.nn.functional import cross_entropy
 
-from helpers.gpu import GPU
+from every_byte.gpu import GPU
+from every_byte.units import GiB, MiB
 from helpers.mlp import SimpleMLP
-from helpers.units import GiB, MiB
 
 Look = Callable[..., None]
 
@@ -128,7 +128,7 @@ def one_of_eight(gpu: GPU, look: Look, param_dtype: torch.dtype | None = None) -
     """Two steps of FSDP on the first of eight GPUs, of which there is one (chapter 10)."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    from helpers.cluster import one_of
+    from every_byte.ranks import one_of
 
     policy = MixedPrecisionPolicy(param_dtype, reduce_dtype=param_dtype and torch.float32)
     with one_of(8) as mesh:

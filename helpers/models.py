@@ -1,7 +1,7 @@
 """Transformers of the book's data file: built from their configuration, or loaded at full size.
 
 Nothing is downloaded unless ``weights="hub"`` asks for it: dimensions stand in
-``helpers/data/models.toml``, and checkpoints of random weights are made from
+``every_byte/data/models.toml``, and checkpoints of random weights are made from
 them. ``python -m helpers.models gpt2-large`` makes one.
 """
 
@@ -25,10 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from every_byte.data import known_models
+from every_byte.estimate import dimensions
+from every_byte.gpu import VirtualGPU, open_gpu
+from every_byte.tracker import untracked
+from every_byte.units import GB, MB
 from helpers.environment import cache_folder, require
-from helpers.estimate import dimensions, known_models
-from helpers.gpu import VirtualGPU, open_gpu, unseen
-from helpers.units import GB, MB
 
 require("transformers")
 with warnings.catch_warnings():
@@ -46,7 +48,7 @@ with warnings.catch_warnings():
     )
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from helpers.placement import mapped, moved
+    from helpers.placement import replay_device_map, replay_to
 
 CAUSAL_SDPA = "causal_sdpa"
 """For ``attn_implementation``: transformers' ``"sdpa"`` for whole texts without padding.
@@ -66,7 +68,7 @@ def config(name: str, **changes: Any) -> PreTrainedConfig:
     change no size, such as rotary scaling, are the architecture's defaults.
 
     Args:
-        name: as in ``helpers/data/models.toml``.
+        name: as in ``every_byte/data/models.toml``.
         changes: what is to differ, under the configuration's names.
 
     Raises:
@@ -122,7 +124,7 @@ def checkpoint(name: str, weights: str = "random") -> Path:
     weights' values.
 
     Args:
-        name: as in ``helpers/data/models.toml``.
+        name: as in ``every_byte/data/models.toml``.
         weights: "random", or "hub" for the published ones, downloaded once by
             huggingface_hub into its own cache. Only configurations and
             safetensors are fetched: no code, no pickle.
@@ -138,7 +140,7 @@ def checkpoint(name: str, weights: str = "random") -> Path:
     if weights != "random":
         raise ValueError(f"weights is {weights!r}: expected 'random' or 'hub'")
     folder = cache_folder("checkpoints") / name
-    with unseen():
+    with untracked():
         planned: Planned = dict(build(settings, "meta").named_parameters())  # tied ones once
     if not _is_whole(folder, planned):
         _make(folder, settings, planned)
@@ -297,7 +299,7 @@ def load(
     model is deleted; what is done to the model on the host is not followed.
 
     Args:
-        name: as in ``helpers/data/models.toml``.
+        name: as in ``every_byte/data/models.toml``.
         precision: one of `PRECISIONS`; int8 is LLM.int8(), the 4-bit ones are bitsandbytes'.
         path: "device_map", straight to the card, or "to", to the host and then
             by ``.to(device)``.
@@ -325,11 +327,13 @@ def load(
     folder = checkpoint(name, weights)
     gpu = open_gpu()
     if isinstance(gpu, VirtualGPU):
-        with unseen():  # transformers begins with a model on the meta device
+        with untracked():  # transformers begins with a model on the meta device
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, device_map={"": "cpu"}, **options
             )
-        twins = moved(model, gpu) if path == "to" else mapped(model, gpu, model.dtype)
+        twins = (
+            replay_to(model, gpu) if path == "to" else replay_device_map(model, gpu, model.dtype)
+        )
         model.on_the_virtual_gpu = twins  # they live as long as it does
         return model
     if path == "to":

@@ -18,8 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from helpers.gpu import VirtualGPU
-from helpers.units import GiB
+from every_byte.gpu import VirtualGPU
+from every_byte.units import GiB
 
 # It tells of a faster kernel for the CPU that could be installed.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -31,10 +31,10 @@ with suppress(ImportError):  # not installed: nothing is quantised
 Twins = list[torch.Tensor]
 
 
-def moved(model: torch.nn.Module, gpu: VirtualGPU) -> Twins:
+def replay_to(model: torch.nn.Module, gpu: VirtualGPU) -> Twins:
     """Replay ``model.to(device)``: each module's children first, then its parameters, its buffers.
 
-    What is tied is moved once. The twins hold their bytes for as long as they live.
+    What is tied is replay_to once. The twins hold their bytes for as long as they live.
     """
     return [_twin(tensor, gpu, kind) for kind, tensor in _as_applied(model, set())]
 
@@ -51,7 +51,7 @@ def _as_applied(module: torch.nn.Module, seen: set[int]) -> Iterator[tuple[str, 
                 yield kind, tensor
 
 
-def mapped(model: torch.nn.Module, gpu: VirtualGPU, dtype: torch.dtype) -> Twins:
+def replay_device_map(model: torch.nn.Module, gpu: VirtualGPU, dtype: torch.dtype) -> Twins:
     """Replay ``from_pretrained(..., dtype=dtype, device_map=device)``.
 
     First one block as large as all parameters is reserved and given back. Then the
@@ -84,7 +84,7 @@ def natural(name: str) -> list[str | int]:
 
 
 def _twin(tensor: torch.Tensor, gpu: VirtualGPU, kind: str) -> torch.Tensor:
-    with gpu.making(kind):
+    with gpu.label(kind):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=gpu.device)
 
 

@@ -16,10 +16,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from helpers.accounting import KINDS, Breakdown, Timeline
-from helpers.allocator import SegmentInfo
-from helpers.estimate import Memory
-from helpers.units import GB, MB, KiB, MiB
+from every_byte.allocator import SegmentInfo
+from every_byte.estimate import Memory
+from every_byte.tracker import KINDS, Breakdown, Timeline
+from every_byte.units import GB, MB, KiB, MiB
 
 # Each at least 3 : 1 against white and against the dark theme's background
 # (WCAG 1.4.11), after the palette of Okabe and Ito for all kinds of sight.

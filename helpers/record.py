@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
-from helpers.accounting import KINDS
+from every_byte.allocator.replay import replay_trace
+from every_byte.gpu import GPU, CudaGPU, VirtualGPU
+from every_byte.tracker import KINDS
 from helpers.experiments import EXPERIMENTS, Experiment
-from helpers.gpu import GPU, CudaGPU, VirtualGPU
-from helpers.replay import replay_trace
 
 FIGURES = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")
 """What is read at a checkpoint, in bytes; peaks are since the checkpoint before."""
@@ -92,7 +92,9 @@ def _measured(experiment: Experiment) -> tuple[Result, dict[str, str], Result, V
             torch.cuda.set_per_process_memory_fraction(fraction, gpu.device)
             stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, gpu.device)
             conf, context = f"per_process_memory_fraction:{fraction}", total - free
-            alike = VirtualGPU(total, alloc_conf=conf, context=context - gpu.memory_reserved())
+            alike = VirtualGPU(
+                capacity=total, alloc_conf=conf, context=context - gpu.memory_reserved()
+            )
         held = gpu.memory_reserved()
         gpu.record_memory_history()
         stack.callback(gpu.record_memory_history, None)

@@ -25,18 +25,18 @@ from collections import Counter
 import torch
 from torch import nn
 
-from helpers.environment import versions
-from helpers.estimate import (
+from every_byte import open_gpu
+from every_byte.estimate import (
     active_parameters,
     dimensions,
     known_models,
     parameters,
 )
-from helpers.gpu import open_gpu
+from every_byte.units import GB, GiB, MiB
+from helpers.environment import versions
 from helpers.models import build, config
 from helpers.plots import segments, use_book_style
 from helpers.tables import table
-from helpers.units import GB, GiB, MiB
 
 use_book_style()
 gpu = open_gpu()
@@ -132,7 +132,7 @@ print(f"h={h}, i={i}, v={v}, L={L}, k={k}")
 print(f"Llama-3.1-8B: {L * per_layer + 2 * v * h + h:,} parameters")
 
 # %% [markdown]
-# `helpers.estimate` holds such a formula for each architecture of this book. Where do the parameters sit?
+# `every_byte.estimate` holds such a formula for each architecture of this book. Where do the parameters sit?
 
 # %%
 NAMES = ["gpt2-large", "Qwen2-0.5B", "Llama-3.1-8B", "Mixtral-8x7B-v0.1"]

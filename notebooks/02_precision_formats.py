@@ -39,12 +39,8 @@ import transformers
 from torch import nn
 from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 
-from helpers.environment import formats, versions
-from helpers.gpu import open_gpu
-from helpers.mlp import SimpleMLP
-from helpers.mnist import mnist
-from helpers.plots import COLORS, use_book_style
-from helpers.precision import (
+from every_byte import open_gpu
+from every_byte.formats import (
     BF16,
     E2M1,
     E4M3,
@@ -57,8 +53,12 @@ from helpers.precision import (
     bytes_per_parameter,
     nf4_levels,
 )
+from every_byte.units import GiB
+from helpers.environment import formats, versions
+from helpers.mlp import SimpleMLP
+from helpers.mnist import mnist
+from helpers.plots import COLORS, use_book_style
 from helpers.tables import table
-from helpers.units import GiB
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

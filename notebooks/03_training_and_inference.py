@@ -34,13 +34,13 @@ from torch import nn, optim
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from helpers import estimate, models
+from every_byte import estimate, open_gpu
+from every_byte.estimate import Dimensions
+from every_byte.units import GB, GiB
+from helpers import models
 from helpers.environment import versions
-from helpers.estimate import Dimensions
-from helpers.gpu import open_gpu
 from helpers.plots import by_kind, stacked_bars, timeline, use_book_style
 from helpers.tables import table
-from helpers.units import GB, GiB
 
 use_book_style()
 gpu = open_gpu()
@@ -466,7 +466,7 @@ for name, nbytes in FIGURES.items():
 # %% [markdown]
 # ## The article's four tasks
 #
-# The article sends its readers to a website with four tasks. Here they are answered with `helpers.estimate`, for the billion, a batch of 4 and 512 tokens. All figures in this section are **estimated**.
+# The article sends its readers to a website with four tasks. Here they are answered with `every_byte.estimate`, for the billion, a batch of 4 and 512 tokens. All figures in this section are **estimated**.
 #
 # ### 1. Compare training and inference
 

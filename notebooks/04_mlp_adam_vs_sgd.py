@@ -25,13 +25,14 @@ import torch
 from torch import nn, optim
 from torch.utils.data import DataLoader
 
+from every_byte import open_gpu
+from every_byte.units import MB, mb
+from every_byte.virtual.memory import CUBLAS_WORKSPACE, cublas_workspace_size
 from helpers.environment import versions
-from helpers.gpu import CUBLAS_WORKSPACE, cublas_workspace_size, open_gpu
 from helpers.mlp import SimpleMLP
 from helpers.mnist import mnist
 from helpers.plots import loss_curves, stacked_bars, timeline, use_book_style
 from helpers.tables import table
-from helpers.units import MB, mb
 
 use_book_style()
 gpu = open_gpu()

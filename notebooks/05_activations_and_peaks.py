@@ -35,14 +35,13 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules import module as modules
 from torch.utils.checkpoint import checkpoint
 
-from helpers import estimate, models
-from helpers.accounting import Breakdown
+from every_byte import Breakdown, VirtualGPU, estimate, open_gpu
+from every_byte.units import GB, GiB
+from helpers import models
 from helpers.environment import versions
-from helpers.gpu import VirtualGPU, open_gpu
 from helpers.mlp import SimpleMLP
 from helpers.plots import stacked_bars, timeline, use_book_style
 from helpers.tables import table
-from helpers.units import GB, GiB
 
 use_book_style()
 gpu = open_gpu()
@@ -243,7 +242,7 @@ figure = stacked_bars(
 )
 
 # %% [markdown]
-# `helpers.estimate` has the formula for all of it. What remains are the bytes of the loss, its value and the number that it was divided by.
+# `every_byte.estimate` has the formula for all of it. What remains are the bytes of the loss, its value and the number that it was divided by.
 
 # %%
 KIND = {"eager": "eager", "fused": "efficient"}  # in FP32
@@ -353,7 +352,7 @@ def replay(
 ):
     """The timeline of a step on a virtual card, with the states there."""
     name, attention, batch, length = case
-    with VirtualGPU(capacity) as card:
+    with VirtualGPU(capacity=capacity) as card:
         model = build(name, attention, card.device, **changes)
         if prepare:
             prepare(model)

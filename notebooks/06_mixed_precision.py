@@ -37,16 +37,15 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers import estimate
+from every_byte import estimate, open_gpu
+from every_byte.estimate import Dimensions
+from every_byte.formats import BF16, FP16
+from every_byte.units import GB, MB
 from helpers.environment import versions
-from helpers.estimate import Dimensions
-from helpers.gpu import open_gpu
 from helpers.mlp import SimpleMLP
 from helpers.mnist import mnist
 from helpers.plots import COLORS, stacked_bars, use_book_style
-from helpers.precision import BF16, FP16
 from helpers.tables import table
-from helpers.units import GB, MB
 
 gc.freeze()  # collecting garbage need not look at what was imported
 use_book_style()

@@ -31,18 +31,13 @@ from accelerate.utils import calculate_maximum_sizes
 from IPython.display import display
 from transformers import AutoModelForCausalLM
 
-from helpers import estimate
+from every_byte import estimate, open_gpu, untracked
+from every_byte.units import GB, MiB
+from every_byte.virtual.memory import CUBLAS_WORKSPACE, cublas_workspace_size
 from helpers.environment import versions
-from helpers.gpu import (
-    CUBLAS_WORKSPACE,
-    cublas_workspace_size,
-    open_gpu,
-    unseen,
-)
 from helpers.models import build, checkpoint, load
 from helpers.plots import segments, stacked_bars, use_book_style
 from helpers.tables import table
-from helpers.units import GB, MiB
 
 use_book_style()
 transformers.utils.logging.disable_progress_bar()
@@ -123,7 +118,7 @@ for precision, n in predicted.items():
 # `accelerate estimate-memory` builds the model without storage, adds up its tensors, and divides {cite}`accelerate-estimate`. We call the same function:
 
 # %%
-with unseen():  # it is to take nothing on our GPU
+with untracked():  # it is to take nothing on our GPU
     empty = build("gpt2-large", "meta", torch.float32)
 total, _ = calculate_maximum_sizes(empty)
 DIVIDE = {"fp32": 1, "fp16": 2, "bf16": 2, "int8": 4, "nf4": 8}
@@ -167,7 +162,7 @@ def load_and_measure(name, precision, path="device_map", **options):
 
 # %%
 def as_in_2024(dtype):
-    with unseen():  # on the host; nothing of it is on the GPU yet
+    with untracked():  # on the host; nothing of it is on the GPU yet
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         for block in model.transformer.h:
             mask = torch.ones(1, 1, 1024, 1024, dtype=torch.bool).tril()

@@ -35,12 +35,12 @@ from transformers import (
     DynamicCache,
 )
 
-from helpers import estimate, models
+from every_byte import VirtualGPU, estimate, open_gpu, untracked
+from every_byte.units import GiB, MiB
+from helpers import models
 from helpers.environment import versions
-from helpers.gpu import VirtualGPU, open_gpu, unseen
 from helpers.plots import stacked_bars, timeline, use_book_style
 from helpers.tables import table
-from helpers.units import GiB, MiB
 
 use_book_style()
 transformers.utils.logging.disable_progress_bar()
@@ -91,7 +91,7 @@ print("the loaded config says:", config.dtype)
 
 # %%
 def loaded_as(**options):
-    with unseen():  # on the host: no business of the GPU's
+    with untracked():  # on the host: no business of the GPU's
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     return str(model.dtype), sum(p.nbytes for p in model.parameters())
 
@@ -114,7 +114,7 @@ table(
 # The article asks `num_parameters()`. We count the same model without its weights. Then in a way that goes wrong, and with accelerate's estimator.
 
 # %%
-with unseen():
+with untracked():
     skeleton = models.build(NAME, "meta")
     N = skeleton.num_parameters()
     listed = sum(t.numel() for t in skeleton.state_dict().values())
@@ -250,12 +250,12 @@ def load_as_then(dtype, emptying=True):
         made.append(torch.empty(shape, dtype=dtype, device=gpu.device))
 
     made = []
-    with gpu.making("parameters"):
+    with gpu.label("parameters"):
         for shape in SHAPES:
             on_the_card(*shape)
             if emptying:
                 gpu.empty_cache()
-    with gpu.making("buffers"):
+    with gpu.label("buffers"):
         for _ in range(LAYERS):
             on_the_card(HEAD // 2, dtype=torch.float32)
             on_the_card(POSITIONS, HEAD)
@@ -409,14 +409,14 @@ CONVERSIONS = {
 # The model comes in the checkpoint's BF16, by `.to(device)`, and is converted three times.
 
 # %%
-with unseen():
+with untracked():
     host = AutoModelForCausalLM.from_pretrained(folder)
 weights = [p.data for p in host.parameters()]  # for later, on the host
 empty_card()
 model = host.to(gpu.device)
 
 rows = [("as loaded", "", "", gpu.memory_allocated(), gpu.memory_reserved())]
-with gpu.record(model) as recorded, gpu.making("parameters"):
+with gpu.record(model) as recorded, gpu.label("parameters"):
     for name, (width, convert) in CONVERSIONS.items():
         expected = converting(model, width)
         gpu.reset_peak_memory_stats()
@@ -486,7 +486,7 @@ print(f"largest weight: {largest:.3f}, largest of FP16: 65,504")
 # `from_pretrained(dtype=...)` leaves the rotary frequencies in FP32. `half()` does not: it converts **every** floating-point tensor, buffers too.
 
 # %%
-with unseen():
+with untracked():
     asked = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
     before = asked.model.rotary_emb.inv_freq.dtype
     asked.half()
@@ -634,7 +634,7 @@ print(f"{tried} histories tried, these fit: {hits}")
 # **2.** A model of 70 billion parameters, FP32, is on a card. Its embedding comes first, and its head, as large and not tied, comes last: 128,256 × 8,192 numbers each. What is the peak of `half()`, and what of `float()` on the way back?
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
-with unseen():
+with untracked():
     large = models.build("Llama-3.1-70B", "meta", torch.float32)
     whole = 4 * large.num_parameters()
     there = converting(large, 2)

@@ -39,13 +39,13 @@ from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
+from every_byte import open_gpu
+from every_byte.formats import BF16, E4M3, E5M2, FP16, bytes_per_parameter
+from every_byte.units import KiB
 from helpers.environment import versions
-from helpers.gpu import open_gpu
 from helpers.mnist import mnist
 from helpers.plots import COLORS, against_bytes, use_book_style
-from helpers.precision import BF16, E4M3, E5M2, FP16, bytes_per_parameter
 from helpers.tables import table
-from helpers.units import KiB
 
 use_book_style()
 gpu = open_gpu()

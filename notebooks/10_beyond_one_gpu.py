@@ -51,15 +51,14 @@ from torch.utils.checkpoint import (
 )
 
 import helpers
+from every_byte import VirtualGPU, one_of, open_gpu, untracked
+from every_byte.estimate import SHARDING
+from every_byte.units import GB, MB, GiB
 from helpers import models
-from helpers.cluster import one_of
 from helpers.environment import versions
-from helpers.estimate import SHARDING
-from helpers.gpu import VirtualGPU, open_gpu, unseen
 from helpers.mlp import SimpleMLP
 from helpers.plots import timeline, use_book_style
 from helpers.tables import table
-from helpers.units import GB, MB, GiB
 
 gc.freeze()  # collecting garbage need not look at what was imported
 use_book_style()
@@ -182,7 +181,7 @@ def unanswered(state, bucket):
 
 def replicated(mesh, **options):
     model = new_model()
-    with gpu.making("gradients"):  # what the buckets are for
+    with gpu.label("gradients"):  # what the buckets are for
         replica = DistributedDataParallel(
             model, process_group=mesh.get_group(), init_sync=False, **options
         )
@@ -216,7 +215,7 @@ def zero_1():
 
 with one_of(GPUS):
     states = zero_1()["optimizer states"]
-with unseen(), torch.device("meta"):
+with untracked(), torch.device("meta"):
     SHAPES = SimpleMLP()  # on no GPU
 largest = max(p.nbytes for p in SHAPES.parameters())
 print(f"predicted, 2 P / {GPUS}:  {2 * P // GPUS:12,} B")
@@ -555,8 +554,8 @@ def train(card, model, optimizer):
 
 def one_card(gpus, capacity=None):
     """Two training steps on one of so many GPUs: the second, and what lasts."""
-    with VirtualGPU(capacity) as card, one_of(gpus) as mesh:
-        with unseen():
+    with VirtualGPU(capacity=capacity) as card, one_of(gpus) as mesh:
+        with untracked():
             model = llama(mesh)
         model.to_empty(device=card.device)  # its part, without values
         optimizer = optim.AdamW(model.parameters())
@@ -601,7 +600,7 @@ table(
 
 # %%
 def as_a_whole(capacity):
-    with VirtualGPU(capacity) as card:
+    with VirtualGPU(capacity=capacity) as card:
         models.build(CONFIG, card.device, torch.float32)
         return card.max_memory_reserved()
 
@@ -783,7 +782,7 @@ def train_titan(card, model, optimizer):
 def replay_titan(gpus, alloc_conf=""):
     """The second step: its timeline, and the most bytes reserved."""
     with VirtualGPU(alloc_conf=alloc_conf) as card, one_of(gpus) as mesh:
-        with unseen(), card.device:
+        with untracked(), card.device:
             model = titan(mesh)
         model.to_empty(device=card.device)
         optimizer = optim.AdamW(model.parameters(), weight_decay=0.1)

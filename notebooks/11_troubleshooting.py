@@ -49,12 +49,12 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from helpers import estimate, models
+from every_byte import VirtualGPU, estimate, open_gpu
+from every_byte.units import GB, GiB, MiB, binary
+from helpers import models
 from helpers.environment import versions
-from helpers.gpu import VirtualGPU, open_gpu
 from helpers.plots import segments, use_book_style
 from helpers.tables import table
-from helpers.units import GB, GiB, MiB, binary
 
 transformers.logging.disable_progress_bar()
 use_book_style()
@@ -356,7 +356,12 @@ CONTEXT = round(0.47 * GiB)
 
 
 def new_card(alloc_conf="", context=CONTEXT):
-    return VirtualGPU(6 * GiB, "laptop", alloc_conf, context)
+    return VirtualGPU(
+        capacity=6 * GiB,
+        name="laptop",
+        alloc_conf=alloc_conf,
+        context=context,
+    )
 
 
 def inputs(dtype, length=512):
@@ -576,7 +581,7 @@ def validate(model):
     return [model(torch.empty(8192, 1024, device="meta")) for _ in range(2)]
 
 
-card = VirtualGPU(6 * GiB, "laptop").open()
+card = VirtualGPU(capacity=6 * GiB, name="laptop").open()
 card.record_memory_history()
 model = make_model()
 outputs = validate(model)
@@ -653,7 +658,7 @@ table(["who says it", "what it counts", "this GPU (B)"], rows)
 # `del` removes a name. Memory goes when the **last** reference goes. Three hide well. First, a **traceback**: an error keeps every local variable of every function that it passed through.
 
 # %%
-card = VirtualGPU(6 * GiB, "laptop").open()
+card = VirtualGPU(capacity=6 * GiB, name="laptop").open()
 
 
 def forward():
@@ -712,7 +717,7 @@ card.close()
 # cuBLAS's {term}`workspace`, taken at the first matrix product. The question was asked with a model of two numbers, and `memory_allocated()` printed 8519680 on an A10G {cite}`pytorch-issue-95668`.
 
 # %%
-with VirtualGPU(6 * GiB, "laptop") as card:
+with VirtualGPU(capacity=6 * GiB, name="laptop") as card:
     model, x = (
         nn.Linear(1, 1, device="meta"),
         torch.empty(1, 1, device="meta"),
@@ -751,7 +756,7 @@ print("loader deleted: ", len(multiprocessing.active_children()), "workers")
 # Four copies are what stays. During its step Adam holds a fifth for a moment, because it updates all tensors at once. [Adam against SGD](04_mlp_adam_vs_sgd.ipynb) shows it as a timeline.
 
 # %%
-with VirtualGPU(6 * GiB, "laptop") as card:
+with VirtualGPU(capacity=6 * GiB, name="laptop") as card:
     model = make_model()
     optimizer = optim.Adam(model.parameters())
     P = card.memory_allocated()

@@ -29,19 +29,14 @@ warnings.filterwarnings("ignore", "IProgress not found")
 import torch
 from torch import nn, optim
 
-from helpers import estimate
+from every_byte import estimate, open_gpu, untracked
+from every_byte.formats import number_format
+from every_byte.units import GB, MB, GiB
+from every_byte.virtual.memory import CUBLAS_WORKSPACE, cublas_workspace_size
 from helpers.environment import versions
-from helpers.gpu import (
-    CUBLAS_WORKSPACE,
-    cublas_workspace_size,
-    open_gpu,
-    unseen,
-)
 from helpers.mlp import SimpleMLP
 from helpers.models import build
-from helpers.precision import number_format
 from helpers.tables import table
-from helpers.units import GB, MB, GiB
 
 gpu = open_gpu()
 print(gpu)
@@ -302,7 +297,7 @@ RUNS = {
     "SGD": experiment(optim.SGD),
     "momentum": experiment(optim.SGD, momentum=0.9),
 }
-with unseen(), torch.device("meta"):
+with untracked(), torch.device("meta"):
     P = sum(p.nbytes for p in SimpleMLP().parameters())
 PARTS = {"Adam": 4, "SGD": 2, "momentum": 3}
 
@@ -494,7 +489,7 @@ audit(
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 QWEN = estimate.dimensions("Qwen2-0.5B")
 count = sum(estimate.parameters(QWEN).values())
-with unseen():
+with untracked():
     skeleton = dict(build("Qwen2-0.5B", "meta").named_parameters())
 
 

@@ -14,7 +14,7 @@ from tools.notebooks import sources
 from tools.repository import ROOT
 
 if TYPE_CHECKING:  # imports PyTorch, which not every test needs
-    from helpers.gpu import VirtualGPU
+    from every_byte.gpu import VirtualGPU
 
 PAGES = [
     *(f"book/{source.stem}.html" for source in sorted((ROOT / "book").glob("*.md"))),
@@ -34,7 +34,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def gpu() -> "Iterator[VirtualGPU]":
     """A virtual GPU without bounds, open and empty."""
-    from helpers.gpu import VirtualGPU
+    from every_byte.gpu import VirtualGPU
 
     with VirtualGPU() as opened:
         yield opened

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.allocator import BlockInfo, CachingAllocator, OutOfMemoryError
-from helpers.allocator_config import AllocatorConfig
-from helpers.units import GiB, KiB, MiB
+from every_byte.allocator import BlockInfo, CachingAllocator, OutOfMemoryError
+from every_byte.allocator.config import AllocatorConfig
+from every_byte.units import GiB, KiB, MiB
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_one_request(requested: int, allocated: int, reserved: int) -> None:
 
 
 def blocks(allocator: CachingAllocator, state: str) -> list[BlockInfo]:
-    found = [block for segment in allocator.snapshot() for block in segment["blocks"]]
+    found = [block for segment in allocator.memory_snapshot() for block in segment["blocks"]]
     return [block for block in found if block["state"] == state]
 
 
@@ -49,7 +49,10 @@ def test_best_fit_takes_the_smallest_that_is_large_enough() -> None:
     allocator.free(small)
     allocator.malloc(30 * MiB)
     free = [
-        b["size"] for s in allocator.snapshot() for b in s["blocks"] if b["state"] == "inactive"
+        b["size"]
+        for s in allocator.memory_snapshot()
+        for b in s["blocks"]
+        if b["state"] == "inactive"
     ]
     assert free == [40 * MiB]
 
@@ -57,12 +60,15 @@ def test_best_fit_takes_the_smallest_that_is_large_enough() -> None:
 def test_equal_blocks_are_taken_by_address() -> None:
     allocator = CachingAllocator()
     first, second = allocator.malloc(12 * MiB), allocator.malloc(12 * MiB)
-    lower = allocator.snapshot()[0]["address"]
+    lower = allocator.memory_snapshot()[0]["address"]
     for handle in (second, first):
         allocator.free(handle)
     allocator.malloc(12 * MiB)
     active = [
-        b for s in allocator.snapshot() for b in s["blocks"] if b["state"] == "active_allocated"
+        b
+        for s in allocator.memory_snapshot()
+        for b in s["blocks"]
+        if b["state"] == "active_allocated"
     ]
     assert [b["address"] for b in active] == [lower]
 
@@ -81,8 +87,8 @@ def test_a_freed_block_serves_its_own_stream_alone(alloc_conf: str) -> None:
     for stream in (0, 7, 0, 7):
         allocator.free(allocator.malloc(40 * MiB, stream))
     assert allocator.memory_reserved() == 2 * 40 * MiB
-    assert [segment["stream"] for segment in allocator.snapshot()] == [0, 7]
-    (entries,) = allocator.memory_snapshot()["device_traces"]
+    assert [segment["stream"] for segment in allocator.memory_snapshot()] == [0, 7]
+    (entries,) = allocator.snapshot()["device_traces"]
     assert [e["stream"] for e in entries if e["action"] == "alloc"] == [0, 7, 0, 7]
     allocator.malloc(1)  # of another pool
     allocator.empty_cache()
@@ -94,7 +100,7 @@ def test_free_blocks_merge_with_both_neighbours() -> None:
     handles = [allocator.malloc(512 * KiB) for _ in range(4)]  # one segment of the small pool
     for index in (0, 2, 1, 3):
         allocator.free(handles[index])
-    (segment,) = allocator.snapshot()
+    (segment,) = allocator.memory_snapshot()
     assert [(b["size"], b["state"]) for b in segment["blocks"]] == [(2 * MiB, "inactive")]
     assert (allocator.memory_allocated(), allocator.memory_reserved()) == (0, 2 * MiB)
     allocator.empty_cache()
@@ -114,7 +120,7 @@ def test_the_pools_are_apart() -> None:
     allocator = CachingAllocator()
     allocator.free(allocator.malloc(19 * MiB))
     allocator.malloc(512)
-    assert [s["segment_type"] for s in allocator.snapshot()] == ["large", "small"]
+    assert [s["segment_type"] for s in allocator.memory_snapshot()] == ["large", "small"]
 
 
 def test_peaks_and_their_reset() -> None:
@@ -141,7 +147,7 @@ def test_out_of_memory_tells_what_pytorch_tells() -> None:
     allocator.malloc(5 * GiB)
     first, _ = allocator.malloc(1 * MiB), allocator.malloc(1 * MiB)
     allocator.free(first)
-    before = allocator.snapshot()
+    before = allocator.memory_snapshot()
     with pytest.raises(OutOfMemoryError) as caught:
         allocator.malloc(GiB + 1)
     assert (
@@ -151,7 +157,7 @@ def test_out_of_memory_tells_what_pytorch_tells() -> None:
         "and 1024.00 KiB is reserved by PyTorch but unallocated."
     ) in str(caught.value)
     assert caught.value.tried == GiB + 2 * MiB
-    assert allocator.snapshot() == before  # a segment in use is not given back
+    assert allocator.memory_snapshot() == before  # a segment in use is not given back
     allocator.malloc(100 * MiB)  # and what fits is served on
 
 
@@ -184,7 +190,7 @@ def test_a_wrong_size_changes_nothing(wrong: object, error: type[Exception], mes
     with pytest.raises(error, match=message):
         allocator.malloc(wrong)  # type: ignore[arg-type]
     assert (allocator.memory_allocated(), allocator.memory_reserved()) == (0, 0)
-    assert allocator.snapshot() == []
+    assert allocator.memory_snapshot() == []
 
 
 def test_a_wrong_capacity() -> None:
@@ -196,12 +202,12 @@ def test_a_wrong_handle_changes_nothing() -> None:
     allocator = CachingAllocator()
     freed, kept = allocator.malloc(512), allocator.malloc(512)
     allocator.free(freed)
-    before = allocator.snapshot()
+    before = allocator.memory_snapshot()
     with pytest.raises(ValueError, match=f"handle {freed} was freed before"):
         allocator.free(freed)
     with pytest.raises(ValueError, match="handle 999 was never returned by malloc"):
         allocator.free(999)
-    assert allocator.snapshot() == before
+    assert allocator.memory_snapshot() == before
     assert allocator.memory_allocated() == 512
     allocator.free(kept)
 
@@ -228,29 +234,29 @@ def test_a_pool_grows_by_pages_and_merges() -> None:
     assert (allocator.memory_allocated(), allocator.memory_reserved()) == (55 * MiB, 60 * MiB)
     small = allocator.malloc(1)
     assert allocator.memory_reserved() == 62 * MiB  # the small pool's pages are of 2 MiB
-    large = [s for s in allocator.snapshot() if s["segment_type"] == "large"]
+    large = [s for s in allocator.memory_snapshot() if s["segment_type"] == "large"]
     assert [s["is_expandable"] for s in large] == [True]
     assert [b["size"] // MiB for b in large[0]["blocks"]] == [30, 25, 5]
     for handle in (first, second, small):
         allocator.free(handle)
     allocator.empty_cache()
-    assert (allocator.memory_reserved(), allocator.snapshot()) == (0, [])
+    assert (allocator.memory_reserved(), allocator.memory_snapshot()) == (0, [])
 
 
 def test_free_pages_are_unmapped_and_mapped_again_in_place() -> None:
     allocator = CachingAllocator(alloc_conf="expandable_segments:True")
     first, kept = allocator.malloc(50 * MiB), allocator.malloc(40 * MiB)
     last = allocator.malloc(10 * MiB)  # at 90 of 100 MiB
-    base = allocator.snapshot()[0]["address"]
+    base = allocator.memory_snapshot()[0]["address"]
     for handle in (first, last):
         allocator.free(handle)
     allocator.empty_cache()
     # Of 0 to 50 the first two pages are free; of 90 to 100 none is.
-    (segment,) = allocator.snapshot()
+    (segment,) = allocator.memory_snapshot()
     assert (segment["address"] - base, segment["total_size"]) == (40 * MiB, 60 * MiB)
     assert [b["size"] // MiB for b in segment["blocks"]] == [10, 40, 10]
     again = allocator.malloc(45 * MiB)  # two pages before the free 10 MiB, at the lowest address
-    (segment,) = allocator.snapshot()
+    (segment,) = allocator.memory_snapshot()
     assert (segment["address"], allocator.memory_reserved()) == (base, 100 * MiB)
     assert [b["size"] // MiB for b in segment["blocks"]] == [45, 5, 40, 10]
     for handle in (kept, again):
@@ -268,7 +274,7 @@ def test_what_can_grow_counts_as_large_as_it_can_become() -> None:
     first, _, _ = (allocator.malloc(n * MiB) for n in (40, 20, 30))  # 10 MiB are free at the end
     allocator.free(first)
     allocator.malloc(8 * MiB)  # into the 40: the 10 are followed by pages without end
-    (segment,) = allocator.snapshot()
+    (segment,) = allocator.memory_snapshot()
     assert [b["size"] // MiB for b in segment["blocks"]] == [8, 32, 20, 30, 10]
 
 
@@ -277,7 +283,7 @@ def test_a_hole_of_unmapped_pages_divides_the_snapshot() -> None:
     _, hole, _ = (allocator.malloc(20 * MiB) for _ in range(3))
     allocator.free(hole)
     allocator.empty_cache()
-    low, high = allocator.snapshot()
+    low, high = allocator.memory_snapshot()
     assert high["address"] - low["address"] == 40 * MiB
     assert allocator.memory_reserved() == 40 * MiB
 
@@ -313,7 +319,7 @@ def test_large_blocks_are_given_back_first_and_only_as_many_as_needed() -> None:
     for handle in handles:
         allocator.free(handle)
     allocator.malloc(90 * MiB)  # no free block below 100 MiB is large enough, the card is full
-    sizes = sorted(s["total_size"] // MiB for s in allocator.snapshot())
+    sizes = sorted(s["total_size"] // MiB for s in allocator.memory_snapshot())
     assert sizes == [30, 90, 120, 150]
 
 
@@ -326,7 +332,7 @@ def test_garbage_is_collected_by_age_where_a_fraction_is_set() -> None:
     young = allocator.malloc(59 * MiB)  # reserves nothing: the 60 are reused as a whole
     allocator.free(young)
     allocator.malloc(62 * MiB)  # 130 are reserved: the unused 60 go first
-    assert sorted(s["total_size"] // MiB for s in allocator.snapshot()) == [62, 70]
+    assert sorted(s["total_size"] // MiB for s in allocator.memory_snapshot()) == [62, 70]
     with pytest.raises(OutOfMemoryError, match=r"in use\. 200\.00 MiB allowed; Of the allocated"):
         allocator.malloc(80 * MiB)
     allocator.free(kept)
@@ -340,7 +346,7 @@ def test_garbage_younger_than_average_is_kept_while_the_older_suffices() -> None
     allocator.malloc(70 * MiB)
     allocator.free(younger)
     allocator.malloc(76 * MiB)  # 50 MiB are to go: the older one's 60 are enough
-    assert sorted(s["total_size"] // MiB for s in allocator.snapshot()) == [40, 70, 76]
+    assert sorted(s["total_size"] // MiB for s in allocator.memory_snapshot()) == [40, 70, 76]
 
 
 def test_without_a_fraction_the_threshold_has_no_effect() -> None:
@@ -477,7 +483,7 @@ def test_the_history_tells_each_thing_done() -> None:
     allocator.free(handle)
     with pytest.raises(OutOfMemoryError):
         allocator.malloc(70 * MiB)
-    (trace,) = allocator.memory_snapshot()["device_traces"]
+    (trace,) = allocator.snapshot()["device_traces"]
     assert [(e["action"], e["size"]) for e in trace] == [
         ("segment_alloc", 2 * MiB),
         ("alloc", 1000),  # as asked for: PyTorch records it before rounding
@@ -491,14 +497,14 @@ def test_the_history_tells_each_thing_done() -> None:
     assert Path(frame["filename"]) == Path(__file__)
     assert frame["name"] == "test_the_history_tells_each_thing_done"
     allocator.record_memory_history(None)
-    assert allocator.memory_snapshot()["device_traces"] == [[]]
+    assert allocator.snapshot()["device_traces"] == [[]]
 
 
 def test_the_history_keeps_the_last_entries() -> None:
     allocator = CachingAllocator()
     allocator.record_memory_history(max_entries=2)
     allocator.free(allocator.malloc(1))
-    actions = [e["action"] for e in allocator.memory_snapshot()["device_traces"][0]]
+    actions = [e["action"] for e in allocator.snapshot()["device_traces"][0]]
     assert actions == ["free_requested", "free_completed"]
     with pytest.raises(ValueError, match="max_entries is 0: expected one or more"):
         allocator.record_memory_history(max_entries=0)
@@ -542,7 +548,7 @@ def replay(allocator: CachingAllocator, steps: list[tuple[str, int]], check: boo
 
 
 def books_are_balanced(allocator: CachingAllocator) -> None:
-    snapshot = allocator.snapshot()
+    snapshot = allocator.memory_snapshot()
     end = 0
     allocated = 0
     for segment in snapshot:
@@ -584,7 +590,7 @@ def test_segments_partition_into_blocks_and_all_comes_back(
         allocator.free(handle)
     allocator.empty_cache()
     assert (allocator.memory_allocated(), allocator.memory_reserved()) == (0, 0)
-    assert allocator.snapshot() == []
+    assert allocator.memory_snapshot() == []
 
 
 @settings(deadline=None, derandomize=True)
@@ -604,5 +610,5 @@ def test_the_same_trace_gives_the_same_bytes(steps: list[tuple[str, int]]) -> No
     one, other = CachingAllocator(), CachingAllocator()
     replay(one, steps, check=False)
     replay(other, steps, check=False)
-    assert one.snapshot() == other.snapshot()
+    assert one.memory_snapshot() == other.memory_snapshot()
     assert one.max_memory_allocated() == other.max_memory_allocated()

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-from helpers.autocast import POLICIES
-from helpers.gpu import VirtualGPU
+from every_byte.gpu import VirtualGPU
+from every_byte.virtual.autocast import POLICIES
 from helpers.mlp import SimpleMLP
 
 HALF = (torch.float16, torch.bfloat16)

@@ -20,12 +20,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, core_model_loading, modeling_utils
 
+from every_byte.estimate import dimensions, known_models, parameter_bytes
+from every_byte.gpu import VirtualGPU
+from every_byte.tracker import untracked
+from every_byte.units import GiB, MiB
 from helpers import models
-from helpers.estimate import dimensions, known_models, parameter_bytes
-from helpers.gpu import VirtualGPU, unseen
 from helpers.models import PRECISIONS, build, checkpoint, load, main
-from helpers.placement import mapped, moved, natural
-from helpers.units import GiB, MiB
+from helpers.placement import natural, replay_device_map, replay_to
 
 TINY = {
     "gpt2-tiny": {"model_type": "gpt2", "max_position_embeddings": 64, "dtype": "float32"},
@@ -335,9 +336,9 @@ def test_without_bitsandbytes_what_is_not_quantised_loads(tmp_path: Path) -> Non
     code = f"""
 import sys
 sys.modules["bitsandbytes"] = None
-from helpers.estimate import known_models
+from every_byte.estimate import known_models
 known_models()["gpt2-tiny"] = {known_models()["gpt2-tiny"]}
-from helpers.gpu import VirtualGPU
+from every_byte.gpu import VirtualGPU
 from helpers.models import load
 with VirtualGPU() as gpu:
     for path in ("to", "device_map"):
@@ -393,15 +394,16 @@ def test_the_order_and_the_reserved_block_are_those_of_transformers(
         del model
         gpu.empty_cache()
         asked: list[int] = []
+        malloc = gpu.memory.malloc
         with mock.patch.object(
-            gpu, "_malloc", side_effect=lambda n: asked.append(n) or VirtualGPU._malloc(gpu, n)
+            gpu.memory, "malloc", side_effect=lambda n: asked.append(n) or malloc(n)
         ):
             load(name, precision)
         assert asked[0] == reserved[0] // 2 * 2
 
 
 def test_the_names_are_sorted_as_transformers_sorts_them() -> None:
-    with unseen():
+    with untracked():
         for name in ("gpt2", "Qwen2-0.5B"):
             names = list(dict(build(name, "meta").named_parameters()))
             theirs = sorted(names, key=core_model_loading.dot_natural_key)
@@ -417,20 +419,20 @@ MOVED = PARAMETERS + 72 * MiB + (246 * MiB - 257_315_840)
 def test_gpt2_large_by_either_path() -> None:
     assert (MOVED, PARAMETERS) == (3_172_251_648, 3_096_120_320)
     with VirtualGPU() as gpu:
-        with unseen():
+        with untracked():
             model = build("gpt2-large", "meta", torch.float32)
-        twins = moved(model, gpu)
+        twins = replay_to(model, gpu)
         assert gpu.memory_allocated() == MOVED
         del twins
         gpu.empty_cache()
-        twins = mapped(model, gpu, torch.float32)
+        twins = replay_device_map(model, gpu, torch.float32)
         assert gpu.memory_allocated() == PARAMETERS
         assert gpu.max_memory_allocated() == MOVED
         assert gpu.breakdown()["parameters"] == PARAMETERS
         # A second one finds a free block for each of its tensors: nothing is reserved anew.
         del twins
         reserved = gpu.memory_reserved()
-        twins = mapped(model, gpu, torch.float32)
+        twins = replay_device_map(model, gpu, torch.float32)
         assert (gpu.memory_allocated(), gpu.memory_reserved()) == (PARAMETERS, reserved)
         assert len(twins) == len(list(model.parameters()))
 
@@ -448,10 +450,11 @@ def test_the_reserved_block_leaves_out_what_is_free(
     capacity: int | None, before: int, expected: int
 ) -> None:
     model = torch.nn.Linear(1000 * MiB // 2, 1, bias=False, dtype=torch.float16, device="meta")
-    with VirtualGPU(capacity) as gpu:
+    with VirtualGPU(capacity=capacity) as gpu:
         torch.empty(before, dtype=torch.uint8, device=gpu.device)
         asked: list[int] = []
-        with mock.patch.object(gpu, "_malloc", side_effect=lambda n: asked.append(n) or 0):
-            with mock.patch.object(gpu, "_free"):
-                mapped(model, gpu, torch.float16)
+        memory = gpu.memory
+        with mock.patch.object(memory, "malloc", side_effect=lambda n: asked.append(n) or 0):
+            with mock.patch.object(memory, "free"):
+                replay_device_map(model, gpu, torch.float16)
         assert asked == [expected // 2 * 2, 1000 * MiB]

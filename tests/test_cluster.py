@@ -11,11 +11,11 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from helpers.accounting import Breakdown, Timeline
-from helpers.cluster import one_of
-from helpers.gpu import VirtualGPU
+from every_byte.gpu import VirtualGPU
+from every_byte.ranks import one_of
+from every_byte.tracker import Breakdown, Timeline
+from every_byte.units import MiB
 from helpers.mlp import SimpleMLP
-from helpers.units import MiB
 
 with torch.device("meta"):
     SHAPES = [tuple(p.shape) for p in SimpleMLP().parameters()]
@@ -102,7 +102,7 @@ def test_fsdp_allocates_on_streams_of_its_own(gpu: VirtualGPU) -> None:
         step(gpu, model, optim.Adam(model.parameters()))
     assert len({segment["stream"] for segment in gpu.memory_snapshot()}) > 1
     torch.empty(1, device=gpu.device)
-    assert gpu._stream == 0
+    assert gpu.memory.stream == 0
 
 
 def unanswered(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -116,7 +116,7 @@ def test_buckets_are_a_second_copy_of_the_gradients(gpu: VirtualGPU, views: bool
     with one_of(8) as mesh:
         with gpu.device:
             model = SimpleMLP()
-        with gpu.making("gradients"):
+        with gpu.label("gradients"):
             replica = DistributedDataParallel(
                 model,
                 process_group=mesh.get_group(),

@@ -1,6 +1,6 @@
 """Attention, dropout and softmax on the virtual GPU take what CUDA's kernels take.
 
-Sizes are derived from PyTorch's sources, which `helpers.cuda_kernels` names.
+Sizes are derived from PyTorch's sources, which `every_byte.virtual.kernels` names.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from every_byte.gpu import VirtualGPU
+from every_byte.units import MiB
+from every_byte.virtual.kernels import attention_kernel
 from helpers import models
-from helpers.cuda_kernels import attention_kernel
-from helpers.gpu import VirtualGPU
-from helpers.units import MiB
 
 FLASH, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
 MATH, CUDNN = SDPBackend.MATH, SDPBackend.CUDNN_ATTENTION
@@ -32,9 +32,9 @@ def heads(
 
 def requested(gpu: VirtualGPU, run: Callable[[], object]) -> tuple[object, int]:
     """What `run` returns, and the bytes that stay with it, before rounding."""
-    before = gpu._memory_requested()
+    before = gpu.memory.memory_requested()
     kept = run()
-    return kept, gpu._memory_requested() - before
+    return kept, gpu.memory.memory_requested() - before
 
 
 def peak(gpu: VirtualGPU, run: Callable[[], object]) -> int:

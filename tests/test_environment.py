@@ -12,9 +12,9 @@ import psutil
 import pytest
 import torch
 
+from every_byte.units import GiB, MiB
 from helpers import environment
 from helpers.environment import Check, checks
-from helpers.units import GiB, MiB
 
 ROOT = Path(__file__).parent.parent
 RUN = "import sys; from helpers.environment import main; sys.exit(main(sys.argv[1:]))"

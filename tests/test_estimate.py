@@ -14,19 +14,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.pytorch_utils import Conv1D
 
-from helpers import estimate, models
-from helpers.allocator import CachingAllocator
-from helpers.estimate import Dimensions, Setup
-from helpers.gpu import VirtualGPU
+from every_byte import estimate
+from every_byte.allocator import CachingAllocator
+from every_byte.data import known_models
+from every_byte.estimate import Dimensions, Setup
+from every_byte.gpu import VirtualGPU
+from helpers import models
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@pytest.mark.parametrize("name", estimate.known_models())
+@pytest.mark.parametrize("name", known_models())
 def test_counts_are_the_published_ones(name: str) -> None:
     sizes = estimate.dimensions(name)
-    assert sum(estimate.parameters(sizes).values()) == estimate.known_models()[name]["published"]
-    assert estimate.known_models()[name]["source"].startswith("https://huggingface.co/")
+    assert sum(estimate.parameters(sizes).values()) == known_models()[name]["published"]
+    assert known_models()[name]["source"].startswith("https://huggingface.co/")
 
 
 def test_a_mixture_of_experts_uses_fewer_than_it_loads() -> None:
@@ -482,7 +484,7 @@ def test_more_gpus_never_hold_more_each(
 # Rounding
 
 
-@pytest.mark.parametrize("name", estimate.known_models())
+@pytest.mark.parametrize("name", known_models())
 @pytest.mark.parametrize(("dtype", "width"), [("fp32", 4), ("bf16", 2)])
 def test_rounding_of_the_weights_beside_a_replay(name: str, dtype: str, width: int) -> None:
     sizes = estimate.dimensions(name)

@@ -12,9 +12,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
-from helpers import estimate, fit
-from helpers.estimate import Dimensions, Memory, Setup
-from helpers.units import GiB, grouped
+from every_byte import estimate
+from every_byte.data import cards
+from every_byte.estimate import Dimensions, Memory, Setup, fit
+from every_byte.units import GiB, grouped
 from tools.repository import ROOT
 
 SCRIPTS = [ROOT / "book" / "_static" / name for name in ("estimate.js", "estimator.js")]
@@ -73,7 +74,7 @@ def check(tab: Page) -> Memory:
     sizes, setup = asked(values)
     memory = estimate.memory(sizes, setup)
     assert shown(tab) == [*dataclasses.astuple(memory), memory.total]
-    capacity = fit.cards()[values["card"]].memory
+    capacity = cards()[values["card"]].memory
     headline = tab.inner_text("#e-headline")
     fits = "does not fit on" if memory.total > capacity else "fits on"
     assert f"{fits} {values['card']}" in headline
@@ -81,7 +82,7 @@ def check(tab: Page) -> Memory:
     levers = fit.levers(sizes, setup)
     assert tab.locator("#e-levers button").all_inner_texts() == [lever.name for lever in levers]
     rows = tab.locator("#e-cards tr").all_inner_texts()
-    for row, (name, card) in zip(rows, fit.cards().items(), strict=True):
+    for row, (name, card) in zip(rows, cards().items(), strict=True):
         needed = fit.gpus_needed(sizes, setup, card.memory)
         said = "fits" if memory.total <= card.memory else "does not fit"
         count = f"over {fit.MOST_GPUS:,}" if needed is None else grouped(needed)
@@ -185,7 +186,7 @@ def test_levers_and_numbers_of_gpus_are_equal(tab: Page) -> None:
     while len(inputs) < 200:
         sizes, setup = random_sizes(rng), random_setup(rng)
         if isinstance(in_python(sizes, setup), list):
-            inputs.append((sizes, setup, rng.choice(list(fit.cards().values())).memory))
+            inputs.append((sizes, setup, rng.choice(list(cards().values())).memory))
     found = tab.evaluate(
         IN_THE_BROWSER, [[for_javascript(a), for_javascript(b), c] for a, b, c in inputs]
     )

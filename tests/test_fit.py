@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import fit
-from helpers.estimate import CHOICES, Setup, dimensions, known_models, memory
-from helpers.units import GiB
+from every_byte.data import cards
+from every_byte.estimate import CHOICES, Setup, dimensions, fit, known_models, memory
+from every_byte.units import GiB
 
 MODELS = st.sampled_from(["gpt2", "Qwen2-0.5B", "Llama-3.1-8B"])
 SETUPS = st.builds(
@@ -28,15 +28,15 @@ SETUPS = st.builds(
 
 
 def test_the_cards() -> None:
-    cards = fit.cards()
-    assert len(cards) >= 20
+    known = cards()
+    assert len(known) >= 20
     # Sold sizes of the makers' data sheets.
     sold = {"RTX 4090": 24, "RTX 4050 Laptop": 6, "T4": 16, "H100": 80, "H200": 141}
-    assert {name: cards[name].sold for name in sold} == sold
-    assert cards["RTX 4090"].memory == 24 * GiB
-    assert cards["T4"].memory == 15 * GiB  # one sixteenth is for error correction
-    assert [c.memory for c in cards.values()] == sorted(c.memory for c in cards.values())
-    for name, card in cards.items():  # never more than is sold, never much less
+    assert {name: known[name].sold for name in sold} == sold
+    assert known["RTX 4090"].memory == 24 * GiB
+    assert known["T4"].memory == 15 * GiB  # one sixteenth is for error correction
+    assert [c.memory for c in known.values()] == sorted(c.memory for c in known.values())
+    for name, card in known.items():  # never more than is sold, never much less
         assert 0.93 <= card.memory / (card.sold * GiB) <= 1, name
 
 

@@ -17,18 +17,13 @@ from bitsandbytes.nn import Linear8bitLt
 from torch import nn, optim
 from torch.cuda import _memory_viz
 
-from helpers.accounting import KINDS
-from helpers.allocator import CachingAllocator
-from helpers.gpu import (
-    CUBLAS_WORKSPACE,
-    GPU,
-    CudaGPU,
-    VirtualGPU,
-    cublas_workspace_size,
-    open_gpu,
-)
+from every_byte.allocator import CachingAllocator
+from every_byte.cuda import CudaMemory
+from every_byte.gpu import GPU, CudaGPU, VirtualGPU, open_gpu
+from every_byte.tracker import KINDS
+from every_byte.units import GiB, MiB
+from every_byte.virtual.memory import CUBLAS_WORKSPACE, cublas_workspace_size
 from helpers.mlp import SimpleMLP
-from helpers.units import GiB, MiB
 
 ROOT = Path(__file__).parent.parent
 
@@ -348,9 +343,9 @@ def test_closed_it_sees_nothing_new_and_still_frees() -> None:
     gpu = VirtualGPU().open()
     seen = torch.empty(1000, device="meta")
     gpu.close()
-    unseen = torch.empty(1000, device="meta")
+    untracked = torch.empty(1000, device="meta")
     assert gpu.memory_allocated() == 4096
-    del seen, unseen
+    del seen, untracked
     assert gpu.memory_allocated() == 0
     gpu.close()  # harmless
 
@@ -452,18 +447,17 @@ def test_recording_is_refused_where_it_cannot_be(gpu: VirtualGPU) -> None:
 # functions stand in for the card, everything above them is what runs there.
 
 
-class CardStandIn(CudaGPU):
-    """A `CudaGPU` on the meta device, whose torch.cuda is fed by a virtual one's rules."""
+class MemoryStandIn(CudaMemory):
+    """A `CudaMemory` of the meta device, whose torch.cuda is fed by a virtual one's rules."""
 
     def __init__(self, card: CachingAllocator) -> None:
-        super().__init__()
         self.device = torch.device("meta")
         self.card = card
 
-    def _malloc(self, nbytes: int) -> int:
+    def malloc(self, nbytes: int) -> int:
         return self.card.malloc(nbytes)
 
-    def _free(self, handle: int) -> None:
+    def free(self, handle: int) -> None:
         self.card.free(handle)
 
 
@@ -478,19 +472,22 @@ def test_the_real_gpu_accounts_by_the_same_rules(monkeypatch: pytest.MonkeyPatch
         torch.cuda, "memory_stats", lambda device: {key: read() for key, read in stats.items()}
     )
 
-    def rows(gpu: GPU, workspace: Callable[[], object]) -> list[dict[str, int]]:
+    def row(gpu: GPU, workspace: Callable[[], object]) -> dict[str, int]:
         model = nn.Linear(100, 100, device=gpu.device)
         x = torch.empty(10, 100).to(gpu.device)
         workspace()
         loss = model(x).sum()
-        return [gpu.breakdown(model), {"all": gpu.memory_allocated() + 0 * loss.ndim}]
+        found = gpu.breakdown(model)
+        assert found.total == gpu.memory_allocated()
+        del loss  # lived until here
+        return found
 
-    with CardStandIn(card) as real:
-        on_card = rows(real, lambda: card.malloc(WORKSPACE))
+    with GPU(MemoryStandIn(card)) as real:
+        on_card = row(real, lambda: card.malloc(WORKSPACE))
     with VirtualGPU() as virtual:
-        replayed = rows(virtual, lambda: None)
+        replayed = row(virtual, lambda: None)
     assert on_card == replayed
-    assert on_card[0]["workspaces"] == WORKSPACE
+    assert on_card["workspaces"] == WORKSPACE
 
 
 def test_a_cuda_gpu_without_cuda_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -529,7 +526,7 @@ CONFS = ("", "expandable_segments:True", "max_split_size_mb:20")
 
 def a_step(alloc_conf: str, file: Path) -> dict[str, Any]:
     """A recorded training step on a small card, an allocation too many, and its snapshot."""
-    with VirtualGPU(300 * MiB, alloc_conf=alloc_conf) as gpu:
+    with VirtualGPU(capacity=300 * MiB, alloc_conf=alloc_conf) as gpu:
         gpu.record_memory_history()
         with gpu.device:
             model = nn.Sequential(nn.Linear(1000, 3000), nn.ReLU(), nn.Linear(3000, 1000))
@@ -631,7 +628,7 @@ def peak():  # of this program alone; getrusage would count the one that started
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 before = peak()
 from torch import nn, optim
-from helpers.gpu import VirtualGPU
+from every_byte.gpu import VirtualGPU
 from helpers.mlp import SimpleMLP
 with VirtualGPU() as gpu:
     with gpu.device:
@@ -662,7 +659,7 @@ def test_what_is_decorated_while_a_virtual_gpu_is_open_stays_a_function(gpu: Vir
 def test_dynamo_is_there_for_those_who_need_it() -> None:
     code = """
 import sys, torch
-from helpers.gpu import VirtualGPU
+from every_byte.gpu import VirtualGPU
 with VirtualGPU() as gpu:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.empty(3, device=gpu.device))])
     optimizer.step()

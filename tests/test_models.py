@@ -14,12 +14,12 @@ matplotlib.use("agg")
 
 from matplotlib import pyplot as plt
 
-from helpers.allocator import CachingAllocator
-from helpers.estimate import dimensions, known_models, parameters
-from helpers.gpu import VirtualGPU
+from every_byte.allocator import CachingAllocator
+from every_byte.estimate import dimensions, known_models, parameters
+from every_byte.gpu import VirtualGPU
+from every_byte.units import MiB
 from helpers.models import build, config
 from helpers.plots import segments
-from helpers.units import MiB
 
 
 @pytest.mark.parametrize("name", known_models())
@@ -140,7 +140,7 @@ def allocator() -> Iterator[CachingAllocator]:
 
 
 def test_segments_are_drawn_block_beside_block(allocator: CachingAllocator) -> None:
-    (axes,) = segments(allocator.snapshot()).axes
+    (axes,) = segments(allocator.memory_snapshot()).axes
     bars: dict[float, list[tuple[float, float]]] = {}
     for bar in axes.patches:
         bars.setdefault(round(bar.get_y()), []).append((bar.get_x(), bar.get_width()))
@@ -163,7 +163,7 @@ def test_the_figure_does_not_depend_on_where_the_driver_puts_segments(
         (axes,) = segments(snapshot).axes
         return [text.get_text() for text in axes.texts], [bar.get_bbox() for bar in axes.patches]
 
-    snapshot = allocator.snapshot()
+    snapshot = allocator.memory_snapshot()
     assert str(drawn(snapshot)) == str(drawn(snapshot[::-1]))
 
 
@@ -171,7 +171,7 @@ def test_segments_that_hold_the_same_share_a_bar() -> None:
     held = CachingAllocator()
     for size in (25 * MiB, 25 * MiB, 24 * MiB, 25 * MiB):
         held.malloc(size)
-    (axes,) = segments(held.snapshot()).axes
+    (axes,) = segments(held.memory_snapshot()).axes
     plt.close("all")
     assert [text.get_text() for text in axes.texts] == [
         "large pool, 24 MiB: 24 MiB asked for",
@@ -181,4 +181,4 @@ def test_segments_that_hold_the_same_share_a_bar() -> None:
 
 def test_an_empty_card_has_nothing_to_draw() -> None:
     with pytest.raises(ValueError, match="the snapshot holds no segment"):
-        segments(CachingAllocator().snapshot())
+        segments(CachingAllocator().memory_snapshot())

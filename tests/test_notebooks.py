@@ -161,9 +161,9 @@ def test_nbval_fails_where_a_stored_digit_is_changed(tmp_path: Path) -> None:
 def test_a_notebook_is_executed_again_if_a_helper_that_it_reaches_changes() -> None:
     reached = {path.stem for path in helpers_of(ROOT / "notebooks" / "04_mlp_adam_vs_sgd.py")}
     assert {"gpu", "mlp", "plots"} <= reached  # imported
-    assert {"allocator", "accounting", "units"} <= reached  # by these
+    assert {"model", "tracker", "units"} <= reached  # by these
     assert not {"models", "record"} & reached
-    assert helpers_of(ROOT / "helpers" / "units.py") == set()
+    assert helpers_of(ROOT / "every_byte" / "units.py") == set()
 
 
 SOURCE = """# %% [markdown]

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import environment
-from helpers.precision import (
+from every_byte.formats import (
     BF16,
     E2M1,
     E4M3,
@@ -24,6 +23,7 @@ from helpers.precision import (
     nf4_levels,
     number_format,
 )
+from helpers import environment
 
 IN_TORCH = [known for known in FORMATS if known.dtype]
 NAMES = [known.name for known in IN_TORCH]

@@ -8,9 +8,9 @@ import math
 
 import pytest
 
-from helpers.allocator import CachingAllocator
-from helpers.estimate import dimensions, shapes
-from helpers.units import GiB
+from every_byte.allocator import CachingAllocator
+from every_byte.estimate import dimensions, shapes
+from every_byte.units import GiB
 
 FP16, FP32 = 2, 4
 PARAMETERS = [math.prod(shape) for _, shape in shapes(dimensions("Qwen2-0.5B"))]

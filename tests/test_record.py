@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +22,13 @@ import pytest
 import torch
 from sphinx.errors import ExtensionError
 
+from every_byte.cuda import CudaMemory
+from every_byte.gpu import GPU, VirtualGPU
+from every_byte.units import GiB
+from every_byte.virtual.memory import VirtualMemory
 from helpers import models, record
-from helpers.allocator import CachingAllocator
 from helpers.experiments import EXPERIMENTS, LOADS, Experiment
-from helpers.gpu import CudaGPU, VirtualGPU
 from helpers.record import FIGURES, main, problems, summary
-from helpers.units import GiB
 
 ROOT = Path(__file__).parent.parent
 TOTAL = 8 * GiB
@@ -43,11 +44,11 @@ class Card:
         self.renew("")
 
     def renew(self, alloc_conf: str) -> None:
-        self.gpu = VirtualGPU(TOTAL, "stand-in", alloc_conf, context=1 * GiB)
+        self.gpu = VirtualGPU(capacity=TOTAL, alloc_conf=alloc_conf, context=1 * GiB)
 
     @property
-    def memory(self) -> CachingAllocator:
-        return self.gpu._allocator
+    def memory(self) -> VirtualMemory:
+        return self.gpu.memory
 
     def set_settings(self, text: str) -> None:
         self.settings.append(text)
@@ -64,38 +65,48 @@ class Card:
         return self.memory.memory_allocated() + self.stray
 
 
-class StandIn(CudaGPU):
-    """A `CudaGPU` on the meta device; what it asks torch.cuda for, `Card` answers."""
+class MemoryStandIn(CudaMemory):
+    """A `CudaMemory` of the meta device; what it asks torch.cuda for, `Card` answers."""
 
-    card: Card
-
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, card: Card) -> None:
         self.device = torch.device("meta")
+        self.card = card
 
-    def _enter(self, stack: ExitStack) -> None:
-        super()._enter(stack)
-        self.card.gpu._enter(stack)
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        with super().in_use(), self.card.memory.in_use():
+            yield
 
-    def _malloc(self, nbytes: int) -> int:
-        self.card.gpu._stream = self._stream
-        return self.card.gpu._malloc(nbytes)
+    def malloc(self, nbytes: int) -> int:
+        return self.card.memory.malloc(nbytes)
 
-    def _free(self, handle: int) -> None:
-        self.card.gpu._free(handle)
+    def free(self, handle: int) -> None:
+        self.card.memory.free(handle)
 
-    def _kernel(self, operation: Any, *rest: Any) -> Callable[..., Any] | None:
-        return self.card.gpu._kernel(operation, *rest)
+    def kernel(self, operation: Any, *rest: Any) -> Callable[..., Any] | None:
+        return self.card.memory.kernel(operation, *rest)
 
-    def _computed(self, operation: Any, result: Any) -> None:
-        self.card.gpu._computed(operation, result)
+    def computed(self, operation: Any, result: Any) -> None:
+        self.card.memory.computed(operation, result)
+
+    # What FSDP's streams ask of it.
+
+    @property
+    def stream(self) -> int:
+        return self.card.memory.stream
+
+    @stream.setter
+    def stream(self, number: int) -> None:
+        self.card.memory.stream = number
+
+    def new_stream(self) -> int:
+        return self.card.memory.new_stream()
 
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     card = Card()
-    StandIn.card = card
-    monkeypatch.setattr(record, "CudaGPU", StandIn)
+    monkeypatch.setattr(record, "CudaGPU", lambda: GPU(MemoryStandIn(card)))
     cuda, memory = torch.cuda, torch.cuda.memory
 
     def put(place: object, name: str, answer: Callable[..., Any]) -> None:
@@ -116,11 +127,15 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
         "memory_stats",
         lambda device: {requested: card.memory.memory_requested() + card.stray},
     )
-    put(cuda, "memory_snapshot", lambda: [s | {"device": None} for s in card.memory.snapshot()])
+    put(
+        cuda,
+        "memory_snapshot",
+        lambda: [s | {"device": None} for s in card.memory.memory_snapshot()],
+    )
     put(cuda, "set_per_process_memory_fraction", card.set_fraction)
     put(memory, "_set_allocator_settings", card.set_settings)
     put(memory, "_record_memory_history", card.history)
-    put(memory, "_snapshot", lambda: card.memory.memory_snapshot())
+    put(memory, "_snapshot", lambda: card.memory.snapshot())
     put(torch._C, "_cuda_clearCublasWorkspaces", lambda: card.gpu.clear_cublas_workspaces())
     named = SimpleNamespace(name="Stand-in", total_memory=TOTAL, major=0, minor=0)
     put(cuda, "get_device_properties", lambda device: named)
@@ -220,7 +235,7 @@ def test_what_only_one_gpu_does_is_told(
 ) -> None:
     def differently(gpu: Any, look: Any) -> None:
         look("both")
-        look("measured" if isinstance(gpu, StandIn) else "replayed")
+        look("measured" if isinstance(gpu.memory, CudaMemory) else "replayed")
 
     def not_replayed(gpu: Any, look: Any) -> None:
         if isinstance(gpu, VirtualGPU):

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn, optim
 
-from helpers.allocator import CachingAllocator
-from helpers.gpu import VirtualGPU
+from every_byte.allocator import CachingAllocator
+from every_byte.allocator.replay import Replay, replay_trace
+from every_byte.gpu import VirtualGPU
+from every_byte.units import MiB
 from helpers.mlp import SimpleMLP
-from helpers.replay import Replay, replay_trace
-from helpers.units import MiB
 
 EXPANDABLE = "expandable_segments:True"
 Trace = list[dict[str, Any]]
@@ -180,6 +180,6 @@ def test_any_program_of_the_model_replays(steps: list[tuple[int, int]], expandab
             card.free(live.pop(size % len(live)))
         else:
             live.append(card.malloc(size if choice % 2 else size % 2**20 + 1, stream=size % 3))
-    told = card.memory_snapshot()
+    told = card.snapshot()
     (events,) = told["device_traces"]
     assert replay_trace(events, told["segments"], alloc_conf) == Replay(len(events), None, 0, 0)

@@ -7,7 +7,7 @@ matplotlib.use("agg")
 
 from matplotlib import pyplot as plt
 
-from helpers.accounting import KINDS, Breakdown, Timeline
+from every_byte.tracker import KINDS, Breakdown, Timeline
 from helpers.plots import COLORS, against_bytes, loss_curves, stacked_bars, timeline
 from helpers.tables import table
 

@@ -1,6 +1,6 @@
 import pytest
 
-from helpers.units import GiB, KiB, MiB, binary, grouped, mb
+from every_byte.units import GiB, KiB, MiB, binary, grouped, mb
 
 
 @pytest.mark.parametrize(

@@ -43,15 +43,16 @@ def digest(paths: Iterable[Path]) -> str:
 
 
 def helpers_of(source: Path) -> set[Path]:
-    """The files of helpers that a Python file imports, directly or by way of another."""
+    """The project's files that a Python file imports, directly or by way of another."""
     found: set[Path] = set()
     left = [source]
     while left:
         for name in _imported(left.pop()):
-            path = ROOT.joinpath(*name.split(".")).with_suffix(".py")
-            if path.is_file() and path not in found:
-                found.add(path)
-                left.append(path)
+            module = ROOT.joinpath(*name.split("."))
+            for path in (module.with_suffix(".py"), module / "__init__.py"):
+                if path.is_file() and path not in found:
+                    found.add(path)
+                    left.append(path)
     return found
 
 

@@ -14,7 +14,11 @@ from markupsafe import Markup
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from helpers import allocator, estimate, fit, plots
+from every_byte import estimate
+from every_byte.allocator import config as allocator
+from every_byte.data import cards, known_models
+from every_byte.estimate import fit
+from helpers import plots
 
 PAGE = "book/estimator"
 
@@ -55,8 +59,8 @@ def data() -> dict[str, Any]:
         "kinds": {
             field: {"name": name, "color": plots.COLORS[name]} for field, name in KINDS.items()
         },
-        "models": estimate.known_models(),
-        "cards": {name: card.memory for name, card in fit.cards().items()},
+        "models": known_models(),
+        "cards": {name: card.memory for name, card in cards().items()},
     }
 
 
@@ -76,7 +80,7 @@ class Estimator(SphinxDirective):
         constants = data()
         script = json.dumps(constants, separators=(",", ":")).replace("<", "\\u003c")
         html = environment.get_template("estimator.html").render(
-            data=constants, script=Markup(script), cards=fit.cards()
+            data=constants, script=Markup(script), cards=cards()
         )
         return [nodes.raw("", html, format="html")]
 

@@ -17,10 +17,10 @@ from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 from torch import nn
 
-from helpers.gpu import VirtualGPU
+from every_byte.gpu import VirtualGPU
+from every_byte.units import binary
 from helpers.record import problems
 from helpers.tables import table
-from helpers.units import binary
 
 FOLDER = Path(__file__).parent.parent / "records"
 NONE_YET = """**No record of our own exists yet.** Nothing on this page was measured by us:

@@ -11,7 +11,7 @@ for the native backend:
 * a block much larger than the request is split, the rest stays free;
 * a freed block merges with its free neighbours, its segment stays reserved.
 
-What `helpers.allocator_config` lists can be set as in ``PYTORCH_ALLOC_CONF``:
+What `every_byte.allocator.config` lists can be set as in ``PYTORCH_ALLOC_CONF``:
 expandable segments grow by pages of 2 or 20 MiB, large blocks can be kept whole,
 and long unused ones given back.
 
@@ -27,7 +27,7 @@ from typing import Any, Literal, TypedDict
 
 from sortedcontainers import SortedList
 
-from helpers.allocator_config import (
+from every_byte.allocator.config import (
     AllocatorConfig,
     kLargeBuffer,
     kMinBlockSize,
@@ -36,8 +36,8 @@ from helpers.allocator_config import (
     kSmallBuffer,
     kSmallSize,
 )
-from helpers.memory_history import Frame, MemoryHistory
-from helpers.units import binary
+from every_byte.allocator.history import Frame, MemoryHistory
+from every_byte.units import binary
 
 _NO_BOUND = 2**50  # addresses of an expandable segment on a card without bounds
 
@@ -179,7 +179,7 @@ class CachingAllocator:
     """Replays allocations as PyTorch's CUDA caching allocator would carry them out.
 
     Every call takes time logarithmic in the number of blocks, apart from
-    `empty_cache` and `snapshot`, which visit every segment.
+    `empty_cache` and `memory_snapshot`, which visit every segment.
 
     Args:
         capacity: bytes of the card; no bound if None.
@@ -324,7 +324,7 @@ class CachingAllocator:
             raise ValueError(f"enabled is {enabled!r}: expected 'all' or None")
         self.history = None if enabled is None else MemoryHistory(max_entries)
 
-    def snapshot(self) -> list[SegmentInfo]:
+    def memory_snapshot(self) -> list[SegmentInfo]:
         """Segments by address, each with its blocks in order.
 
         The keys are those of ``torch.cuda.memory_snapshot()``. Of an expandable
@@ -332,11 +332,11 @@ class CachingAllocator:
         """
         return [info for _, first in sorted(self._segments.items()) for info in _describe(first)]
 
-    def memory_snapshot(self) -> dict[str, Any]:
-        """`snapshot`, the settings and what was noted, as ``torch.cuda.memory._snapshot()``."""
+    def snapshot(self) -> dict[str, Any]:
+        """Segments, settings and what was noted, as ``torch.cuda.memory._snapshot()``."""
         config, history = self.config, self.history
         return {
-            "segments": self.snapshot(),
+            "segments": self.memory_snapshot(),
             "device_traces": [list(history.entries) if history is not None else []],
             "allocator_settings": {
                 "PYTORCH_CUDA_ALLOC_CONF": config.text,

@@ -12,7 +12,6 @@ Not part of it: what NCCL takes for itself, outside of PyTorch's allocator.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -23,7 +22,9 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from helpers.gpu import GPU, open_gpu, unseen
+from every_byte.gpu import GPU, open_gpu
+from every_byte.tracker import untracked
+from every_byte.virtual.streams import streams_of
 
 _COLLECTIVES = ("_allgather_base_", "_reduce_scatter_base_", "allreduce_", "broadcast_")
 
@@ -48,7 +49,7 @@ def one_of(gpus: int) -> Iterator[DeviceMesh]:
         if gpu.device.type == "meta":
             # FSDP asks for the module of a device kind, such as torch.cuda, and
             # refuses to train on meta, where others forgot to make their weights.
-            there = mock.patch.object(torch, gpu.device.type, _streams_of(gpu), create=True)
+            there = mock.patch.object(torch, gpu.device.type, streams_of(gpu.memory), create=True)
             stack.enter_context(there)
             willing = mock.patch.object(FSDPParamGroup, "_validate_no_meta_params", lambda _: None)
             stack.enter_context(willing)
@@ -63,7 +64,7 @@ def one_of(gpus: int) -> Iterator[DeviceMesh]:
             stack.enter_context(mock.patch.object(FSDPParamGroup, name, work))
         # A DTensor tries operations on fake tensors of the whole's size: on no GPU.
         name = "_propagate_tensor_meta_non_cached"
-        tried = unseen()(getattr(ShardingPropagator, name))
+        tried = untracked()(getattr(ShardingPropagator, name))
         stack.enter_context(mock.patch.object(ShardingPropagator, name, tried))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
         stack.callback(dist.destroy_process_group)
@@ -75,41 +76,7 @@ def _gathering(work: Callable[..., Any], gpu: GPU) -> Callable[..., Any]:
 
     @wraps(work)
     def gathering(*args: Any, **kwargs: Any) -> Any:
-        with gpu.making("gathered"):
+        with gpu.label("gathered"):
             return work(*args, **kwargs)
 
     return gathering
-
-
-class _Stream:
-    """A stream, or an event, of a device that does one thing after the other: nobody waits."""
-
-    def __init__(self, number: int = 0) -> None:
-        self.number = number
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *_, **__: None
-
-
-def _streams_of(gpu: GPU) -> SimpleNamespace:
-    """What FSDP asks of ``torch.cuda``, for a virtual GPU: tensors are made on its streams."""
-
-    @contextmanager
-    def stream(chosen: _Stream) -> Iterator[None]:
-        before, gpu._stream = gpu._stream, chosen.number
-        try:
-            yield
-        finally:
-            gpu._stream = before
-
-    return SimpleNamespace(
-        is_available=lambda: True,
-        is_initialized=lambda: True,
-        device_count=lambda: 1,
-        current_device=lambda: 0,
-        set_device=lambda device: None,
-        current_stream=lambda device=None: _Stream(gpu._stream),
-        stream=stream,
-        Stream=lambda *_, **__: _Stream(next(gpu._streams)),
-        Event=lambda *_, **__: _Stream(),
-    )

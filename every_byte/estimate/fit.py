@@ -1,32 +1,14 @@
 """Does it fit: cards and their memory, how many of one are needed, and what would help.
 
-All by the formulas of `helpers.estimate`, in bytes.
+All by the formulas of `every_byte.estimate`, in bytes.
 """
 
-import tomllib
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib import resources
 from typing import Any
 
-from helpers.estimate import Dimensions, Setup, memory
+from every_byte.estimate import Dimensions, Setup, memory
 
 MOST_GPUS = 1024  # the largest number in the ZeRO paper's table 1
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """A GPU: the "GB" that it is sold with, and the bytes that it has."""
-
-    sold: int
-    memory: int
-
-
-@cache
-def cards() -> dict[str, Card]:
-    """Name: card of the book's data file (``helpers/data/cards.toml``), by memory."""
-    file = resources.files("helpers").joinpath("data", "cards.toml")
-    return {name: Card(**card) for name, card in tomllib.loads(file.read_text("utf-8")).items()}
 
 
 def gpus_needed(sizes: Dimensions, setup: Setup, capacity: int) -> int | None:

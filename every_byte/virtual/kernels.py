@@ -305,25 +305,25 @@ KERNELS: dict[Any, Callable[..., Any]] = {
 }
 """Operations on ``meta`` tensors, and what allocates as CUDA's kernel does."""
 
-_in_force = False
+_are_registered = False
 
 
 @contextmanager
-def in_force() -> Iterator[None]:
+def registered() -> Iterator[None]:
     """Let `COMPOSITES` on ``meta`` tensors be made as on CUDA; within itself without effect.
 
     Autograd then finds the kernels' own operations, with PyTorch's formulas for
     their gradients. What `KERNELS` allocate is for the one who accounts to ask for.
     """
-    global _in_force
-    if _in_force:
+    global _are_registered
+    if _are_registered:
         yield
         return
     with torch.library._scoped_library("aten", "IMPL") as library:
         for operation, function in COMPOSITES.items():
             library.impl(operation, function, "AutogradMeta")
-        _in_force = True
+        _are_registered = True
         try:
             yield
         finally:
-            _in_force = False
+            _are_registered = False

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
-from helpers.units import MiB
+from every_byte.units import MiB
 
 kMinBlockSize = 512  # every block is a multiple of this
 kSmallSize = 1 * MiB  # the largest request that the small pool serves
@@ -44,14 +44,14 @@ def _mebibytes(text: str) -> int:
     return min(int(text) * MiB, sys.maxsize)
 
 
-def _fraction(lowest: str, text: str) -> float:
-    """A number up to 1; with `lowest` "(0" neither 0 nor 1, with "[0" both."""
+def _fraction(text: str, with_bounds: bool) -> float:
+    """A number between 0 and 1, with or without these two."""
     try:
         number = float(text)
     except ValueError:
         number = -1
-    if not (0 < number < 1 or (lowest == "[0" and number in (0, 1))):
-        raise ValueError(f"a number in {lowest}, 1{')' if lowest == '(0' else ']'}")
+    if not (0 < number < 1 or (with_bounds and number in (0, 1))):
+        raise ValueError(f"a number in {'[0, 1]' if with_bounds else '(0, 1)'}")
     return number
 
 
@@ -64,8 +64,8 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "expandable_segments": _boolean,
     "max_split_size_mb": _mebibytes,
     "max_non_split_rounding_mb": _mebibytes,
-    "garbage_collection_threshold": lambda text: _fraction("(0", text),
-    "per_process_memory_fraction": lambda text: _fraction("[0", text),
+    "garbage_collection_threshold": lambda text: _fraction(text, with_bounds=False),
+    "per_process_memory_fraction": lambda text: _fraction(text, with_bounds=True),
     "backend": _native,
 }
 _FIELDS = {

@@ -3,19 +3,23 @@
 A `Tracker` sees PyTorch's operations through a ``TorchDispatchMode``. It knows a
 storage when an operation first returns it, and its end from a finalizer. The
 same accounting serves a real GPU and a virtual one: what they differ in stands
-behind `Card`.
+behind `every_byte.memory.DeviceMemory`.
 """
 
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     is_traceable_wrapper_subclass,
@@ -23,7 +27,8 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves
 
-from helpers.allocator import OutOfMemoryError
+from every_byte.allocator import OutOfMemoryError
+from every_byte.memory import DeviceMemory
 
 KINDS = (
     "parameters",
@@ -137,33 +142,6 @@ def scales(model: torch.nn.Module) -> list[torch.Tensor]:
     return list(unique.values())
 
 
-class Card(Protocol):
-    """The memory that a `Tracker` accounts for. All sizes are bytes."""
-
-    device: torch.device
-    _replays: bool  # its allocations; a real card may also hold what was never seen made
-
-    def memory_allocated(self) -> int:
-        """Bytes in blocks handed out."""
-
-    def _memory_requested(self) -> int:
-        """Bytes asked for, before rounding."""
-
-    def _malloc(self, nbytes: int) -> int | None:
-        """Take a new storage's bytes, where allocations are replayed; a handle for `_free`."""
-
-    def _free(self, handle: int) -> None:
-        """Give back what `_malloc` took."""
-
-    def _kernel(
-        self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Callable[..., Any] | None:
-        """A function that is to run in an operation's place, allocation by allocation, if any."""
-
-    def _computed(self, operation: Any, result: Any) -> None:
-        """Learn that an operation was carried out, after its results were taken in."""
-
-
 def _composed(func: Any, *args: Any, **kwargs: Any) -> Any:
     """Carry out a composite operation as PyTorch's C++ composes it; NotImplemented if it is none.
 
@@ -193,24 +171,78 @@ def _in_autocast() -> bool:
     return torch.autocast_decrement_nesting() > 0
 
 
-class Tracker(TorchDispatchMode):
-    """Accounts for the storages on a card, and sorts them by kind.
+_running: list[object] = []  # trackers, the last of them in use; also pauses of all of them
 
-    Entered as a context, it sees operations; of several, only `in_use` does.
+
+@contextmanager
+def untracked() -> Iterator[None]:
+    """Let what is made meanwhile be on no GPU: models of which only the shapes are wanted.
+
+    A GPU that is opened inside sees what is made from then on.
+    """
+    pause = object()
+    _running.append(pause)
+    try:
+        yield
+    finally:
+        _running.remove(pause)
+
+
+class Tracker(TorchDispatchMode):
+    """Accounts for the storages in a card's memory, and sorts them by kind.
+
+    While `running` it sees operations; of several, only the one that was started last does.
 
     Args:
-        card: the memory to account for.
-        in_use: tells whether this tracker is to look at operations at present.
+        memory: to account for.
     """
 
-    def __init__(self, card: Card, in_use: Callable[[], bool]) -> None:
+    def __init__(self, memory: DeviceMemory) -> None:
         super().__init__()
-        self.card, self.in_use = card, in_use
+        self.memory = memory
         self.in_optimizer = False  # set while an optimizer's step runs
-        self.making: str | None = None  # the kind of what is made, where it is said
+        self._label: str | None = None  # the kind of what is allocated, where it is said
         self._storages: dict[int, _Storage] = {}  # address of the StorageImpl: what it is
         self._recording: _Recording | None = None
         self._in_kernel = False  # then no step of a timeline, though each allocation counts
+
+    @property
+    def in_use(self) -> bool:
+        """Whether this tracker looks at operations at present."""
+        return _running[-1:] == [self]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Look at operations, optimizers' steps and resized storages, while the context lasts."""
+
+        def stepping(now: bool, *_: object) -> None:
+            self.in_optimizer = now
+
+        with ExitStack() as stack:
+            begins = register_optimizer_step_pre_hook(partial(stepping, True))
+            stack.callback(begins.remove)
+            ends = register_optimizer_step_post_hook(partial(stepping, False))
+            stack.callback(ends.remove)
+            _running.append(self)
+            stack.callback(_running.remove, self)
+            stack.enter_context(self._seeing_resizes())
+            stack.enter_context(self)
+            yield
+
+    @contextmanager
+    def label(self, kind: str) -> Iterator[None]:
+        """Let what is allocated meanwhile be of a kind, where `breakdown` cannot tell it.
+
+        Raises:
+            ValueError: `kind` is none of `KINDS`.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"kind is {kind!r}: expected one of {', '.join(KINDS)}")
+        before, self._label = self._label, kind
+        try:
+            yield
+        finally:
+            self._label = before
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -225,11 +257,11 @@ class Tracker(TorchDispatchMode):
     ) -> Any:
         """Carry out an operation, then account for what it returns."""
         kwargs = kwargs or {}
-        if not self.in_use():
+        if not self.in_use:
             return func(*args, **kwargs)
         if any(map(is_traceable_wrapper_subclass_type, types)):
             return NotImplemented  # such as DTensor: seen is what it does with its parts
-        if (kernel := self.card._kernel(func, args, kwargs)) is not None:
+        if (kernel := self.memory.kernel(func, args, kwargs)) is not None:
             self._sample()
             within, self._in_kernel = self._in_kernel, not func._can_decompose()
             try:
@@ -250,7 +282,7 @@ class Tracker(TorchDispatchMode):
         try:
             result = func(*args, **kwargs)
             self._see(func, args, result)
-            self.card._computed(func, result)
+            self.memory.computed(func, result)
         except OutOfMemoryError as error:
             message = str(error)
         except BaseException:
@@ -282,7 +314,7 @@ class Tracker(TorchDispatchMode):
         counts: Counter[str] = Counter()
         for storage in self._storages.values():
             counts[roles.get(storage, storage.kind)] += storage.nbytes
-        return _account(counts, self.card.memory_allocated(), self.card._memory_requested())
+        return _account(counts, self.memory.memory_allocated(), self.memory.memory_requested())
 
     @contextmanager
     def record(
@@ -300,7 +332,7 @@ class Tracker(TorchDispatchMode):
             RuntimeError: another recording is under way.
         """
         if self._recording is not None:
-            raise RuntimeError(f"{self.card} cannot record: another recording is under way")
+            raise RuntimeError(f"{self.memory} cannot record: another recording is under way")
         recording = self._recording = _Recording(list(self._storages.values()))
         timeline = Timeline()
 
@@ -335,9 +367,9 @@ class Tracker(TorchDispatchMode):
 
         def note(kind: str, *tensors: object) -> None:
             for tensor in tree_leaves([_parts(tensor) for tensor in tensors]):
-                if isinstance(tensor, torch.Tensor) and tensor.device == self.card.device:
+                if isinstance(tensor, torch.Tensor) and tensor.device == self.memory.device:
                     storage = self._storages.get(tensor.untyped_storage()._cdata)
-                    if storage is None and not self.card._replays:
+                    if storage is None and not self.memory.is_replayed:
                         storage = self._know(tensor.untyped_storage(), kind)
                     if storage is not None:
                         roles[storage] = kind
@@ -354,7 +386,7 @@ class Tracker(TorchDispatchMode):
     def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         """Account for the storages that an operation made."""
         for tensor in tree_leaves(result):
-            if not isinstance(tensor, torch.Tensor) or tensor.device != self.card.device:
+            if not isinstance(tensor, torch.Tensor) or tensor.device != self.memory.device:
                 continue
             if tensor.layout is not torch.strided:
                 raise NotImplementedError(
@@ -372,19 +404,19 @@ class Tracker(TorchDispatchMode):
     def _resized(self, key: int, nbytes: int) -> None:
         """Account for a storage that has another size now: PyTorch takes the new block first."""
         known = self._storages[key]
-        handle = self.card._malloc(nbytes)
+        handle = self.memory.malloc(nbytes)
         self._log(known, -1)
         self._free(known)
         self._storages[key] = new = _Storage(nbytes, known.kind, handle)
         self._log(new, +1)
 
     @contextmanager
-    def seeing_resizes(self) -> Iterator[None]:
+    def _seeing_resizes(self) -> Iterator[None]:
         """See ``UntypedStorage.resize_``, too, which is no operation: FSDP's way to free."""
         resize = torch.UntypedStorage.resize_
 
         def resize_(storage: torch.UntypedStorage, nbytes: int) -> Any:
-            if not self.in_use() or storage._cdata not in self._storages:
+            if not self.in_use or storage._cdata not in self._storages:
                 return resize(storage, nbytes)
             self._sample()
             try:
@@ -400,7 +432,7 @@ class Tracker(TorchDispatchMode):
 
     def _know(self, storage: torch.UntypedStorage, kind: str) -> _Storage:
         """Account for a storage from now until its death."""
-        known = _Storage(storage.nbytes(), kind, self.card._malloc(storage.nbytes()))
+        known = _Storage(storage.nbytes(), kind, self.memory.malloc(storage.nbytes()))
         self._storages[storage._cdata] = known
         weakref.finalize(storage, self._died, storage._cdata).atexit = False
         self._log(known, +1)
@@ -408,8 +440,8 @@ class Tracker(TorchDispatchMode):
 
     def _birth(self, func: Any, args: tuple[Any, ...]) -> str:
         """The kind of a storage that an operation makes."""
-        if self.making:
-            return self.making
+        if self._label:
+            return self._label
         if in_backward() or self.in_optimizer:
             return "temporaries"
         if func.overloadpacket is torch.ops.aten._to_copy:
@@ -434,15 +466,15 @@ class Tracker(TorchDispatchMode):
             return
         now = (
             len(self._recording.events),
-            self.card.memory_allocated(),
-            self.card._memory_requested(),
+            self.memory.memory_allocated(),
+            self.memory.memory_requested(),
         )
         if self._recording.samples[-1:] != [now]:
             self._recording.samples.append(now)
 
     def _free(self, storage: _Storage) -> None:
         if storage.handle is not None:
-            self.card._free(storage.handle)
+            self.memory.free(storage.handle)
 
 
 def _account(counts: Counter[str], allocated: int, requested: int) -> Breakdown:

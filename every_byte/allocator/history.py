@@ -13,8 +13,8 @@ from types import FrameType
 from typing import NotRequired, TypedDict
 
 # Frames between a program and its allocation that are not of the program.
-_HELPERS = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_SKIPPED = (_HELPERS, weakref.__file__)
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_SKIPPED = (_PACKAGE, weakref.__file__)
 
 
 class Frame(TypedDict):

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from helpers.allocator import CachingAllocator
+from every_byte.allocator import CachingAllocator
 
 _TAKEN = ("segment_alloc", "segment_map")
 _GIVEN_BACK = ("segment_free", "segment_unmap")
@@ -73,7 +73,7 @@ def replay_trace(
         segments: how the card's memory lay at the end, as
             ``torch.cuda.memory_snapshot()`` tells it: compared block by block.
         alloc_conf: the settings under which it was recorded; see
-            `helpers.allocator_config`.
+            `every_byte.allocator.config`.
 
     Raises:
         ValueError: an event lacks its action, address or size; `alloc_conf` is wrong.
@@ -139,7 +139,7 @@ def replay_trace(
     if segments is not None:
         blocks = [b for s in segments for b in s["blocks"] if b["state"] != "inactive"]
         allocated = card.memory_allocated() - sum(b["size"] for b in blocks)
-        if _layout(card.snapshot()) != _layout(segments):
+        if _layout(card.memory_snapshot()) != _layout(segments):
             where = "the end"
             differs("the blocks do not lie as they were recorded")
     return Replay(number + 1, first, allocated, card.memory_reserved() - reserved)

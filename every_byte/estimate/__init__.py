@@ -6,18 +6,16 @@ transformers' configurations.
 """
 
 import math
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from functools import cache, lru_cache
-from importlib import resources
-from typing import Any
+from functools import lru_cache
 
-from helpers import precision
-from helpers.allocator_config import kMinBlockSize, kMinLargeAlloc, kRoundLarge, kSmallSize
-from helpers.units import GiB
+from every_byte import formats
+from every_byte.allocator.config import kMinBlockSize, kMinLargeAlloc, kRoundLarge, kSmallSize
+from every_byte.data import known_models as known_models
+from every_byte.units import GiB
 
 # What tells the architectures apart, by transformers' model_type.
 TRAITS: dict[str, frozenset[str]] = {
@@ -90,13 +88,6 @@ class Dimensions:
     def has(self, trait: str) -> bool:
         """Whether the architecture has a trait of `TRAITS`."""
         return trait in TRAITS[self.model_type]
-
-
-@cache
-def known_models() -> dict[str, dict[str, Any]]:
-    """Name: what the book's data file says of a model (``helpers/data/models.toml``)."""
-    file = resources.files("helpers").joinpath("data", "models.toml")
-    return tomllib.loads(file.read_text("utf-8"))
 
 
 def dimensions(name: str) -> Dimensions:
@@ -205,8 +196,8 @@ BYTES: dict[str, Fraction] = {
     "fp8": Fraction(1),
     "int8": Fraction(1),
     "int4": Fraction(1, 2),
-    "nf4": Fraction(precision.bytes_per_parameter(4, block=64)),
-    "nf4 double": Fraction(precision.bytes_per_parameter(4, block=64, double=True)),
+    "nf4": Fraction(formats.bytes_per_parameter(4, block=64)),
+    "nf4 double": Fraction(formats.bytes_per_parameter(4, block=64, double=True)),
 }
 QUANTISED = ("int8", "nf4", "nf4 double")
 
@@ -379,7 +370,7 @@ def layer_activations(
     counting as in Korthikanti et al. 2022 (arXiv 2205.05198). Eager attention
     keeps a matrix of `length` x `length` for each head; flash attention (FP16 and
     BF16) and memory-efficient attention (FP32 too) one number for each row of it,
-    and their random state: see `helpers.cuda_kernels`.
+    and their random state: see `every_byte.virtual.kernels`.
 
     Args:
         sizes: of the model.
@@ -542,7 +533,7 @@ def block(nbytes: int, own_segment: bool = False) -> int:
 
     A multiple of 512 B. A request from 10 MiB up that no free block serves gets a
     segment of its own, a multiple of 2 MiB, and keeps what is left of it up to
-    1 MiB (`helpers.allocator`). Where smaller requests leave such a rest is not
+    1 MiB (`every_byte.allocator`). Where smaller requests leave such a rest is not
     told by a formula: replay them.
 
     Args:

@@ -1,0 +1,262 @@
+"""One interface, two GPUs: the real one, and a virtual one that needs no hardware.
+
+`open_gpu` gives a `CudaGPU` where CUDA is available, else a `VirtualGPU`. Both
+answer with ``torch.cuda``'s names, in bytes, and with `every_byte.tracker` both
+can say what each byte is for.
+
+The virtual one computes on PyTorch's ``meta`` device: every operation goes
+through PyTorch's dispatcher with its shapes and dtypes, but without storage.
+Each storage's birth and death is replayed on `every_byte.allocator`.
+"""
+
+import os
+import pickle
+import sys
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, Self
+from unittest import mock
+
+import torch
+from typing_extensions import TypeVar
+
+from every_byte.allocator import SegmentInfo
+from every_byte.cuda import CudaMemory
+from every_byte.data import cards
+from every_byte.memory import DeviceMemory
+from every_byte.tracker import Breakdown, Timeline, Tracker
+from every_byte.virtual.memory import CUBLAS_WORKSPACE, VirtualMemory
+
+_Memory = TypeVar("_Memory", bound=DeviceMemory, default=DeviceMemory, covariant=True)
+
+
+class GPU(Generic[_Memory]):
+    """A card's memory under ``torch.cuda``'s names, and what its bytes are for.
+
+    While open (``with gpu:``, or `open` until `close`) it accounts for the tensors
+    on its device. The one opened last is the one in use.
+
+    Attributes:
+        memory: asked or replayed; see `every_byte.memory.DeviceMemory`.
+        device: for PyTorch, such as ``torch.empty(..., device=gpu.device)``.
+    """
+
+    _open: ClassVar[list["GPU[Any]"]] = []
+
+    def __init__(self, memory: _Memory) -> None:
+        self.memory = memory
+        self.device = memory.device
+        self._tracker = Tracker(memory)
+        self._stack = ExitStack()
+
+    def __str__(self) -> str:
+        return str(self.memory)
+
+    def open(self) -> Self:
+        """Begin to account for the device's memory. Returns itself.
+
+        Raises:
+            RuntimeError: it is open already.
+        """
+        if self in GPU._open:
+            raise RuntimeError(f"{self} is open already: close() it first")
+        with ExitStack() as stack:
+            if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+                config = {"CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE}
+                stack.enter_context(mock.patch.dict(os.environ, config))
+            stack.enter_context(self.memory.in_use())
+            GPU._open.append(self)
+            stack.callback(GPU._open.remove, self)
+            stack.enter_context(self._tracker.running())
+            self._stack = stack.pop_all()
+        return self
+
+    def close(self) -> None:
+        """Stop looking. Tensors that live on stay accounted for. Harmless if closed.
+
+        Raises:
+            RuntimeError: a GPU opened later is still open.
+        """
+        if self in GPU._open:
+            if GPU._open[-1] is not self:
+                raise RuntimeError(f"{GPU._open[-1]} was opened later: close it first")
+            self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # What each byte is for
+
+    def breakdown(
+        self,
+        model: torch.nn.Module | None = None,
+        *optimizers: torch.optim.Optimizer | None,
+    ) -> Breakdown:
+        """What the allocated bytes are for; see `every_byte.tracker.Tracker.breakdown`."""
+        return self._tracker.breakdown(model, *optimizers)
+
+    def record(
+        self,
+        model: torch.nn.Module | None = None,
+        *optimizers: torch.optim.Optimizer | None,
+    ) -> AbstractContextManager[Timeline]:
+        """What each operation does to memory; see `every_byte.tracker.Tracker.record`.
+
+        Raises:
+            RuntimeError: the GPU is not open, or another recording is under way.
+        """
+        if self not in GPU._open:
+            raise RuntimeError(f"{self} cannot record: open() it first")
+        return self._tracker.record(model, *optimizers)
+
+    def label(self, kind: str) -> AbstractContextManager[None]:
+        """Let what is allocated meanwhile be of a kind, where `breakdown` cannot tell it.
+
+        Raises:
+            ValueError: `kind` is none of `every_byte.tracker.KINDS`.
+        """
+        return self._tracker.label(kind)
+
+    # The names of torch.cuda
+
+    def memory_allocated(self) -> int:
+        """Bytes in blocks handed out, as ``torch.cuda.memory_allocated``."""
+        return self.memory.memory_allocated()
+
+    def memory_reserved(self) -> int:
+        """Bytes in segments held, as ``torch.cuda.memory_reserved``."""
+        return self.memory.memory_reserved()
+
+    def max_memory_allocated(self) -> int:
+        """Peak of `memory_allocated`, as ``torch.cuda.max_memory_allocated``."""
+        return self.memory.max_memory_allocated()
+
+    def max_memory_reserved(self) -> int:
+        """Peak of `memory_reserved`, as ``torch.cuda.max_memory_reserved``."""
+        return self.memory.max_memory_reserved()
+
+    def reset_peak_memory_stats(self) -> None:
+        """Let the peaks start again, as ``torch.cuda.reset_peak_memory_stats``."""
+        self.memory.reset_peak_memory_stats()
+
+    def empty_cache(self) -> None:
+        """Give back wholly free segments, as ``torch.cuda.empty_cache``."""
+        self.memory.empty_cache()
+
+    def memory_snapshot(self) -> list[SegmentInfo]:
+        """Segments and their blocks, as ``torch.cuda.memory_snapshot``."""
+        return self.memory.memory_snapshot()
+
+    def mem_get_info(self) -> tuple[int, int]:
+        """Bytes free on the card, and all it has, as ``torch.cuda.mem_get_info``."""
+        return self.memory.mem_get_info()
+
+    def record_memory_history(
+        self, enabled: Literal["all"] | None = "all", max_entries: int = sys.maxsize
+    ) -> None:
+        """Begin to note what the allocator does, and where in the program.
+
+        As ``torch.cuda.memory._record_memory_history``, with Python's frames.
+
+        Args:
+            enabled: None ends it, and forgets what was noted.
+            max_entries: how many things to keep: the last ones.
+
+        Raises:
+            ValueError: `enabled` or `max_entries` is wrong.
+        """
+        self.memory.record_memory_history(enabled, max_entries)
+
+    def snapshot(self) -> dict[str, Any]:
+        """Segments, blocks and what was noted, as ``torch.cuda.memory._snapshot``."""
+        return self.memory.snapshot()
+
+    def dump_snapshot(self, filename: str | Path = "dump_snapshot.pickle") -> None:
+        """Write `snapshot` to a file, as ``torch.cuda.memory._dump_snapshot``.
+
+        ``python -m torch.cuda._memory_viz`` and https://pytorch.org/memory_viz read it.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        with open(filename, "wb") as file:
+            pickle.dump(self.snapshot(), file, protocol=4)  # the newest that the page reads
+
+    def clear_cublas_workspaces(self) -> None:
+        """Free cuBLAS's workspaces, as ``torch._C._cuda_clearCublasWorkspaces``.
+
+        The next matrix product of each thread allocates its own again.
+        """
+        self.memory.clear_cublas_workspaces()
+
+
+class CudaGPU(GPU[CudaMemory]):
+    """The first CUDA device, measured.
+
+    Open it before anything is allocated: it accounts for the tensors it has
+    seen made, and calls the rest of the allocated bytes workspaces.
+
+    Raises:
+        RuntimeError: PyTorch sees no CUDA device.
+    """
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise RuntimeError(
+                "torch.cuda.is_available() is False: CudaGPU needs an NVIDIA GPU and a CUDA "
+                "build of PyTorch; VirtualGPU() needs neither"
+            )
+        super().__init__(CudaMemory())
+
+
+class VirtualGPU(GPU[VirtualMemory]):
+    """A GPU of PyTorch's ``meta`` device and a model of its caching allocator.
+
+    Args:
+        card: the card to be, such as ``"RTX 4090"``; see `every_byte.data.cards`.
+        capacity: bytes that it has; the card's if None, no bound without a card either.
+            Past it, operations raise ``torch.OutOfMemoryError`` as on CUDA.
+        name: what it calls itself; the card's name if None.
+        alloc_conf: settings as in ``PYTORCH_ALLOC_CONF``, which itself is not read;
+            see `every_byte.allocator.config`.
+        context: bytes that the process holds beside PyTorch's, as a CUDA context does.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; see `every_byte.allocator`.
+    """
+
+    def __init__(
+        self,
+        card: str | None = None,
+        capacity: int | None = None,
+        *,
+        name: str | None = None,
+        alloc_conf: str = "",
+        context: int = 0,
+    ) -> None:
+        if card is not None:
+            if card not in cards():
+                raise ValueError(f"card is {card!r}: expected one of {', '.join(cards())}")
+            capacity = cards()[card].memory if capacity is None else capacity
+        memory = VirtualMemory(name or card or "Virtual GPU", capacity, alloc_conf, context)
+        super().__init__(memory)
+
+    @property
+    def capacity(self) -> int | None:
+        """Bytes that it has; None without bounds."""
+        return self.memory.capacity
+
+
+def open_gpu() -> GPU:
+    """The GPU that this machine has, opened: a `CudaGPU`, or else a `VirtualGPU`.
+
+    Call it before the first matrix product: it fixes cuBLAS's workspaces at
+    8,519,680 B each, the same on every chip, unless ``CUBLAS_WORKSPACE_CONFIG``
+    is set. Called again, it returns the GPU in use.
+    """
+    if GPU._open:
+        return GPU._open[-1]
+    return (CudaGPU() if torch.cuda.is_available() else VirtualGPU()).open()

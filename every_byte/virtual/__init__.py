@@ -1,0 +1,1 @@
+"""What makes PyTorch's ``meta`` device allocate as a CUDA device does."""
