@@ -223,6 +223,9 @@ class VirtualGPU(GPU[VirtualMemory]):
         alloc_conf: settings as in ``PYTORCH_ALLOC_CONF``, which itself is not read;
             see `every_byte.allocator.config`.
         context: bytes that the process holds beside PyTorch's, as a CUDA context does.
+        values: what happens where a program reads a value that depends on weights or
+            activations: "refuse" is an error, "assume" goes on with what is assumed;
+            see `every_byte.virtual.values`.
 
     Raises:
         TypeError, ValueError: an argument is wrong; see `every_byte.allocator`.
@@ -236,12 +239,13 @@ class VirtualGPU(GPU[VirtualMemory]):
         name: str | None = None,
         alloc_conf: str = "",
         context: int = 0,
+        values: Literal["assume", "refuse"] = "refuse",
     ) -> None:
         if card is not None:
             if card not in cards():
                 raise ValueError(f"card is {card!r}: expected one of {', '.join(cards())}")
             capacity = cards()[card].memory if capacity is None else capacity
-        memory = VirtualMemory(name or card or "Virtual GPU", capacity, alloc_conf, context)
+        memory = VirtualMemory(name or card or "Virtual GPU", capacity, alloc_conf, context, values)
         super().__init__(memory)
 
     @property

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -19,6 +19,7 @@ from every_byte.tracker import in_backward, untracked
 from every_byte.units import KiB, binary
 from every_byte.virtual import kernels
 from every_byte.virtual.autocast import cuda_autocast
+from every_byte.virtual.values import Values, has_masks, index
 from every_byte.virtual.without_dynamo import without_dynamo
 
 # The default of every NVIDIA chip but Hopper and newer, fixed for all of them:
@@ -50,6 +51,8 @@ class VirtualMemory(CachingAllocator):
     Args:
         name: what the card calls itself.
         capacity, alloc_conf, context: see `every_byte.allocator.CachingAllocator`.
+        values: what happens where a program reads an unknown value; see
+            `every_byte.virtual.values.Values`.
     """
 
     is_replayed = True
@@ -64,9 +67,15 @@ class VirtualMemory(CachingAllocator):
     )
 
     def __init__(
-        self, name: str, capacity: int | None = None, alloc_conf: str = "", context: int = 0
+        self,
+        name: str,
+        capacity: int | None = None,
+        alloc_conf: str = "",
+        context: int = 0,
+        values: Literal["assume", "refuse"] = "refuse",
     ) -> None:
         super().__init__(capacity, alloc_conf, context)
+        self.values = Values(values)
         self.name = name
         self.device = torch.device("meta")
         self.stream = 0  # that tensors are made on
@@ -89,11 +98,15 @@ class VirtualMemory(CachingAllocator):
         self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[..., Any] | None:
         """What allocates in an operation's place as CUDA's kernel does."""
+        if has_masks(operation, args):
+            return index
         kernel = kernels.KERNELS.get(operation)
         if kernel is None:
             return None
         tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
-        return kernel if any(t.is_meta for t in tensors) else None  # the host has its own
+        if not any(t.is_meta for t in tensors):
+            return None  # the host has its own
+        return self.values.beside(operation, kernel)
 
     def computed(self, operation: Any, result: Any) -> None:
         """Take cuBLAS's workspace at the first matrix product of each thread."""
@@ -129,6 +142,7 @@ class VirtualMemory(CachingAllocator):
             stack.enter_context(cuda_autocast())
             stack.enter_context(without_dynamo())
             stack.enter_context(kernels.registered())
+            stack.enter_context(self.values.running())
             yield
 
 
