@@ -21,6 +21,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     is_traceable_wrapper_subclass,
@@ -213,7 +214,11 @@ class _Follow(TorchDispatchMode):
         return False  # as Tracker's
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if not _running or _running[-1] in _thread.entered:
             return func(*args, **kwargs or {})
@@ -580,6 +585,7 @@ class Tracker(TorchDispatchMode):
 
             return made
 
+        _device_constructors()  # knows them, and is kept, as they are now
         with ExitStack() as stack:
             for owner, name in (
                 *((torch, name) for name in ("tensor", "as_tensor", "asarray")),
