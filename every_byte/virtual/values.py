@@ -21,7 +21,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -239,7 +240,28 @@ def _healthy(func: Any, args: tuple[Any, ...]) -> bool | None:
 _active: list["Values"] = []
 
 
-class Values(TorchDispatchMode):
+class _Seeing(TorchDispatchMode):
+    """Shows a thread's operations to a `Values`."""
+
+    def __init__(self, values: "Values") -> None:
+        super().__init__()
+        self._values = values
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would import all of torch._dynamo: 150 MB, 1 s
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return self._values.dispatch(func, types, args, kwargs or {})
+
+
+class Values:
     """Keeps the values of ``meta`` tensors where they are known, and answers for the others.
 
     Args:
@@ -256,34 +278,26 @@ class Values(TorchDispatchMode):
     def __init__(self, unknown: Literal["assume", "refuse"] = "refuse") -> None:
         if unknown not in ("assume", "refuse"):
             raise ValueError(f"values is {unknown!r}: expected 'assume' or 'refuse'")
-        super().__init__()
         self.unknown = unknown
         self.assumptions: dict[Assumption, int] = {}
         self._draws: Tensor | None = None  # the state of the generator for random numbers
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True would import all of torch._dynamo: 150 MB, 1 s
-
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Look after values while the context lasts; of several, only the last one does."""
+        """Answer while the context lasts; of several, only the last one does."""
         _active.append(self)
         try:
-            with keeping_data(), self:
+            with keeping_data():
                 yield
         finally:
             _active.remove(self)
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def seeing(self) -> AbstractContextManager[object]:
+        """See this thread's operations while the context lasts."""
+        return _Seeing(self)
+
+    def dispatch(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out an operation on ``meta``, and on the host where its values are known."""
-        kwargs = kwargs or {}
         if _active[-1:] != [self]:
             return func(*args, **kwargs)
         if types and any(map(is_traceable_wrapper_subclass_type, types)):
@@ -694,6 +708,7 @@ def keeping_data() -> Iterator[None]:
 
         return made
 
+    _device_constructors()  # knows them, and is kept, as they are now
     with ExitStack() as stack:
         for owner, name, place in (
             (torch, "tensor", 0),
