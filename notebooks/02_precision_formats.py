@@ -954,7 +954,7 @@ table(
 # | FP16 and INT8 "compute faster" | where there are units, see above |
 
 # %% [markdown]
-# Ask your own machine: `python -m helpers.environment` prints what the set-up cell of this page printed. It asks PyTorch:
+# Ask your own machine: `every-byte check` prints what the set-up cell of this page printed. It asks PyTorch:
 #
 # ```python
 # torch.cuda.get_device_capability()  # (8, 9) on an RTX 4050
