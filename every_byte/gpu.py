@@ -122,6 +122,14 @@ class GPU(Generic[_Memory]):
         self._accounted()
         return self._tracker.breakdown(model, *optimizers)
 
+    def pass_unseen(self) -> None:
+        """Let tensors of the device that nobody saw made be on no GPU, and refuse none."""
+        self._tracker.passes_unseen = True
+
+    def accounts_for(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's bytes are among those that are counted."""
+        return self._tracker.accounts_for(tensor)
+
     def record(
         self,
         model: torch.nn.Module | None = None,

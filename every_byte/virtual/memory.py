@@ -227,7 +227,8 @@ def _swapping_parameters() -> Iterator[None]:
 
     def applied(module: Any, fn: Any, recurse: bool = True) -> Any:
         before = future.get_swap_module_params_on_conversion()
-        comes = any(p is not None and not p.is_meta for p in module._parameters.values())
+        with torch._C.DisableTorchFunction():  # also where meta tensors say they are CUDA's
+            comes = any(p is not None and not p.is_meta for p in module._parameters.values())
         with untracked():
             comes = comes and fn(torch.empty(0)).is_meta
         future.set_swap_module_params_on_conversion(swaps or comes)

@@ -331,6 +331,15 @@ class Values:
 
         return run
 
+    @staticmethod
+    def known(tensor: Tensor) -> Tensor | None:
+        """A copy of a meta tensor's values; None if they are not known, or assumed."""
+        copy = _copy_of(tensor)
+        if copy is None or copy.origin is not None:
+            return None
+        with _out_of_sight():
+            return _on_host(tensor, copy).clone()
+
     # After an operation
 
     def _note(
