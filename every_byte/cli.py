@@ -12,7 +12,7 @@ from importlib import import_module
 
 from every_byte.commands import NO, REFUSED, Refused
 
-COMMANDS = ("estimate", "replay", "check")  # modules of every_byte.commands, in help's order
+COMMANDS = ("run", "estimate", "replay", "check")  # modules of every_byte.commands, in help's order
 
 
 def parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:
