@@ -357,6 +357,8 @@ def as_cuda(
         TypeError, ValueError: an argument is wrong.
         RuntimeError: another one is under way.
     """
+    if any(isinstance(m, _AsCuda) for m in torch.overrides._get_current_function_mode_stack()):
+        raise RuntimeError("as_cuda() is in use already: leave it before it is entered again")
     gpu = VirtualGPU(card, capacity, values=values, alloc_conf=alloc_conf, context=context)
     gpu.pass_unseen()
     gpu.device = torch.device("cuda")

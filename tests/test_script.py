@@ -61,6 +61,11 @@ def test_all_is_as_before_at_the_end() -> None:
     assert torch.zeros(1, device="meta").is_meta
 
 
+def test_one_card_at_a_time(gpu: every_byte.VirtualGPU) -> None:
+    with pytest.raises(RuntimeError, match="in use already"), every_byte.as_cuda("T4"):
+        pass
+
+
 def test_tensors_answer_as_cudas_do(gpu: every_byte.VirtualGPU) -> None:
     x = torch.tensor([1, 2], device="cuda")
     assert (x.device, x.is_cuda, x.is_meta, x.is_cpu) == (
