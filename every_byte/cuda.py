@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -100,3 +100,7 @@ class CudaMemory:
         """Wake the card: some of ``torch.cuda``'s memory functions refuse to work before."""
         torch.cuda.init()
         yield
+
+    def in_thread(self) -> AbstractContextManager[None]:
+        """Nothing: the card is the same for each."""
+        return nullcontext()

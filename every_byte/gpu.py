@@ -12,10 +12,15 @@ Each storage's birth and death is replayed on `every_byte.allocator`.
 import os
 import pickle
 import sys
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import wraps
+from importlib.machinery import ExtensionFileLoader, SourceFileLoader, SourcelessFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Generic, Literal, Self
 from unittest import mock
+from zipimport import zipimporter
 
 import torch
 from typing_extensions import TypeVar
@@ -48,6 +53,7 @@ class GPU(Generic[_Memory]):
         self.device = memory.device
         self._tracker = Tracker(memory)
         self._stack = ExitStack()
+        self._was_open = False
 
     def __str__(self) -> str:
         return str(self.memory)
@@ -55,20 +61,24 @@ class GPU(Generic[_Memory]):
     def open(self) -> Self:
         """Begin to account for the device's memory. Returns itself.
 
+        It sees the thread that it is opened in and those that are started from then on. Modules
+        that are imported meanwhile for the first time make their constants on the host, within
+        ``with gpu.device:``, too.
+
         Raises:
             RuntimeError: it is open already.
         """
         if self in GPU._open:
             raise RuntimeError(f"{self} is open already: close() it first")
         with ExitStack() as stack:
-            if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
-                config = {"CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE}
-                stack.enter_context(mock.patch.dict(os.environ, config))
+            stack.enter_context(_fixed_workspaces())
+            stack.enter_context(_importing_on_the_host())
             stack.enter_context(self.memory.in_use())
             GPU._open.append(self)
             stack.callback(GPU._open.remove, self)
             stack.enter_context(self._tracker.running())
             self._stack = stack.pop_all()
+        self._was_open = True
         return self
 
     def close(self) -> None:
@@ -88,6 +98,19 @@ class GPU(Generic[_Memory]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _accounted(self) -> _Memory:
+        """The memory, if what it tells can be true.
+
+        Raises:
+            RuntimeError: it is replayed, and the GPU was never open.
+        """
+        if self.memory.is_replayed and not self._was_open:
+            raise RuntimeError(
+                f"{self.memory} was never open and saw no tensor made: begin with open(), or "
+                "`with gpu:`"
+            )
+        return self.memory
+
     # What each byte is for
 
     def breakdown(
@@ -96,6 +119,7 @@ class GPU(Generic[_Memory]):
         *optimizers: torch.optim.Optimizer | None,
     ) -> Breakdown:
         """What the allocated bytes are for; see `every_byte.tracker.Tracker.breakdown`."""
+        self._accounted()
         return self._tracker.breakdown(model, *optimizers)
 
     def record(
@@ -124,19 +148,19 @@ class GPU(Generic[_Memory]):
 
     def memory_allocated(self) -> int:
         """Bytes in blocks handed out, as ``torch.cuda.memory_allocated``."""
-        return self.memory.memory_allocated()
+        return self._accounted().memory_allocated()
 
     def memory_reserved(self) -> int:
         """Bytes in segments held, as ``torch.cuda.memory_reserved``."""
-        return self.memory.memory_reserved()
+        return self._accounted().memory_reserved()
 
     def max_memory_allocated(self) -> int:
         """Peak of `memory_allocated`, as ``torch.cuda.max_memory_allocated``."""
-        return self.memory.max_memory_allocated()
+        return self._accounted().max_memory_allocated()
 
     def max_memory_reserved(self) -> int:
         """Peak of `memory_reserved`, as ``torch.cuda.max_memory_reserved``."""
-        return self.memory.max_memory_reserved()
+        return self._accounted().max_memory_reserved()
 
     def reset_peak_memory_stats(self) -> None:
         """Let the peaks start again, as ``torch.cuda.reset_peak_memory_stats``."""
@@ -148,11 +172,11 @@ class GPU(Generic[_Memory]):
 
     def memory_snapshot(self) -> list[SegmentInfo]:
         """Segments and their blocks, as ``torch.cuda.memory_snapshot``."""
-        return self.memory.memory_snapshot()
+        return self._accounted().memory_snapshot()
 
     def mem_get_info(self) -> tuple[int, int]:
         """Bytes free on the card, and all it has, as ``torch.cuda.mem_get_info``."""
-        return self.memory.mem_get_info()
+        return self._accounted().mem_get_info()
 
     def record_memory_history(
         self, enabled: Literal["all"] | None = "all", max_entries: int = sys.maxsize
@@ -172,7 +196,7 @@ class GPU(Generic[_Memory]):
 
     def snapshot(self) -> dict[str, Any]:
         """Segments, blocks and what was noted, as ``torch.cuda.memory._snapshot``."""
-        return self.memory.snapshot()
+        return self._accounted().snapshot()
 
     def dump_snapshot(self, filename: str | Path = "dump_snapshot.pickle") -> None:
         """Write `snapshot` to a file, as ``torch.cuda.memory._dump_snapshot``.
@@ -191,6 +215,44 @@ class GPU(Generic[_Memory]):
         The next matrix product of each thread allocates its own again.
         """
         self.memory.clear_cublas_workspaces()
+
+
+@contextmanager
+def _fixed_workspaces() -> Iterator[None]:
+    """Set ``CUBLAS_WORKSPACE_CONFIG``, unless it is set, and take away no other's value."""
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    is_ours = name not in os.environ
+    if is_ours:
+        os.environ[name] = CUBLAS_WORKSPACE
+    try:
+        yield
+    finally:
+        if is_ours and os.environ.get(name) == CUBLAS_WORKSPACE:
+            del os.environ[name]
+
+
+@contextmanager
+def _importing_on_the_host() -> Iterator[None]:
+    """Execute modules as if no device context were open: their constants outlive it.
+
+    By the loaders of Python's own that find files; built-in modules make no tensors.
+    """
+
+    def on_the_host(execute: Callable[..., None]) -> Callable[..., None]:
+        @wraps(execute)
+        def exec_module(loader: Any, module: ModuleType) -> None:
+            if torch.get_default_device().type == "cpu":
+                return execute(loader, module)
+            with torch.device("cpu"):
+                return execute(loader, module)
+
+        return exec_module
+
+    with ExitStack() as stack:
+        for loader in (SourceFileLoader, SourcelessFileLoader, ExtensionFileLoader, zipimporter):
+            execute = on_the_host(loader.exec_module)
+            stack.enter_context(mock.patch.object(loader, "exec_module", execute))
+        yield
 
 
 class CudaGPU(GPU[CudaMemory]):

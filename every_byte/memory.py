@@ -81,3 +81,6 @@ class DeviceMemory(Protocol):
 
     def in_use(self) -> AbstractContextManager[object]:
         """What has to hold while a program runs on this memory."""
+
+    def in_thread(self) -> AbstractContextManager[object]:
+        """What has to hold in each thread that the program starts meanwhile, besides."""

@@ -6,12 +6,13 @@ same accounting serves a real GPU and a virtual one: what they differ in stands
 behind `every_byte.memory.DeviceMemory`.
 """
 
+import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 from unittest import mock
 
@@ -20,6 +21,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     is_traceable_wrapper_subclass,
@@ -160,6 +162,19 @@ def _parts(tensor: object) -> list[object]:
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
+class _ThreadState(threading.local):
+    """What each thread of a program has for itself.
+
+    Attributes:
+        untracked: for each `untracked` that is open, the trackers that it pauses.
+        entered: the trackers that see its operations themselves.
+    """
+
+    def __init__(self) -> None:
+        self.untracked: tuple[set[Tracker], ...] = ()
+        self.entered: list[Tracker] = []
+
+
 def in_backward() -> bool:
     """Whether autograd is at work on a backward pass in this thread."""
     return torch._C._current_graph_task_id() != -1
@@ -171,27 +186,110 @@ def _in_autocast() -> bool:
     return torch.autocast_decrement_nesting() > 0
 
 
-_running: list[object] = []  # trackers, the last of them in use; also pauses of all of them
+_running: list["Tracker"] = []  # the last of them is in use
+_thread = _ThreadState()
 
 
 @contextmanager
 def untracked() -> Iterator[None]:
     """Let what is made meanwhile be on no GPU: models of which only the shapes are wanted.
 
+    It holds for this thread, and for those that are started inside, as long as it lasts.
     A GPU that is opened inside sees what is made from then on.
     """
-    pause = object()
-    _running.append(pause)
+    paused = set(_running)
+    _thread.untracked += (paused,)
     try:
         yield
     finally:
-        _running.remove(pause)
+        paused.clear()  # for the threads that were started inside, too
+        _thread.untracked = tuple(each for each in _thread.untracked if each is not paused)
+
+
+class _Follow(TorchDispatchMode):
+    """Leads the operations of a thread that a program starts to the tracker in use."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as Tracker's
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if not _running or _running[-1] in _thread.entered:
+            return func(*args, **kwargs or {})
+        return _running[-1].__torch_dispatch__(func, types, args, kwargs)
+
+
+@contextmanager
+def _following_threads() -> Iterator[None]:
+    """Let the threads that are started meanwhile be seen: PyTorch's modes are each thread's own.
+
+    Those of a `ThreadPoolExecutor` are started by ``threading.Thread.start``, too.
+    """
+    start = threading.Thread.start
+
+    def started(thread: threading.Thread) -> None:
+        run, untracked_here, memories = thread.run, _thread.untracked, [t.memory for t in _running]
+
+        def run_followed() -> None:
+            del thread.run  # which holds itself
+            _thread.untracked = untracked_here
+            with ExitStack() as stack:
+                for memory in memories:
+                    stack.enter_context(memory.in_thread())
+                stack.enter_context(_Follow())
+                run()
+
+        thread.run = run_followed  # type: ignore[method-assign]
+        start(thread)
+
+    with mock.patch.object(threading.Thread, "start", started):
+        yield
+
+
+class _Now(threading.local):
+    """What a thread is at.
+
+    Attributes:
+        in_optimizer: an optimizer's step.
+        in_kernel: a kernel; then no step of a timeline, though each allocation counts.
+        label: the kind of what is allocated, where it is said.
+    """
+
+    in_optimizer = False
+    in_kernel = False
+    label: str | None = None
+
+
+_ONLY_SHAPES = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in (
+        *"empty_like full_like ones_like zeros_like rand_like randn_like randint_like".split(),
+        *"new_empty new_empty_strided new_full new_ones new_zeros".split(),
+    )
+)
+"""Operations that take shape, dtype and device of what they are given, and no more."""
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among an operation's arguments, and in lists of them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 class Tracker(TorchDispatchMode):
     """Accounts for the storages in a card's memory, and sorts them by kind.
 
-    While `running` it sees operations; of several, only the one that was started last does.
+    While `running` it sees the operations of the thread that it runs in, and of those that
+    this program starts meanwhile; of several, only the one that was started last does.
 
     Args:
         memory: to account for.
@@ -200,32 +298,41 @@ class Tracker(TorchDispatchMode):
     def __init__(self, memory: DeviceMemory) -> None:
         super().__init__()
         self.memory = memory
-        self.in_optimizer = False  # set while an optimizer's step runs
-        self._label: str | None = None  # the kind of what is allocated, where it is said
+        self._now = _Now()
         self._storages: dict[int, _Storage] = {}  # address of the StorageImpl: what it is
         self._recording: _Recording | None = None
-        self._in_kernel = False  # then no step of a timeline, though each allocation counts
 
     @property
     def in_use(self) -> bool:
-        """Whether this tracker looks at operations at present."""
-        return _running[-1:] == [self]
+        """Whether this tracker looks at this thread's operations at present."""
+        return _running[-1:] == [self] and not any(self in paused for paused in _thread.untracked)
+
+    @property
+    def in_optimizer(self) -> bool:
+        """Whether an optimizer's step runs in this thread."""
+        return self._now.in_optimizer
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Look at operations, optimizers' steps and resized storages, while the context lasts."""
 
         def stepping(now: bool, *_: object) -> None:
-            self.in_optimizer = now
+            self._now.in_optimizer = now
 
         with ExitStack() as stack:
             begins = register_optimizer_step_pre_hook(partial(stepping, True))
             stack.callback(begins.remove)
             ends = register_optimizer_step_post_hook(partial(stepping, False))
             stack.callback(ends.remove)
-            _running.append(self)
-            stack.callback(_running.remove, self)
+            if not _running:
+                stack.enter_context(_following_threads())
+            for among in (_running, _thread.entered):
+                among.append(self)
+                stack.callback(among.remove, self)
+            for paused in _thread.untracked:
+                paused.discard(self)  # opened inside, again
             stack.enter_context(self._seeing_resizes())
+            stack.enter_context(self._seeing_data())
             stack.enter_context(self)
             yield
 
@@ -238,11 +345,11 @@ class Tracker(TorchDispatchMode):
         """
         if kind not in KINDS:
             raise ValueError(f"kind is {kind!r}: expected one of {', '.join(KINDS)}")
-        before, self._label = self._label, kind
+        before, self._now.label = self._now.label, kind
         try:
             yield
         finally:
-            self._label = before
+            self._now.label = before
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -261,14 +368,16 @@ class Tracker(TorchDispatchMode):
             return func(*args, **kwargs)
         if any(map(is_traceable_wrapper_subclass_type, types)):
             return NotImplemented  # such as DTensor: seen is what it does with its parts
+        if self.memory.is_replayed:
+            self._check_known(func, args, kwargs)
         if (kernel := self.memory.kernel(func, args, kwargs)) is not None:
             self._sample()
-            within, self._in_kernel = self._in_kernel, not func._can_decompose()
+            within, self._now.in_kernel = self._now.in_kernel, not func._can_decompose()
             try:
                 with self:
                     return kernel(*args, **kwargs)
             finally:
-                self._in_kernel = within
+                self._now.in_kernel = within
                 self._sample()
         if torch.is_inference_mode_enabled():
             # Only there do composite operations arrive whole, with the tensors
@@ -286,13 +395,13 @@ class Tracker(TorchDispatchMode):
         except OutOfMemoryError as error:
             message = str(error)
         except BaseException:
-            self.in_optimizer = False  # the hook at the step's end will not be called
+            self._now.in_optimizer = False  # the hook at the step's end will not be called
             raise
         else:
             self._sample()
             return result
         # Raised out here, where no frame of a traceback holds the results any more.
-        result, self.in_optimizer = None, False
+        result, self._now.in_optimizer = None, False
         raise torch.OutOfMemoryError(message)
 
     def breakdown(
@@ -312,7 +421,7 @@ class Tracker(TorchDispatchMode):
         """
         roles = self._roles(model, optimizers)
         counts: Counter[str] = Counter()
-        for storage in self._storages.values():
+        for storage in list(self._storages.values()):  # they may die meanwhile
             counts[roles.get(storage, storage.kind)] += storage.nbytes
         return _account(counts, self.memory.memory_allocated(), self.memory.memory_requested())
 
@@ -383,6 +492,30 @@ class Tracker(TorchDispatchMode):
             note("parameters", *model.parameters())
         return roles
 
+    def _check_known(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse to compute with what is on the device, but was never seen made there.
+
+        Raises:
+            RuntimeError: an argument is such a tensor.
+        """
+        if func.overloadpacket in _ONLY_SHAPES:
+            return
+        for tensor in _tensors(args):
+            self._check_tensor(func, tensor)
+        for tensor in _tensors(kwargs.values()) if kwargs else ():
+            self._check_tensor(func, tensor)
+
+    def _check_tensor(self, func: Any, tensor: torch.Tensor) -> None:
+        if tensor.device != self.memory.device or tensor.layout is not torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._storages and storage.nbytes():
+            raise RuntimeError(
+                f"{func} got a tensor of shape {tuple(tensor.shape)} on {self.memory.device} whose "
+                f"{storage.nbytes():,} bytes no one accounts for: make it while the GPU in use is "
+                "open, not in untracked(), and not in a thread that ran before"
+            )
+
     def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         """Account for the storages that an operation made."""
         for tensor in tree_leaves(result):
@@ -430,6 +563,38 @@ class Tracker(TorchDispatchMode):
         with mock.patch.object(torch.UntypedStorage, "resize_", resize_):
             yield
 
+    @contextmanager
+    def _seeing_data(self) -> Iterator[None]:
+        """See tensors made of Python's numbers, too: on ``meta`` that is no operation."""
+
+        def seen(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+            @wraps(make)
+            def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+                tensor = make(*args, **kwargs)
+                if not self.in_use or tensor.device != self.memory.device:
+                    return tensor
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._storages:
+                    self._sample()
+                    try:
+                        self._know(storage, self._now.label or "batch")  # copied from the host
+                    except OutOfMemoryError as error:
+                        raise torch.OutOfMemoryError(str(error)) from None
+                    self._sample()
+                return tensor
+
+            return made
+
+        _device_constructors()  # knows them, and is kept, as they are now
+        with ExitStack() as stack:
+            for owner, name in (
+                *((torch, name) for name in ("tensor", "as_tensor", "asarray")),
+                (torch.Tensor, "new_tensor"),
+            ):
+                make = seen(getattr(owner, name))
+                stack.enter_context(mock.patch.object(owner, name, make))
+            yield
+
     def _know(self, storage: torch.UntypedStorage, kind: str) -> _Storage:
         """Account for a storage from now until its death."""
         known = _Storage(storage.nbytes(), kind, self.memory.malloc(storage.nbytes()))
@@ -440,8 +605,8 @@ class Tracker(TorchDispatchMode):
 
     def _birth(self, func: Any, args: tuple[Any, ...]) -> str:
         """The kind of a storage that an operation makes."""
-        if self._label:
-            return self._label
+        if self._now.label:
+            return self._now.label
         if in_backward() or self.in_optimizer:
             return "temporaries"
         if func.overloadpacket is torch.ops.aten._to_copy:
@@ -462,7 +627,7 @@ class Tracker(TorchDispatchMode):
 
     def _sample(self) -> None:
         """Between two operations: note what memory is now, if it changed."""
-        if self._recording is None or self._in_kernel:
+        if self._recording is None or self._now.in_kernel:
             return
         now = (
             len(self._recording.events),

@@ -1,15 +1,21 @@
 """The virtual GPU beside published measurements, and the rules it accounts by."""
 
+import gc
+import importlib
 import inspect
+import os
 import pickle
 import pickletools
 import runpy
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -20,7 +26,7 @@ from torch.cuda import _memory_viz
 from every_byte.allocator import CachingAllocator
 from every_byte.cuda import CudaMemory
 from every_byte.gpu import GPU, CudaGPU, VirtualGPU, open_gpu
-from every_byte.tracker import KINDS
+from every_byte.tracker import KINDS, untracked
 from every_byte.units import GiB, MiB
 from every_byte.virtual.memory import CUBLAS_WORKSPACE, cublas_workspace_size
 from helpers.mlp import SimpleMLP
@@ -384,6 +390,225 @@ def test_what_is_patched_is_restored() -> None:
         assert "meta" in foreach._get_foreach_kernels_supported_devices()
     assert "meta" not in foreach._get_foreach_kernels_supported_devices()
     assert nn.Module._apply.__module__ == nn.Module.__module__
+
+
+def test_a_gpu_opened_among_what_is_untracked_sees_what_is_made() -> None:
+    apply = nn.Module._apply
+    gpu = VirtualGPU()
+    with untracked():
+        gpu.open()
+        kept = torch.empty(1000, device=gpu.device)
+        assert gpu.memory_allocated() == kept.nbytes + 96
+        with untracked():
+            torch.empty(1000, device=gpu.device)
+            assert gpu.max_memory_allocated() == kept.nbytes + 96
+    assert open_gpu() is gpu
+    gpu.close()
+    assert nn.Module._apply is apply
+
+
+def test_a_gpu_that_was_never_open_has_no_answer() -> None:
+    gpu = VirtualGPU("RTX 4090")
+    model = nn.Linear(1000, 1000).to(gpu.device)
+    ask: tuple[Callable[[], object], ...] = (
+        gpu.memory_allocated,
+        gpu.memory_reserved,
+        gpu.max_memory_allocated,
+        gpu.max_memory_reserved,
+        gpu.memory_snapshot,
+        gpu.snapshot,
+        gpu.mem_get_info,
+        gpu.breakdown,
+    )
+    for question in ask:
+        with pytest.raises(
+            RuntimeError, match=r"RTX 4090.* was never open .*: begin with open\(\)"
+        ):
+            question()
+    with gpu:
+        assert gpu.memory_allocated() == 0
+        with pytest.raises(RuntimeError, match="4,000,000 bytes no one accounts for"):
+            model(torch.empty(1, 1000, device=gpu.device))
+    for question in ask:
+        question()
+
+
+def test_the_workspaces_setting_is_left_as_the_program_wants_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    monkeypatch.delenv(name, raising=False)
+    with VirtualGPU():
+        assert os.environ[name] == CUBLAS_WORKSPACE
+        with VirtualGPU():
+            monkeypatch.setenv("EVERY_BYTE_TEST", "set meanwhile")
+        assert os.environ[name] == CUBLAS_WORKSPACE
+    assert name not in os.environ
+    assert os.environ["EVERY_BYTE_TEST"] == "set meanwhile"
+    with VirtualGPU():
+        monkeypatch.setenv(name, ":16:8")
+    assert os.environ[name] == ":16:8"
+    with VirtualGPU():
+        pass
+    assert os.environ[name] == ":16:8"
+
+
+def test_a_module_makes_its_constants_on_the_host(
+    gpu: VirtualGPU, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "space").mkdir()  # a namespace package
+    source = "import torch\nCONSTANT = torch.arange(1000.0)\n"
+    for name in ("constants_of_a_library.py", "space/constants.py"):
+        (tmp_path / name).write_text(source)
+    with ZipFile(tmp_path / "zipped.zip", "w") as file:
+        file.writestr("zipped_constants.py", source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "zipped.zip")
+    with gpu.device:
+        for name in ("constants_of_a_library", "space.constants", "zipped_constants"):
+            module = importlib.import_module(name)
+            assert module.CONSTANT.device.type == "cpu"
+            assert importlib.reload(module).CONSTANT.device.type == "cpu"
+        assert torch.ones(1).is_meta
+        assert gpu.memory_allocated() == 0
+
+
+# Threads: PyTorch's modes are each thread's own
+
+
+def test_tensors_of_other_threads_count(gpu: VirtualGPU) -> None:
+    kept: list[torch.Tensor] = []
+
+    def make() -> None:
+        kept.append(torch.empty(10**6, device=gpu.device))
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    assert gpu.memory_allocated() == 4_000_256
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            pool.submit(make).result()
+    assert gpu.memory_allocated() == 4 * 4_000_256
+    kept.clear()
+    assert gpu.memory_allocated() == 0
+
+
+def test_a_thread_has_a_label_and_a_pause_of_its_own(gpu: VirtualGPU) -> None:
+    def run(work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(work).result()
+
+    def make() -> torch.Tensor:
+        return torch.empty(10**6, device=gpu.device)
+
+    with gpu.label("batch"):
+        kept = run(make)
+    assert gpu.breakdown()["activations"] == kept.nbytes
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        with untracked():  # of this thread alone
+            kept = pool.submit(make).result()
+        assert gpu.memory_allocated() == kept.nbytes + 256
+
+
+def test_a_thread_that_outlives_the_pause_it_was_started_in_is_seen(gpu: VirtualGPU) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        with untracked():
+            pool.submit(torch.empty, 10**6, device=gpu.device).result()
+            assert gpu.memory_allocated() == 0
+        kept = pool.submit(torch.empty, 10**6, device=gpu.device).result()
+        assert gpu.memory_allocated() == kept.nbytes + 256
+
+
+def test_a_thread_follows_the_gpu_in_use() -> None:
+    with VirtualGPU() as outer, ThreadPoolExecutor(1) as pool:
+        kept = [pool.submit(torch.empty, 128, device="meta").result()]
+        with VirtualGPU() as inner:
+            kept.append(pool.submit(torch.empty, 10**6, device="meta").result())
+            assert (outer.memory_allocated(), inner.memory_allocated()) == (512, 4_000_256)
+
+
+def test_a_tensor_that_nobody_saw_made_is_refused() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()  # a thread that ran before
+        with VirtualGPU() as gpu:
+            unseen = pool.submit(torch.empty, 1000, device="meta").result()
+            torch.empty_like(unseen)  # its shape may be known
+            with pytest.raises(
+                RuntimeError, match=r"got a tensor of shape \(1000,\) .* 4,000 bytes"
+            ):
+                unseen + 1
+            with pytest.raises(RuntimeError, match="no one accounts for: make it while the GPU"):
+                torch.cat([torch.empty_like(unseen), unseen])
+            assert gpu.memory_allocated() == 0
+
+
+def test_threads_at_once_lose_nothing(gpu: VirtualGPU) -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+
+            def work(number: int) -> torch.Tensor:
+                for size in range(1, 40):
+                    cycle: list[Any] = [torch.empty(size * 1000, device=gpu.device)]
+                    cycle.append(cycle)  # for the garbage collector, which runs at any time
+                return torch.empty(1000 * (number + 1), device=gpu.device)
+
+            kept = list(pool.map(work, range(16)))
+    finally:
+        sys.setswitchinterval(before)
+    gc.collect()
+    rows = gpu.breakdown()
+    assert rows.total == gpu.memory_allocated()
+    assert rows["activations"] == sum(tensor.nbytes for tensor in kept)
+    assert sum(s["allocated_size"] for s in gpu.memory_snapshot()) == gpu.memory_allocated()
+
+
+def test_a_thread_leaves_its_cublas_handle_to_the_next(gpu: VirtualGPU) -> None:
+    x = torch.empty(64, 64, device=gpu.device)
+
+    def product() -> None:
+        x @ x
+
+    def run(threads: int) -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            together = threading.Barrier(threads)
+            for each in [pool.submit(lambda: (product(), together.wait())) for _ in range(threads)]:
+                each.result()
+
+    run(1)
+    assert gpu.breakdown()["workspaces"] == WORKSPACE
+    run(1)
+    assert gpu.breakdown()["workspaces"] == WORKSPACE
+    run(3)
+    assert gpu.breakdown()["workspaces"] == 3 * WORKSPACE
+    product()
+    assert gpu.breakdown()["workspaces"] == 3 * WORKSPACE
+
+
+def test_autocast_works_in_other_threads(gpu: VirtualGPU) -> None:
+    x = torch.empty(64, 64, device=gpu.device)
+
+    def product() -> torch.Tensor:
+        with torch.autocast(gpu.device.type):
+            return x @ x
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(product).result().dtype is torch.float16
+
+
+@pytest.mark.parametrize("name", ["tensor", "as_tensor", "asarray"])
+def test_a_tensor_made_of_numbers_counts(gpu: VirtualGPU, name: str) -> None:
+    make = getattr(torch, name)
+    tensor = make([0.0] * 1000, device=gpu.device)
+    assert gpu.breakdown()["batch"] == tensor.nbytes == 4000
+    with gpu.device:
+        other = tensor.new_tensor([0.0] * 100), make([0])
+    assert gpu.breakdown().total == 4096 + 2 * 512
+    del tensor, other
+    assert gpu.memory_allocated() == 0
 
 
 # The timeline

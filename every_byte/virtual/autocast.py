@@ -12,7 +12,7 @@ Source: ``aten/src/ATen/autocast_mode.h`` and ``autocast_mode.cpp``. Not replaye
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache, partial
 from typing import Any
 from unittest import mock
@@ -221,5 +221,10 @@ def cuda_autocast() -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, name, replaced))
         stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", clear_cache))
         stack.enter_context(mock.patch.object(torch.amp.GradScaler, "_maybe_opt_step", step))
-        stack.enter_context(torch._C._IncludeDispatchKeyGuard(_KEY))
         yield
+
+
+def autocast_key() -> AbstractContextManager[None]:
+    """Let this thread's operations on meta tensors come to autocast's kernels."""
+    guard: AbstractContextManager[None] = torch._C._IncludeDispatchKeyGuard(_KEY)
+    return guard

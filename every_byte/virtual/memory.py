@@ -3,8 +3,11 @@
 import os
 import re
 import sys
+import threading
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
 from typing import Any
 from unittest import mock
@@ -18,7 +21,7 @@ from every_byte.allocator import CachingAllocator
 from every_byte.tracker import in_backward, untracked
 from every_byte.units import KiB, binary
 from every_byte.virtual import kernels
-from every_byte.virtual.autocast import cuda_autocast
+from every_byte.virtual.autocast import autocast_key, cuda_autocast
 from every_byte.virtual.without_dynamo import without_dynamo
 
 # The default of every NVIDIA chip but Hopper and newer, fixed for all of them:
@@ -42,6 +45,20 @@ def cublas_workspace_size(config: str) -> int:
             f"such as {CUBLAS_WORKSPACE!r}"
         )
     return sum(int(size) * KiB * int(count) for size, count in pairs)
+
+
+class _Thread(threading.local):
+    """What PyTorch holds for each thread: its stream in use, and its cuBLAS handle."""
+
+    stream = 0
+    cublas_handle: "_CublasHandle | None" = None
+
+
+class _CublasHandle:
+    """A cuBLAS handle, which a thread takes for as long as it lives."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 class VirtualMemory(CachingAllocator):
@@ -69,9 +86,14 @@ class VirtualMemory(CachingAllocator):
         super().__init__(capacity, alloc_conf, context)
         self.name = name
         self.device = torch.device("meta")
-        self.stream = 0  # that tensors are made on
         self._streams = count(1)  # numbers for those that a program makes
-        self._workspaces: dict[bool, int] = {}  # of the autograd thread or not: handle
+        self._thread = _Thread()
+        self._lock = threading.Lock()  # held while the allocator works
+        self._to_free: deque[int] = deque()  # by finalizers: they run in any thread, at any time
+        self._idle_cublas_handles: list[int] = []
+        self._cublas_handles = count(1)
+        # of (cuBLAS handle, stream): the block; handle 0 is the autograd thread's
+        self._workspaces: dict[tuple[int, int], int] = {}
 
     def __str__(self) -> str:
         size = "" if self.capacity is None else f", {binary(self.capacity)}"
@@ -81,9 +103,35 @@ class VirtualMemory(CachingAllocator):
         """A number for a stream that a program makes."""
         return next(self._streams)
 
+    @property
+    def stream(self) -> int:
+        """The stream that this thread makes tensors on; 0 is the default stream."""
+        return self._thread.stream
+
+    @stream.setter
+    def stream(self, number: int) -> None:
+        self._thread.stream = number
+
     @override
     def malloc(self, nbytes: int, stream: int | None = None) -> int:
-        return super().malloc(nbytes, self.stream if stream is None else stream)
+        with self._lock:
+            handle = super().malloc(nbytes, self.stream if stream is None else stream)
+        self._free_waiting()
+        return handle
+
+    @override
+    def free(self, handle: int) -> None:
+        # Python may collect a tensor, and call this, in the middle of malloc: then it waits.
+        self._to_free.append(handle)
+        self._free_waiting()
+
+    def _free_waiting(self) -> None:
+        while self._to_free and self._lock.acquire(blocking=False):
+            try:
+                while self._to_free:
+                    super().free(self._to_free.popleft())
+            finally:
+                self._lock.release()
 
     def kernel(
         self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -96,17 +144,30 @@ class VirtualMemory(CachingAllocator):
         return kernel if any(t.is_meta for t in tensors) else None  # the host has its own
 
     def computed(self, operation: Any, result: Any) -> None:
-        """Take cuBLAS's workspace at the first matrix product of each thread."""
-        # On CUDA, backward runs in a thread of its own, and each thread's cuBLAS
-        # handle takes a workspace at its first product, after the result's block.
-        autograd_thread = in_backward()
-        if (
-            operation.overloadpacket in self._matrix_products
-            and autograd_thread not in self._workspaces
-        ):
-            if any(isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves(result)):
-                config = os.environ.get("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
-                self._workspaces[autograd_thread] = self.malloc(cublas_workspace_size(config))
+        """Take cuBLAS's workspace at the first matrix product of each handle and stream."""
+        if operation.overloadpacket not in self._matrix_products:
+            return
+        if not any(isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves(result)):
+            return
+        key = self._cublas_handle(), self.stream
+        if key not in self._workspaces:  # after the result's block
+            config = os.environ.get("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
+            self._workspaces[key] = self.malloc(cublas_workspace_size(config))
+
+    def _cublas_handle(self) -> int:
+        """This thread's: another's that has ended, or a new one.
+
+        As ``getCurrentCUDABlasHandle`` in ``aten/src/ATen/cuda/CublasHandlePool.cpp`` and
+        ``DeviceThreadHandlePool`` in ``aten/src/ATen/cuda/detail/DeviceThreadHandles.h``.
+        """
+        if in_backward():  # on CUDA in a thread of its own, which serves all
+            return 0
+        if self._thread.cublas_handle is None:
+            idle = self._idle_cublas_handles
+            taken = _CublasHandle(idle.pop() if idle else next(self._cublas_handles))
+            weakref.finalize(taken, idle.append, taken.number).atexit = False
+            self._thread.cublas_handle = taken
+        return self._thread.cublas_handle.number
 
     def clear_cublas_workspaces(self) -> None:
         """Free cuBLAS's workspaces; the next product of each thread takes its own again."""
@@ -127,9 +188,14 @@ class VirtualMemory(CachingAllocator):
                     stack.enter_context(answer)
             stack.enter_context(_swapping_parameters())
             stack.enter_context(cuda_autocast())
+            stack.enter_context(self.in_thread())
             stack.enter_context(without_dynamo())
             stack.enter_context(kernels.registered())
             yield
+
+    def in_thread(self) -> AbstractContextManager[object]:
+        """Let autocast's kernels be called."""
+        return autocast_key()
 
 
 @contextmanager
