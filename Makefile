@@ -35,10 +35,14 @@ notebooks: env ## make and execute the notebooks from their sources  [NB=one] [F
 	@$(if $(filter-out 07_% 08_%,$(NB)),,$(PY) -m helpers.models $(CHECKPOINTS) >/dev/null)
 	@$(PY) -m tools.notebooks $(NB) $(if $(FORCE),--force)
 
-lint: env ## check style and types
+lint: env ## check style and types, of Python, pages and workflows
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@.venv/bin/biome lint --error-on-warnings
+	@$(PY) -m djlint --lint --quiet --extension html book/_ext book/_templates
+	@$(PY) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@.venv/bin/zizmor --offline --quiet .github
 
 bench: env ## speed and accuracy beside a peer
 	@$(PY) -m benchmarks.training_step
@@ -48,5 +52,5 @@ lock: env ## bring requirements.lock up to date with requirements.txt and pyproj
 		--generate-hashes --custom-compile-command "make lock" --quiet -o requirements.lock
 
 clean: ## remove what was built; the environment, .venv, stays
-	rm -rf _build .hypothesis .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf _build build .hypothesis .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

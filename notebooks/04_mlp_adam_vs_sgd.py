@@ -7,17 +7,7 @@
 # - **Needs:** nothing. It runs on any machine, a GPU is optional, and nothing is downloaded.
 
 # %% tags=["hide-input", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the set-up", "code_prompt_hide": "Hide the set-up"}
-import importlib.util
-
-REPOSITORY = ""  # filled in with the book's address when the notebook is made
-if (
-    importlib.util.find_spec("helpers") is None
-):  # on Colab, or with the notebook alone
-    if not REPOSITORY:
-        raise ModuleNotFoundError(
-            "helpers: install them with `pip install .` in the book's folder"
-        )
-    # %pip install --quiet --no-deps git+{REPOSITORY} platformdirs sortedcontainers tabulate
+# set-up
 
 import gc
 

@@ -7,17 +7,7 @@
 # - **Needs:** nothing. It runs on any machine, a GPU is optional, and nothing is downloaded.
 
 # %% tags=["hide-input", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the set-up", "code_prompt_hide": "Hide the set-up"}
-import importlib.util
-
-REPOSITORY = ""  # filled in with the book's address when the notebook is made
-if (
-    importlib.util.find_spec("helpers") is None
-):  # on Colab, or with the notebook alone
-    if not REPOSITORY:
-        raise ModuleNotFoundError(
-            "helpers: install them with `pip install .` in the book's folder"
-        )
-    # %pip install --quiet --no-deps git+{REPOSITORY} platformdirs sortedcontainers tabulate bitsandbytes
+# set-up with bitsandbytes
 
 import gc
 import inspect
@@ -228,10 +218,10 @@ dispatch_model("a model", device_map={"": 0}, offload_index=None)
 show(run(["-c", CALL], mismatch).stderr.splitlines()[-1])
 
 # %% [markdown]
-# **Why.** An *unexpected keyword argument* inside of a library, in a call that you did not write, is nearly always two packages of different ages. `python -m helpers.environment` compares each package with what the book needs, and says which one is behind:
+# **Why.** An *unexpected keyword argument* inside of a library, in a call that you did not write, is nearly always two packages of different ages. `every-byte check` compares each package with what the book needs, and says which one is behind:
 
 # %%
-checked = run(["-m", "helpers.environment"], mismatch).stdout
+checked = run(["-m", "every_byte", "check"], mismatch).stdout
 show(next(x for x in checked.splitlines() if "accelerate:" in x))
 
 # %% [markdown]
@@ -898,7 +888,7 @@ print("optimizer state:", adam.state[model.weight]["exp_avg"].dtype)
 # %% [markdown]
 # ## What to remember
 #
-# - Read a chained traceback from the **top**: the last error is only where it surfaced. A strange keyword inside a library means versions of different age: `python -m helpers.environment`.
+# - Read a chained traceback from the **top**: the last error is only where it surfaced. A strange keyword inside a library means versions of different age: `every-byte check`.
 # - In an out-of-memory message, look at *allocated* first. Only if *reserved but unallocated* is large are the settings of the allocator of any use.
 # - Memory is held by **references**, of tracebacks, closures and prompts too. A snapshot names the line.
 

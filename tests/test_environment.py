@@ -1,4 +1,4 @@
-"""python -m helpers.environment, on machines that lack what it checks."""
+"""every-byte check, on machines that lack what it checks."""
 
 import json
 import subprocess
@@ -12,12 +12,13 @@ import psutil
 import pytest
 import torch
 
+from every_byte import cli, environment
+from every_byte.environment import Check, checks
 from every_byte.units import GiB, MiB
-from helpers import environment
-from helpers.environment import Check, checks
+from helpers.environment import require
 
 ROOT = Path(__file__).parent.parent
-RUN = "import sys; from helpers.environment import main; sys.exit(main(sys.argv[1:]))"
+RUN = "import sys; from every_byte.cli import main; sys.exit(main(['check', *sys.argv[1:]]))"
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +48,7 @@ def run(before: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_machine_without_cuda_is_well(capsys: pytest.CaptureFixture[str]) -> None:
-    assert environment.main([]) == 0
+    assert cli.main(["check"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "All is well."
     assert all(line.startswith("[OK]   ") for line in lines[:-1])
@@ -56,8 +57,9 @@ def test_a_machine_without_cuda_is_well(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_every_requirement_has_its_line() -> None:
-    text = (ROOT / "requirements.txt").read_text("utf-8")
-    wanted = [line for line in text.splitlines() if line and not line.startswith("#")]
+    texts = [path.read_text("utf-8") for path in (ROOT / "requirements").glob("*.txt")]
+    lines = [line for text in texts for line in text.splitlines()]
+    wanted = [line for line in lines if line and not line.startswith("#")]
     names = found()
     assert len(wanted) > 15
     for line in wanted:
@@ -68,7 +70,7 @@ def test_every_requirement_has_its_line() -> None:
 
 
 def test_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert environment.main(["--json"]) == 0
+    assert cli.main(["check", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is True
     assert report["checks"][0]["name"] == "Python"
@@ -92,15 +94,15 @@ def test_a_wrong_version(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     version(monkeypatch, "transformers", "4.41.0")
-    assert environment.main([]) == 1
+    assert cli.main(["check"]) == 1
     out = capsys.readouterr().out
     assert (
         '[FAIL] transformers: 4.41.0 (>=5.4); python -m pip install --upgrade "transformers>=5.4"\n'
     ) in out
     assert "\n1 of " in out and "Traceback" not in out
     with pytest.raises(ImportError, match=r"^transformers: 4.41.0 \(>=5.4\); python -m pip instal"):
-        environment.require("transformers")
-    environment.require("torch")
+        require("transformers")
+    require("torch")
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,7 @@ def test_a_package_with_damaged_metadata(monkeypatch: pytest.MonkeyPatch, says: 
 
 def test_nothing_is_installed(tmp_path: Path) -> None:
     """Python without site-packages: each line says what is missing."""
-    command = [sys.executable, "-S", "-m", "helpers.environment"]
+    command = [sys.executable, "-S", "-m", "every_byte", "check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stderr) == (1, "")
     assert done.stdout.startswith("[OK]   Python: 3.")
@@ -162,7 +164,12 @@ def test_without_packaging_versions_are_told_and_not_compared() -> None:
 
 def test_help_and_start_are_quick() -> None:
     """Nothing heavy is imported before it is asked for."""
-    code = "import sys, helpers.environment; print('torch' in sys.modules, len(sys.modules) < 200)"
+    code = """
+import sys
+from every_byte import cli
+cli.parser(["check"])
+print("torch" in sys.modules, len(sys.modules) < 200)
+"""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )

@@ -217,4 +217,4 @@ def test_the_set_up_cell_takes_the_repositorys_address(folder: Path) -> None:
     for source in SOURCES:
         first = next(c for c in made(source, "https://e.org/x").cells if c.cell_type == "code")
         assert 'REPOSITORY = "https://e.org/x"' in first.source
-        assert "git+{REPOSITORY}" in first.source
+        assert '"git", "clone"' in first.source

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from every_byte.environment import formats
 from every_byte.formats import (
     BF16,
     E2M1,
@@ -23,7 +24,6 @@ from every_byte.formats import (
     nf4_levels,
     number_format,
 )
-from helpers import environment
 
 IN_TORCH = [known for known in FORMATS if known.dtype]
 NAMES = [known.name for known in IN_TORCH]
@@ -260,4 +260,4 @@ def test_formats_of_a_gpu(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: modern)
     monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: modern)
-    assert environment.formats().endswith(f"GPU: in hardware: {expected}")
+    assert formats().endswith(f"GPU: in hardware: {expected}")

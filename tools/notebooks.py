@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from importlib import metadata
@@ -26,6 +27,7 @@ from tools.repository import ROOT, address
 
 STAMP = "every_byte"  # our key in a notebook's metadata
 PLACEHOLDER = 'REPOSITORY = ""'  # in the set-up cell; filled in with the book's address
+SETUP = re.compile(r"^# set-up(?: with (.*))?$", re.MULTILINE)  # becomes tools/setup_cell.py
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "bitsandbytes", "matplotlib")
 
 
@@ -76,7 +78,7 @@ def stamp(source: Path, repository: str | None) -> dict[str, Any]:
 
 def made(source: Path, repository: str | None) -> NotebookNode:
     """The notebook that a percent source stands for, not executed."""
-    text = source.read_text("utf-8")
+    text = SETUP.sub(_setup_cell, source.read_text("utf-8"))
     if repository:
         text = text.replace(PLACEHOLDER, f'REPOSITORY = "{repository}"')
     notebook = jupytext.reads(text, fmt="py:percent")
@@ -89,6 +91,13 @@ def made(source: Path, repository: str | None) -> NotebookNode:
         language_info={"name": "python", "pygments_lexer": "ipython3"},
     )
     return notebook
+
+
+def _setup_cell(marker: re.Match[str]) -> str:
+    """The beginning of the set-up cell, with the packages that its marker asks for."""
+    cell = Path(__file__).with_name("setup_cell.py").read_text("utf-8").split('"""\n\n', 1)[1]
+    more = "".join(f', "{name}"' for name in (marker[1] or "").split())
+    return cell.replace('"tabulate"]', f'"tabulate"{more}]').rstrip("\n")
 
 
 def problems(source: Path, notebook: NotebookNode) -> list[str]:

@@ -1,4 +1,4 @@
-"""The address of the book's repository, from one place: for buttons and for Colab.
+"""The address of the book's repository, from one place: for buttons, Colab and metadata.
 
 The first that is set of: the environment's ``REPOSITORY`` (``make book
 REPOSITORY=https://...``), ``repository.url`` in ``_config.yml``, the clone's
@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -43,9 +44,27 @@ def address(root: Path = ROOT) -> str | None:
                 "such as https://github.com/someone/every-byte"
             )
         return found
-    config = yaml.safe_load((root / "_config.yml").read_text("utf-8"))
-    configured = (config.get("repository") or {}).get("url") or ""
+    configured = (_config(root).get("repository") or {}).get("url") or ""
     return web_address(configured) or web_address(_origin(root))
+
+
+def links(root: Path = ROOT) -> dict[str, str]:
+    """The addresses that the distribution's metadata names: those that there are.
+
+    Raises:
+        ValueError: ``REPOSITORY`` is set, and is no web address.
+    """
+    repository = address(root)
+    found = {
+        "Documentation": (_config(root).get("html") or {}).get("baseurl"),
+        "Repository": repository,
+        "Issues": repository and f"{repository}/issues",
+    }
+    return {name: link for name, link in found.items() if link}
+
+
+def _config(root: Path) -> dict[str, Any]:
+    return yaml.safe_load((root / "_config.yml").read_text("utf-8")) or {}
 
 
 def _origin(root: Path) -> str:

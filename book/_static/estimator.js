@@ -280,7 +280,7 @@
       say(now.refused[0].message);
       return;
     }
-    if (!typing) before = shown && shown.held;
+    if (!typing) before = shown?.held;
     shown = now;
     const all = F.total(now.held);
     for (const name of SIZES.slice(1, -1)) { // what follows from the others

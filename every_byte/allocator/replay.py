@@ -8,7 +8,7 @@ after every event.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from every_byte.allocator import CachingAllocator
@@ -27,12 +27,17 @@ class Replay:
         allocated: bytes of the blocks handed out at the end, replayed less recorded;
             None where the recorded segments were not given.
         reserved: the same of the segments, by the events of the trace.
+        peak_allocated: the most bytes handed out at once, as replayed: a trace has
+            none to compare them with.
+        peak_reserved: the same of the segments.
     """
 
     events: int
     mismatch: str | None
     allocated: int | None
     reserved: int
+    peak_allocated: int = field(default=0, compare=False)
+    peak_reserved: int = field(default=0, compare=False)
 
 
 class _Replayed(CachingAllocator):
@@ -142,7 +147,14 @@ def replay_trace(
         if _layout(card.memory_snapshot()) != _layout(segments):
             where = "the end"
             differs("the blocks do not lie as they were recorded")
-    return Replay(number + 1, first, allocated, card.memory_reserved() - reserved)
+    return Replay(
+        number + 1,
+        first,
+        allocated,
+        card.memory_reserved() - reserved,
+        card.max_memory_allocated(),
+        card.max_memory_reserved(),
+    )
 
 
 def _listed(events: Iterable[tuple[str, int, int]]) -> str:

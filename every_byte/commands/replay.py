@@ -1,0 +1,167 @@
+"""``every-byte replay``: a recorded snapshot, again on the model of the allocator."""
+
+import argparse
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any, NoReturn
+
+from every_byte.allocator import replay_trace
+from every_byte.commands import DONE, NO, Refused, Subparsers, print_json, subcommand
+from every_byte.units import GB, grouped
+
+EXPECTED = "expected what torch.cuda.memory._dump_snapshot wrote, or the same as JSON"
+
+
+def add(subparsers: Subparsers) -> None:
+    """Add the subcommand."""
+    parser = subcommand(
+        subparsers,
+        "replay",
+        run,
+        "replay a recorded memory snapshot, and compare it event by event",
+        "The snapshot is what torch.cuda.memory._dump_snapshot wrote, recorded from an empty "
+        "card on, or the same as JSON. Nothing in it is executed. Exits with 1 where the "
+        "replay differs.",
+    )
+    parser.add_argument("trace", type=Path, help="the file, such as snapshot.pickle")
+    parser.add_argument("--device", type=int, help="number of the GPU; the only one with events")
+    parser.add_argument(
+        "--alloc-conf", help="PYTORCH_ALLOC_CONF of the recording; the one that the file names"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Replay the trace of one device, and print how the replay compares."""
+    snapshot = read(options.trace)
+    try:
+        traces, told, settings = _checked(snapshot)
+        device = _device(traces, options.device)
+        alloc_conf = settings if options.alloc_conf is None else options.alloc_conf
+        segments = [segment for segment in told if segment["device"] == device]
+        replay = replay_trace(traces[device], segments, alloc_conf)
+    except ValueError as error:
+        raise Refused(f"{options.trace}: {error}") from None
+    found = {
+        "device": device,
+        "alloc_conf": alloc_conf,
+        "events": replay.events,
+        "mismatch": replay.mismatch,
+        "peak_allocated": replay.peak_allocated,
+        "peak_reserved": replay.peak_reserved,
+        "allocated_difference": replay.allocated,
+        "reserved_difference": replay.reserved,
+    }
+    agrees = replay.mismatch is None and not replay.allocated and not replay.reserved
+    if options.json:
+        print_json({"agrees": agrees, **found})
+        return DONE if agrees else NO
+    print(f"device {device}, {replay.events:,} events, allocator settings: {alloc_conf or 'none'}")
+    print(f"peak allocated {_bytes(replay.peak_allocated)}, replayed")
+    print(f"peak reserved  {_bytes(replay.peak_reserved)}, replayed")
+    if agrees:
+        print("The replay agrees with every event, and with how memory lay at the end.")
+    else:
+        print(f"The replay differs: {replay.mismatch}")
+        for what, more in (("allocated", replay.allocated), ("reserved", replay.reserved)):
+            print(f"{what} at the end, replayed less recorded: {more or 0:,} B")
+    return DONE if agrees else NO
+
+
+def _bytes(nbytes: int) -> str:
+    return f"{nbytes / GB:.3f} GB ({grouped(nbytes)} B)"
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Lists, tuples, dicts, strings, numbers: what names a class or a function is refused.
+
+    Without a callable no pickle can do more than build such values: every opcode that
+    finds one asks `find_class` (``Lib/pickle.py``, "Restricting Globals").
+    """
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and is not read further")
+
+
+def read(path: Path) -> Any:
+    """The snapshot in a file: JSON, or a pickle of nothing but plain values.
+
+    Raises:
+        Refused: there is no such file, or it holds something else.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise Refused(f"{path}: {error.strerror}") from None
+    try:
+        if content.lstrip()[:1] in (b"{", b"["):
+            return json.loads(content)
+        return _PlainUnpickler(io.BytesIO(content)).load()
+    except Exception as error:  # what a damaged pickle raises is as manifold as its damages
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise Refused(f"{path} cannot be read ({said}): {EXPECTED}") from None
+
+
+def _checked(snapshot: Any) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]], str]:
+    """The traces of the devices, the segments and the settings, each of the type it should be.
+
+    Raises:
+        ValueError: something is missing or of another type.
+    """
+    if not isinstance(snapshot, dict) or not {"device_traces", "segments"} <= snapshot.keys():
+        raise ValueError(f"it has no device_traces and segments: {EXPECTED}")
+    traces, segments = snapshot["device_traces"], snapshot["segments"]
+    for trace in _lists("device_traces", traces):
+        for number, event in enumerate(_dicts("a device's trace", trace)):
+            _typed(f"event {number}", event, action=str, size=int, addr=int, stream=int)
+    for segment in _dicts("segments", segments):
+        _typed("a segment", segment, device=int)
+        for block in _dicts("a segment's blocks", segment.get("blocks")):
+            for name in ("address", "size", "state"):
+                if name not in block:
+                    raise ValueError(f"a block has no {name}: {EXPECTED}")
+            _typed("a block", block, address=int, size=int, state=str)
+        segment.setdefault("device", 0)
+    settings = snapshot.get("allocator_settings", {})
+    if not isinstance(settings, dict):
+        raise ValueError(f"allocator_settings is {type(settings).__name__}: {EXPECTED}")
+    text = settings.get("PYTORCH_ALLOC_CONF") or settings.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    if not text and settings.get("expandable_segments") is True:  # set by a call, not a variable
+        text = "expandable_segments:True"
+    return traces, segments, str(text)
+
+
+def _lists(what: str, found: Any) -> list[Any]:
+    if not isinstance(found, list):
+        raise ValueError(f"{what}: a list was expected, not {type(found).__name__}; {EXPECTED}")
+    return found
+
+
+def _dicts(what: str, found: Any) -> list[dict[str, Any]]:
+    for entry in _lists(what, found):
+        if not isinstance(entry, dict):
+            raise ValueError(f"{what}: a dict was expected, not {entry!r:.40}; {EXPECTED}")
+    return found
+
+
+def _typed(what: str, entry: dict[str, Any], **types: type) -> None:
+    for name, kind in types.items():
+        if name in entry and (type(entry[name]) is not kind or (kind is int and entry[name] < 0)):
+            raise ValueError(f"{what} has {name} {entry[name]!r:.40}: {EXPECTED}")
+
+
+def _device(traces: list[list[Any]], chosen: int | None) -> int:
+    with_events = [number for number, trace in enumerate(traces) if trace]
+    if chosen is not None:
+        if chosen not in range(len(traces)):
+            raise ValueError(f"device is {chosen}: the file has {len(traces)} devices, from 0 on")
+        return chosen
+    if len(with_events) > 1:
+        several = ", ".join(map(str, with_events))
+        raise ValueError(f"devices {several} have events: choose one by --device")
+    if not with_events:
+        raise ValueError(
+            "no device has events: record with torch.cuda.memory._record_memory_history()"
+        )
+    return with_events[0]
