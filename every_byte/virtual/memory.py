@@ -4,12 +4,14 @@ import os
 import re
 import sys
 import threading
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import wraps
 from itertools import count
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -136,7 +138,13 @@ class VirtualMemory(CachingAllocator):
     def kernel(
         self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[..., Any] | None:
-        """What allocates in an operation's place as CUDA's kernel does."""
+        """What allocates in an operation's place as CUDA's kernel does.
+
+        Raises:
+            NotImplementedError: a parameter is copied that bitsandbytes quantises.
+        """
+        if operation is torch.ops.aten._to_copy.default:
+            _check_quantised(args[0])
         kernel = kernels.KERNELS.get(operation)
         if kernel is None:
             return None
@@ -189,6 +197,7 @@ class VirtualMemory(CachingAllocator):
             stack.enter_context(_swapping_parameters())
             stack.enter_context(cuda_autocast())
             stack.enter_context(self.in_thread())
+            stack.enter_context(_uncompiled())
             stack.enter_context(without_dynamo())
             stack.enter_context(kernels.registered())
             yield
@@ -196,6 +205,15 @@ class VirtualMemory(CachingAllocator):
     def in_thread(self) -> AbstractContextManager[object]:
         """Let autocast's kernels be called."""
         return autocast_key()
+
+
+def _check_quantised(parameter: object) -> None:
+    kind = type(parameter)
+    if kind.__module__.startswith("bitsandbytes.") and not cast(torch.Tensor, parameter).is_meta:
+        raise NotImplementedError(
+            f"a {kind.__name__} comes from the host, which bitsandbytes quantises on its way to a "
+            "CUDA device: that is not replayed; every_byte.estimate tells what such weights take"
+        )
 
 
 @contextmanager
@@ -214,6 +232,8 @@ def _swapping_parameters() -> Iterator[None]:
         comes = any(p is not None and not p.is_meta for p in module._parameters.values())
         with untracked():
             comes = comes and fn(torch.empty(0)).is_meta
+        for parameter in module._parameters.values() if comes else ():
+            _check_quantised(parameter)
         future.set_swap_module_params_on_conversion(swaps or comes)
         try:
             return apply(module, fn, recurse)
@@ -221,4 +241,24 @@ def _swapping_parameters() -> Iterator[None]:
             future.set_swap_module_params_on_conversion(before)
 
     with mock.patch.object(torch.nn.Module, "_apply", applied):
+        yield
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Let ``torch.compile`` give back what it is given, and say so.
+
+    Inductor's kernels are made for a device with values; what they borrow is not replayed.
+    """
+
+    def compile(model: Any = None, **options: Any) -> Any:
+        if model is None:
+            return lambda decorated: compile(decorated, **options)
+        warnings.warn(
+            "torch.compile does nothing on a virtual GPU: the figures are those of eager mode",
+            stacklevel=2,
+        )
+        return model
+
+    with mock.patch.object(torch, "compile", wraps(torch.compile)(compile)):
         yield
