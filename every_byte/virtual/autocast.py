@@ -201,9 +201,7 @@ def cuda_autocast() -> Iterator[None]:
         # "cuda" only where asked for by name or by default: there is none beside this GPU.
         names = ("meta",) if torch.cuda.is_available() else ("meta", "cuda")
         default = ("cuda",)  # of is_autocast_enabled
-        return lambda *args: known(
-            *(_STAND_IN if arg in names else arg for arg in args or default)
-        )
+        return lambda *args: known(*(_STAND_IN if arg in names else arg for arg in args or default))
 
     def made_for_this_gpu(init: Callable[..., None], what: str, name: str) -> Callable[..., None]:
         @wraps(init)
