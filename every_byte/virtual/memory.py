@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 import threading
 import weakref
 from collections import deque
@@ -10,17 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
 from typing import Any
-from unittest import mock
 
 import torch
-from torch.utils import _foreach_utils
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from every_byte.allocator import CachingAllocator
-from every_byte.tracker import in_backward, untracked
+from every_byte.tracker import in_backward
 from every_byte.units import KiB, binary
-from every_byte.virtual import kernels
+from every_byte.virtual import kernels, patches
 from every_byte.virtual.autocast import autocast_key, cuda_autocast
 from every_byte.virtual.without_dynamo import without_dynamo
 
@@ -136,7 +133,13 @@ class VirtualMemory(CachingAllocator):
     def kernel(
         self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[..., Any] | None:
-        """What allocates in an operation's place as CUDA's kernel does."""
+        """What allocates in an operation's place as CUDA's kernel does.
+
+        Raises:
+            NotImplementedError: a parameter is copied that bitsandbytes quantises.
+        """
+        if operation is torch.ops.aten._to_copy.default:
+            patches.refuse_quantised(args[0])
         kernel = kernels.KERNELS.get(operation)
         if kernel is None:
             return None
@@ -176,17 +179,16 @@ class VirtualMemory(CachingAllocator):
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Let PyTorch treat the ``meta`` device as it treats CUDA."""
+        """Let PyTorch treat the ``meta`` device as it treats CUDA.
+
+        Raises:
+            RuntimeError: PyTorch lacks a name that this needs.
+        """
+        patches.check()
         with ExitStack() as stack:
-            # PyTorch's optimizers choose their algorithm by the kind of device: let
-            # them choose for this one as they do for CUDA.
-            for kind in ("foreach", "fused"):
-                name = f"_get_{kind}_kernels_supported_devices"
-                devices = [*getattr(_foreach_utils, name)(), "meta"]
-                for module in (_foreach_utils, sys.modules[torch.optim.Optimizer.__module__]):
-                    answer = mock.patch.object(module, name, devices.copy)
-                    stack.enter_context(answer)
-            stack.enter_context(_swapping_parameters())
+            stack.enter_context(patches.optimizers_as_on_cuda())
+            stack.enter_context(patches.modules_move_as_on_cuda())
+            stack.enter_context(patches.nothing_is_compiled())
             stack.enter_context(cuda_autocast())
             stack.enter_context(self.in_thread())
             stack.enter_context(without_dynamo())
@@ -196,29 +198,3 @@ class VirtualMemory(CachingAllocator):
     def in_thread(self) -> AbstractContextManager[object]:
         """Let autocast's kernels be called."""
         return autocast_key()
-
-
-@contextmanager
-def _swapping_parameters() -> Iterator[None]:
-    """Let ``.to()`` keep a module's Parameters, and what is tied, as it does on CUDA.
-
-    Within a device PyTorch does so by ``param.data = ``; on the way from the host to
-    ``meta`` only if told to swap them.
-    """
-    future = torch.__future__
-    apply = torch.nn.Module._apply
-    swaps = future.get_swap_module_params_on_conversion()
-
-    def applied(module: Any, fn: Any, recurse: bool = True) -> Any:
-        before = future.get_swap_module_params_on_conversion()
-        comes = any(p is not None and not p.is_meta for p in module._parameters.values())
-        with untracked():
-            comes = comes and fn(torch.empty(0)).is_meta
-        future.set_swap_module_params_on_conversion(swaps or comes)
-        try:
-            return apply(module, fn, recurse)
-        finally:
-            future.set_swap_module_params_on_conversion(before)
-
-    with mock.patch.object(torch.nn.Module, "_apply", applied):
-        yield
