@@ -318,7 +318,9 @@ KINDS = st.sampled_from(["fp32", "fp16", "bf16"])
 
 
 @settings(deadline=None, derandomize=True)
-@given(SIZES, KINDS, st.sampled_from(estimate.OPTIMIZERS), st.integers(0, 4), st.integers(0, 64))
+@given(
+    SIZES, KINDS, st.sampled_from(list(estimate.OPTIMIZERS)), st.integers(0, 4), st.integers(0, 64)
+)
 def test_parts_add_up(
     sizes: Dimensions, dtype: str, optimizer: str, batch: int, length: int
 ) -> None:
@@ -441,7 +443,7 @@ STAGES = st.sampled_from(list(estimate.SHARDING))
 
 
 @settings(deadline=None, derandomize=True)
-@given(SIZES, KINDS, st.sampled_from(estimate.OPTIMIZERS), STAGES, MANY)
+@given(SIZES, KINDS, st.sampled_from(list(estimate.OPTIMIZERS)), STAGES, MANY)
 def test_shards_hold_the_whole_and_little_more(
     sizes: Dimensions, dtype: str, optimizer: str, stage: str, gpus: int
 ) -> None:
@@ -456,7 +458,7 @@ def test_shards_hold_the_whole_and_little_more(
 
 
 @settings(deadline=None, derandomize=True)
-@given(SIZES, KINDS, st.sampled_from(estimate.OPTIMIZERS), STAGES, MANY, st.booleans())
+@given(SIZES, KINDS, st.sampled_from(list(estimate.OPTIMIZERS)), STAGES, MANY, st.booleans())
 def test_more_gpus_never_hold_more_each(
     sizes: Dimensions, dtype: str, optimizer: str, stage: str, gpus: int, loaded: bool
 ) -> None:
@@ -574,6 +576,60 @@ def test_the_context_is_a_published_range() -> None:
     assert estimate.memory(SMALL["gpt2"], Setup()).context == max(estimate.CONTEXT)
 
 
+# The front door, and models that are no name
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    SIZES,
+    KINDS,
+    st.sampled_from(list(estimate.OPTIMIZERS)),
+    st.integers(0, 3),
+    st.integers(0, 64),
+    st.sampled_from(estimate.ATTENTION),
+    st.booleans(),
+)
+def test_the_short_forms_agree_with_the_front_door(
+    sizes: Dimensions,
+    dtype: str,
+    optimizer: str,
+    batch: int,
+    length: int,
+    attention: str,
+    checkpointing: bool,
+) -> None:
+    work = {"dtype": dtype, "batch": batch, "length": length}
+    setup = Setup(optimizer=optimizer, attention=attention, checkpointing=checkpointing, **work)
+    short = estimate.training(sizes, optimizer, dtype, batch, length, attention, int(checkpointing))
+    whole = estimate.memory(sizes, setup)
+    assert short == dataclasses.replace(whole, rounding=0, context=0)
+    generating = estimate.memory(sizes, Setup(task="inference", **work))
+    short = estimate.inference(sizes, dtype, batch, length)
+    assert short == dataclasses.replace(generating, rounding=0, context=0)
+
+
+@pytest.mark.parametrize("name", known_models())
+def test_a_configuration_is_as_good_as_a_name(name: str) -> None:
+    sizes = estimate.dimensions(name)
+    given = dataclasses.asdict(sizes)
+    kind = given.pop("model_type")
+    if not sizes.num_local_experts:
+        del given["num_local_experts"], given["num_experts_per_tok"]
+    if kind == "gpt2":
+        del given["num_key_value_heads"], given["head_dim"]
+        given["n_inner"] = given.pop("intermediate_size")
+    config = AutoConfig.for_model(kind, **given)
+    assert estimate.dimensions(config) == sizes
+    assert estimate.dimensions(config.to_dict()) == sizes
+
+
+def test_a_configuration_that_lacks_a_size() -> None:
+    with pytest.raises(ValueError, match="vocab_size is None: expected the model's, as its"):
+        estimate.dimensions({"model_type": "llama"})
+    with pytest.raises(ValueError, match="model_type is 'bert': expected one of gpt2"):
+        estimate.dimensions(AutoConfig.for_model("bert"))
+
+
 # Impossible input
 
 
@@ -626,6 +682,24 @@ def test_impossible_sizes_are_refused(change: dict[str, object], message: str) -
         (lambda s: Setup(states="int8"), "dtype is 'int8': expected one that is computed in"),
         (lambda s: Setup(rank=-1), "rank is -1: expected a whole number from 0 up"),
         (lambda s: Setup(load="disk"), "load is 'disk': expected one of to, device_map"),
+        (lambda s: estimate.activations(s, 1, 1, rank=-1), "rank is -1: expected a whole number"),
+        (lambda s: estimate.layer_activations(s, 1, 1, rank=math.nan), "rank is nan: expected"),
+        (
+            lambda s: estimate.layer_activations(s, 1, 1, autocast=-1),
+            "autocast is -1: expected True or False",
+        ),
+        (lambda s: estimate.activations(s, 1, 1, dropout=""), "dropout is '': expected True or"),
+        (lambda s: estimate.block(-1), "nbytes is -1: expected a whole number from 0 up"),
+        (lambda s: estimate.block(1.5), "nbytes is 1.5: expected a whole number from 0 up"),
+        (lambda s: estimate.block(math.nan), "nbytes is nan: expected a whole number"),
+        (lambda s: estimate.shard(-1, 2), "nbytes is -1: expected a whole number from 0 up"),
+        (lambda s: estimate.shard(1.5, 2), "nbytes is 1.5: expected a whole number from 0 up"),
+        (lambda s: Setup(gradients=""), "dtype is '': expected one of fp64"),
+        (lambda s: Setup(gradients=[]), r"dtype is \[\]: expected one of fp64"),
+        (lambda s: Setup(cache_dtype=""), "dtype is '': expected one of fp64"),
+        (lambda s: Setup(master_weights="no"), "master_weights is 'no': expected True or False"),
+        (lambda s: Setup(checkpointing=2), "checkpointing is 2: expected True or False"),
+        (lambda s: Setup(optimizer=[]), r"optimizer is \[\]: expected one of sgd"),
         (lambda s: estimate.dimensions("gpt5"), "model is 'gpt5': expected one of gpt2, gpt2-m"),
     ],
 )

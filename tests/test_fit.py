@@ -64,6 +64,12 @@ def test_cards_of_just_the_right_size(gpus: int) -> None:
     assert fit.gpus_needed(sizes, setup, held - 1) == (gpus + 1 if gpus < fit.MOST_GPUS else None)
 
 
+@pytest.mark.parametrize("capacity", [float("nan"), -1, float("inf"), 1.5])
+def test_a_card_that_there_is_not(capacity: int) -> None:
+    with pytest.raises(ValueError, match=f"capacity is {capacity}: expected a whole number from 0"):
+        fit.gpus_needed(dimensions("gpt2"), Setup(), capacity)
+
+
 @settings(deadline=None, derandomize=True, max_examples=50)
 @given(MODELS, SETUPS)
 def test_levers_save_what_they_say_in_order(model: str, setup: Setup) -> None:

@@ -1,1 +1,81 @@
-from every_byte.estimate.setup import *  # noqa: F403
+"""Closed formulas for what a decoder-only transformer takes: no torch, no model, no GPU.
+
+The front door is `memory`: what one GPU holds, for `Dimensions` of a model and a
+`Setup` of what is done with it. `training` and `inference` are short forms of it.
+
+All results are bytes unless a name says otherwise, before the allocator's
+rounding, which `memory` counts apart. Names of dimensions are those of
+transformers' configurations.
+"""
+
+from every_byte.data import known_models
+from every_byte.estimate.architecture import (
+    TRAITS,
+    Dimensions,
+    ParameterShape,
+    active_parameters,
+    dimensions,
+    parameters,
+    shapes,
+)
+from every_byte.estimate.forward import (
+    ATTENTION,
+    activations,
+    kv_cache,
+    layer_activations,
+    logits,
+)
+from every_byte.estimate.optimizers import OPTIMIZERS, Optimizer, optimizer_states
+from every_byte.estimate.setup import (
+    CHOICES,
+    CONTEXT,
+    SHARDING,
+    Memory,
+    Setup,
+    block,
+    inference,
+    memory,
+    shard,
+    training,
+)
+from every_byte.estimate.weights import (
+    BYTES,
+    QUANTISED,
+    bytes_per_parameter,
+    lora_parameters,
+    parameter_bytes,
+)
+
+__all__ = [
+    "ATTENTION",
+    "BYTES",
+    "CHOICES",
+    "CONTEXT",
+    "OPTIMIZERS",
+    "QUANTISED",
+    "SHARDING",
+    "TRAITS",
+    "Dimensions",
+    "Memory",
+    "Optimizer",
+    "ParameterShape",
+    "Setup",
+    "activations",
+    "active_parameters",
+    "block",
+    "bytes_per_parameter",
+    "dimensions",
+    "inference",
+    "known_models",
+    "kv_cache",
+    "layer_activations",
+    "logits",
+    "lora_parameters",
+    "memory",
+    "optimizer_states",
+    "parameter_bytes",
+    "parameters",
+    "shapes",
+    "shard",
+    "training",
+]

@@ -6,7 +6,9 @@ All by the formulas of `every_byte.estimate`, in bytes.
 from dataclasses import dataclass, replace
 from typing import Any
 
-from every_byte.estimate import Dimensions, Setup, memory
+from every_byte.estimate.architecture import Dimensions
+from every_byte.estimate.checks import check_whole
+from every_byte.estimate.setup import Setup, memory
 
 MOST_GPUS = 1024  # the largest number in the ZeRO paper's table 1
 
@@ -16,7 +18,11 @@ def gpus_needed(sizes: Dimensions, setup: Setup, capacity: int) -> int | None:
 
     None if more than `MOST_GPUS` do not: each of them holds its own activations,
     logits, KV cache and CUDA context whole.
+
+    Raises:
+        ValueError: `capacity` is no whole number, or negative.
     """
+    check_whole("capacity", capacity)
 
     def fits(gpus: int) -> bool:
         sharded = replace(setup, gpus=gpus, sharding="ZeRO 3")
