@@ -185,6 +185,18 @@ def _layer(sizes: Dimensions) -> Iterator[ParameterShape]:
         yield from linear("mlp", i, h, biases)
 
 
+def is_matrix(sizes: Dimensions, part: str, shape: tuple[int, ...]) -> bool:
+    """Whether a parameter is a linear layer's matrix: what is quantised, and LoRA adapts.
+
+    Experts are none: transformers 5 holds those of a layer in one parameter of three
+    dimensions (``models/mixtral/modeling_mixtral.py``, MixtralExperts), which
+    bitsandbytes (``replace_with_bnb_linear`` looks for nn.Linear) and PEFT leave.
+    """
+    return len(shape) == 2 and (
+        part == "attention" or (part == "mlp" and not sizes.num_local_experts)
+    )
+
+
 @lru_cache
 def tensor_counts(sizes: Dimensions) -> Counter[ParameterShape]:
     """How many parameter tensors of each part and shape there are."""

@@ -7,6 +7,24 @@ from every_byte.estimate.checks import check_batch, check_choice, check_flag, ch
 from every_byte.estimate.weights import bytes_per_parameter, computed_width
 
 ATTENTION = ("eager", "flash", "efficient")
+"""Kinds of attention: as a matrix of all scores, or by one of two fused kernels."""
+
+
+def attention_kernel(sizes: Dimensions, dtype: str, attention: str) -> str:
+    """What transformers' ``sdpa`` comes to; other kinds are themselves.
+
+    In FP16 and BF16 flash attention (or cuDNN's, which keeps as much). In FP32
+    memory-efficient attention, but with grouped heads PyTorch's plain ``math``: no
+    fused kernel takes ``enable_gqa`` in FP32 (torch 2.11,
+    ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``; transformers 5.17,
+    ``integrations/sdpa_attention.py``).
+    """
+    if attention != "sdpa":
+        return attention
+    if computed_width(dtype) == 2:
+        return "flash"
+    grouped = sizes.num_key_value_heads < sizes.num_attention_heads
+    return "math" if grouped or dtype == "fp64" else "efficient"
 
 
 def layer_activations(
@@ -18,6 +36,8 @@ def layer_activations(
     rank: int = 0,
     autocast: bool = False,
     dropout: bool = False,
+    adapters: str | None = None,
+    lora_dropout: bool = False,
 ) -> int:
     """Bytes that autograd keeps of one decoder layer from forward to backward.
 
@@ -32,23 +52,29 @@ def layer_activations(
         batch: texts.
         length: tokens of each.
         dtype: what the model computes in.
-        attention: one of `ATTENTION`.
+        attention: one of `ATTENTION`, or ``sdpa`` (see `attention_kernel`).
         rank: of LoRA, if not 0: each matrix keeps what its first factor gives, and
             frozen norms keep less.
         autocast: of FP32 weights to `dtype`: norms and what runs between the layers
             stay in FP32, and each matrix keeps its own copy of what it reads.
         dropout: GPT-2's, of its scores, residuals and embedding: a byte each, and
             the scores once more.
+        adapters: dtype of LoRA's factors, `dtype` if None. In another one each of
+            them keeps its own copy of what it reads, as PEFT's do
+            (``peft/tuners/lora/layer.py``, ``_cast_input_dtype``).
+        lora_dropout: of what LoRA's factors read: a copy and a byte for each number.
 
     Raises:
         ValueError: impossible sizes, an unknown dtype or kind of attention, or
             dropout where the architecture has none.
     """
     check_batch(batch, length)
-    check_choice("attention", attention, ATTENTION)
+    check_choice("attention", attention, (*ATTENTION, "sdpa"))
+    attention = attention_kernel(sizes, dtype, attention)
     check_whole("rank", rank, 0, "0 for no LoRA")
     check_flag("autocast", autocast)
     check_flag("dropout", dropout)
+    check_flag("lora_dropout", lora_dropout)
     if dropout and not sizes.has("dropout"):
         raise refuse("dropout", dropout, f"False, as {sizes.model_type} has none")
     b = computed_width(dtype)
@@ -73,6 +99,10 @@ def layer_activations(
         repeated = (queries + keys if autocast else 2 * keys) if single else 2 * queries
         token += b * (2 * queries + repeated) + heads * length * scores
         token += heads * length * (1 + b) if dropout else 0
+    elif attention == "math":
+        # Scaled query and key, repeated, and value, repeated; softmax; output
+        # (aten/src/ATen/native/transformers/attention.cpp, _attention_math).
+        token += b * (4 * queries + heads * length)
     else:
         token += 2 * b * (queries + keys)
         rows = batch * length
@@ -87,8 +117,24 @@ def layer_activations(
         token += experts * 4 * b * sizes.intermediate_size
     else:  # input, half of it, tanh, 1 + tanh, their product; autocast's power is in FP32
         token += (5 * b + 6 * autocast) * sizes.intermediate_size
-    matrices = (2 if sizes.model_type == "gpt2" else 4) + experts * (2 + gated)
-    return batch * length * (token + matrices * rank * b) + once
+    if rank:
+        token += _adapters_keep(sizes, rank, b, computed_width(adapters or dtype), lora_dropout)
+    return batch * length * token + once
+
+
+def _adapters_keep(sizes: Dimensions, rank: int, b: int, width: int, dropout: bool) -> int:
+    """Bytes for each token that LoRA keeps beside the frozen layers, or instead of them."""
+    h, i, gated = sizes.hidden_size, sizes.intermediate_size, sizes.has("gated")
+    queries = sizes.num_attention_heads * sizes.head_dim
+    dense = not sizes.num_local_experts  # experts are not adapted, see `is_matrix`
+    qkv = 1 if sizes.model_type == "gpt2" else 3
+    matrices = qkv + 1 + (2 + gated) * dense
+    kept = matrices * rank * width
+    if width == b and not dropout:
+        return kept
+    read = qkv * h + queries + ((1 + gated) * h + i) * dense  # numbers that are read
+    shared = h + (h + i) * dense  # what the frozen layers' inputs were counted for
+    return kept + read * (width + dropout) - b * shared
 
 
 def _norm_input(sizes: Dimensions, b: int) -> int:
@@ -113,6 +159,8 @@ def activations(
     rank: int = 0,
     autocast: bool = False,
     dropout: bool = False,
+    adapters: str | None = None,
+    lora_dropout: bool = False,
 ) -> int:
     """Bytes that autograd keeps of the whole model but for the logits.
 
@@ -124,7 +172,18 @@ def activations(
         ValueError: impossible sizes, an unknown dtype or kind of attention, or
             dropout where the architecture has none.
     """
-    layer = layer_activations(sizes, batch, length, dtype, attention, rank, autocast, dropout)
+    layer = layer_activations(
+        sizes,
+        batch,
+        length,
+        dtype,
+        attention,
+        rank,
+        autocast,
+        dropout,
+        adapters,
+        lora_dropout,
+    )
     if not isinstance(checkpointing, int) or checkpointing < 0:
         raise refuse("checkpointing", checkpointing, "a number of layers, 0 for none")
     b, h, layers = computed_width(dtype), sizes.hidden_size, sizes.num_hidden_layers

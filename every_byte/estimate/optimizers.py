@@ -44,6 +44,10 @@ class Optimizer:
         states: how many it has for a parameter.
         store: their bytes, tensor by tensor.
         tables: of 256 levels in FP32, one for all parameters.
+        foreach: whether PyTorch's default, the step over all parameters at once,
+            makes a temporary as large as all of them.
+        temporaries: as large as a parameter, that a step parameter by parameter makes.
+        fused: whether PyTorch has a fused step.
     """
 
     label: str
@@ -51,16 +55,38 @@ class Optimizer:
     states: int
     store: Callable[[tuple[int, ...], int, int], tuple[int, ...]] = whole
     tables: int = 0
+    foreach: bool = False
+    temporaries: int = 0
+    fused: bool = False
 
 
 OPTIMIZERS = {
-    "sgd": Optimizer("SGD", "SGD without momentum remembers nothing", 0),
-    "momentum": Optimizer("SGD with momentum", "one number for each trained parameter", 1),
-    "adam": Optimizer("Adam", "two numbers for each trained parameter", 2),
-    "adamw": Optimizer("AdamW", "two numbers for each trained parameter", 2),
+    "sgd": Optimizer("SGD", "SGD without momentum remembers nothing", 0, fused=True),
+    "momentum": Optimizer(
+        "SGD with momentum", "one number for each trained parameter", 1, fused=True
+    ),
+    "adam": Optimizer(
+        "Adam", "two numbers for each trained parameter", 2, foreach=True, temporaries=2, fused=True
+    ),
+    "adamw": Optimizer(
+        "AdamW",
+        "two numbers for each trained parameter",
+        2,
+        foreach=True,
+        temporaries=2,
+        fused=True,
+    ),
+    "rmsprop": Optimizer(
+        "RMSprop", "one number for each trained parameter", 1, foreach=True, temporaries=1
+    ),
     "lion": Optimizer("Lion", "one number for each trained parameter", 1),
     "adafactor": Optimizer(
-        "Adafactor", "of each matrix one number for a row and one for a column", 1, factored
+        "Adafactor",
+        "of each matrix one number for a row and one for a column",
+        1,
+        factored,
+        foreach=True,
+        temporaries=1,
     ),
     "adam 8-bit": Optimizer(
         "8-bit Adam",
@@ -79,7 +105,25 @@ OPTIMIZERS = {
         1,
     ),
 }
-"""All optimizers that are counted, by the names of a `Setup`."""
+"""All optimizers that are counted, by the names of a `Setup`. What a step takes for the
+moment: ``torch/optim/adam.py``, ``rmsprop.py``, ``_adafactor.py`` (torch 2.11); those of
+bitsandbytes change a parameter in one kernel."""
+
+IMPLEMENTATIONS = ("foreach", "fused", "for-loop")
+"""How PyTorch's optimizers make a step: ``foreach`` is its default on a GPU,
+``fused`` the default of transformers' Trainer (``adamw_torch_fused``)."""
+
+
+def step_temporaries(
+    trained: Counter[tuple[int, ...]], optimizer: str, dtype: str, how: str
+) -> int:
+    """Bytes that an optimizer's step takes for the moment, its states in `dtype`."""
+    known, width = OPTIMIZERS[optimizer], int(bytes_per_parameter(dtype))
+    if how == "fused" and known.fused:
+        return 0
+    if how == "for-loop":
+        return known.temporaries * width * max(map(math.prod, trained), default=0)
+    return known.foreach * width * sum(math.prod(shape) * n for shape, n in trained.items())
 
 
 def optimizer_states(

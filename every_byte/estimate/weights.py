@@ -5,7 +5,7 @@ from collections import Counter
 from fractions import Fraction
 
 from every_byte import formats
-from every_byte.estimate.architecture import Dimensions, tensor_counts
+from every_byte.estimate.architecture import Dimensions, is_matrix, tensor_counts
 from every_byte.estimate.checks import check_choice, check_whole, refuse
 
 # Of quantised weights with their scales: 4-bit formats have one for each 64
@@ -38,9 +38,9 @@ def bytes_per_parameter(dtype: str) -> Fraction:
 def parameter_bytes(sizes: Dimensions, dtype: str, quantised: str | None = None) -> int:
     """The parameters' bytes, all in `dtype`, or the blocks' matrices quantised.
 
-    Embeddings, norms, biases, routers and the head keep `dtype`, as transformers
-    and bitsandbytes leave them; LLM.int8() adds an FP32 scale for each row of
-    outputs.
+    Embeddings, norms, biases, routers, experts (see `is_matrix`) and the head keep
+    `dtype`, as transformers and bitsandbytes leave them; LLM.int8() adds an FP32
+    scale for each row of outputs.
 
     Raises:
         ValueError: an unknown dtype or quantisation.
@@ -53,18 +53,13 @@ def stored_weights(sizes: Dimensions, dtype: str, quantised: str | None) -> Coun
     check_choice("quantised", quantised, (None, *QUANTISED))
     width, tensors = bytes_per_parameter(dtype), Counter[int]()
     for (part, shape), count in tensor_counts(sizes).items():
-        if quantised and is_matrix(part, shape):
+        if quantised and is_matrix(sizes, part, shape):
             stored = _quantised(shape, quantised)
         else:
             stored = (math.ceil(math.prod(shape) * width),)
         for nbytes in stored:
             tensors[nbytes] += count
     return tensors
-
-
-def is_matrix(part: str, shape: tuple[int, ...]) -> bool:
-    """Whether a parameter is a matrix of the blocks: what is quantised, and LoRA adapts."""
-    return part in ("attention", "mlp") and len(shape) == 2
 
 
 def _quantised(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
@@ -82,7 +77,7 @@ def total_bytes(tensors: Counter[int]) -> int:
 
 
 def lora_parameters(sizes: Dimensions, rank: int) -> int:
-    """The number of parameters of LoRA's adapters, beside every matrix of the blocks.
+    """The number of parameters of LoRA's adapters, beside every matrix of `is_matrix`.
 
     A matrix from n to m gets two factors of `rank`, n x rank and rank x m
     (Hu et al. 2021, arXiv 2106.09685).
@@ -98,7 +93,7 @@ def adapters(sizes: Dimensions, rank: int) -> Counter[tuple[int, ...]]:
     """LoRA's factors by shape."""
     factors: Counter[tuple[int, ...]] = Counter()
     for (part, shape), count in tensor_counts(sizes).items():
-        if is_matrix(part, shape):
+        if is_matrix(sizes, part, shape):
             factors[shape[0], rank] += count
             factors[rank, shape[1]] += count
     return factors
