@@ -30,28 +30,8 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves
 
 from every_byte.allocator import OutOfMemoryError
+from every_byte.kinds import KINDS as KINDS
 from every_byte.memory import DeviceMemory
-
-KINDS = (
-    "parameters",
-    "scales",
-    "gradients",
-    "optimizer states",
-    "buffers",
-    "cast weights",
-    "batch",
-    "activations",
-    "temporaries",
-    "gathered",
-    "workspaces",
-    "rounding",
-)
-"""What a byte can be for. Scales: what quantised parameters are read with. Cast
-weights: autocast's copies of parameters in its lower precision. Batch: copied from
-the host. Activations: made outside of backward and of the optimizer. Temporaries:
-made inside of either, and neither gradients of parameters nor optimizer states.
-Gathered: FSDP's copies of parameters whose parts other GPUs hold. Workspaces:
-cuBLAS's. Rounding: the allocator's, from the bytes asked for to the block handed out."""
 
 
 class Breakdown(dict[str, int]):

@@ -1,4 +1,4 @@
-/* The formulas of helpers/estimate.py and helpers/fit.py, for the estimator's page.
+/* The formulas of every_byte/estimate, for the estimator's page.
 
    tests/test_estimator.py proves them equal to Python's, to the byte, on thousands
    of inputs. Whole numbers are BigInt: exact at any size. `data` are the constants
@@ -131,10 +131,10 @@ function everyByteFormulas(data) {
   }
 
   const STORES = {
-    _whole: (shape, b, states) => Array(states).fill(b * product(shape)),
-    _adafactor: (shape, b) =>
+    whole: (shape, b, states) => Array(states).fill(b * product(shape)),
+    factored: (shape, b) =>
       shape.length < 2 ? [b * shape[0]] : [b * shape[0], b * shape[1]],
-    _adam_8bit: (shape, b, states) => {
+    blockwise: (shape, b, states) => {
       const count = product(shape);
       const one = count < 4096n ? [4n * count] : [count, 4n * ceil(count, 256n)];
       return Array(states).fill(one).flat();
@@ -142,7 +142,7 @@ function everyByteFormulas(data) {
   };
 
   function states(trained, optimizer, dtype) {
-    const [store, copies, tables] = data.optimizers[optimizer];
+    const { store, states: copies, tables } = data.optimizers[optimizer];
     const [n, d] = bytes(dtype);
     const held = trained.flatMap(([shape, count]) =>
       STORES[store](shape, n / d, copies).map((nbytes) => [nbytes, count]));

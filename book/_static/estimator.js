@@ -94,16 +94,6 @@
     const [n, d] = F.bytes(dtype);
     return `${Number(n) / Number(d)} B (${dtype})`;
   };
-  const REMEMBERS = {
-    sgd: "SGD without momentum remembers nothing",
-    momentum: "one number for each trained parameter",
-    adam: "two numbers for each trained parameter",
-    adamw: "two numbers for each trained parameter",
-    lion: "one number for each trained parameter",
-    adafactor: "of each matrix one number for a row and one for a column",
-    "adam 8-bit": "two bytes for each trained parameter, and an FP32 scale for each 256; tensors under 4,096 numbers stay in FP32",
-    "lion 8-bit": "one byte for each trained parameter, and an FP32 scale for each 256; tensors under 4,096 numbers stay in FP32",
-  };
 
   function inWords(kind, { sizes, setup, held }) {
     const count = F.parameters(sizes), adapters = setup.rank ? F.loraParameters(sizes, setup.rank) : 0n;
@@ -125,7 +115,7 @@
           : "none: they serve training alone";
       case "optimizer_states":
         return training
-          ? REMEMBERS[setup.optimizer]
+          ? data.optimizers[setup.optimizer].remembers
             + (setup.optimizer === "sgd" || setup.optimizer.includes("8-bit") ? ""
               : `, ${grouped(trained)} parameters, ${bytesOf(setup.states ?? setup.dtype)} each number`)
             + (setup.master_weights && F.width(setup.dtype) < 4n ? "; and an FP32 copy of each" : "") + split
