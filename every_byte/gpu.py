@@ -12,6 +12,7 @@ Each storage's birth and death is replayed on `every_byte.allocator`.
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
@@ -54,6 +55,7 @@ class GPU(Generic[_Memory]):
         self._tracker = Tracker(memory)
         self._stack = ExitStack()
         self._was_open = False
+        self._opened_in: int | None = None  # a thread
 
     def __str__(self) -> str:
         return str(self.memory)
@@ -78,18 +80,21 @@ class GPU(Generic[_Memory]):
             stack.callback(GPU._open.remove, self)
             stack.enter_context(self._tracker.running())
             self._stack = stack.pop_all()
-        self._was_open = True
+        self._was_open, self._opened_in = True, threading.get_ident()
         return self
 
     def close(self) -> None:
         """Stop looking. Tensors that live on stay accounted for. Harmless if closed.
 
         Raises:
-            RuntimeError: a GPU opened later is still open.
+            RuntimeError: a GPU opened later is still open; or this one was opened in
+                another thread.
         """
         if self in GPU._open:
             if GPU._open[-1] is not self:
                 raise RuntimeError(f"{GPU._open[-1]} was opened later: close it first")
+            if self._opened_in != threading.get_ident():
+                raise RuntimeError(f"{self} was opened in another thread: close it there")
             self._stack.close()
 
     def __enter__(self) -> Self:
@@ -299,6 +304,9 @@ class VirtualGPU(GPU[VirtualMemory]):
         alloc_conf: str = "",
         context: int = 0,
     ) -> None:
+        for what, value in (("card", card), ("name", name), ("alloc_conf", alloc_conf)):
+            if not isinstance(value, str) and (value is not None or what == "alloc_conf"):
+                raise TypeError(f"{what} is {value!r}: expected text (str)")
         if card is not None:
             if card not in cards():
                 raise ValueError(f"card is {card!r}: expected one of {', '.join(cards())}")

@@ -398,6 +398,9 @@ class Tracker(TorchDispatchMode):
         Args:
             model: whose parameters, their ``.grad``, and buffers.
             optimizers: whose states.
+
+        Raises:
+            TypeError: `model` is no module, or one of `optimizers` no optimizer.
         """
         roles = self._roles(model, optimizers)
         counts: Counter[str] = Counter()
@@ -453,6 +456,11 @@ class Tracker(TorchDispatchMode):
     ) -> dict[_Storage, str]:
         """The storages that model and optimizers hold, and as what."""
         roles: dict[_Storage, str] = {}
+        if model is not None and not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model is {model!r}: expected a torch.nn.Module")
+        for optimizer in optimizers:
+            if optimizer is not None and not hasattr(optimizer, "state"):
+                raise TypeError(f"optimizer is {optimizer!r}: expected a torch.optim.Optimizer")
 
         def note(kind: str, *tensors: object) -> None:
             for tensor in tree_leaves([_parts(tensor) for tensor in tensors]):

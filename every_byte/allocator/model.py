@@ -228,10 +228,14 @@ class CachingAllocator:
         that it was first reserved for, and no other.
 
         Raises:
-            TypeError, ValueError: `nbytes` is no whole number, or negative.
+            TypeError, ValueError: `nbytes` or `stream` is no whole number, or negative.
             OutOfMemoryError: it does not fit within `capacity`; nothing changed
                 but that free segments were given back, as PyTorch does.
         """
+        if isinstance(stream, bool) or not isinstance(stream, int):
+            raise TypeError(f"stream is {stream!r}: expected a whole number from 0 up (int)")
+        if stream < 0:
+            raise ValueError(f"stream is {stream}: expected a whole number from 0 up")
         block = self._allocate(nbytes, stream) if _checked(nbytes, "nbytes") else None
         handle, self._next_handle = self._next_handle, self._next_handle + 1
         self._live[handle] = block

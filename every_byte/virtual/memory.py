@@ -7,6 +7,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from importlib import import_module
 from itertools import count
 from typing import Any
 
@@ -19,7 +20,6 @@ from every_byte.tracker import in_backward
 from every_byte.units import KiB, binary
 from every_byte.virtual import kernels, patches
 from every_byte.virtual.autocast import autocast_key, cuda_autocast
-from every_byte.virtual.without_dynamo import without_dynamo
 
 # The default of every NVIDIA chip but Hopper and newer, fixed for all of them:
 # 2 buffers of 4096 KiB and 8 of 16 KiB.
@@ -185,13 +185,15 @@ class VirtualMemory(CachingAllocator):
             RuntimeError: PyTorch lacks a name that this needs.
         """
         patches.check()
+        # PyTorch's optimizers and meta kernels import it at their first use (1 s, 165 MB):
+        # here, where no operation is looked at.
+        import_module("torch._dynamo")
         with ExitStack() as stack:
             stack.enter_context(patches.optimizers_as_on_cuda())
             stack.enter_context(patches.modules_move_as_on_cuda())
             stack.enter_context(patches.nothing_is_compiled())
             stack.enter_context(cuda_autocast())
             stack.enter_context(self.in_thread())
-            stack.enter_context(without_dynamo())
             stack.enter_context(kernels.registered())
             yield
 

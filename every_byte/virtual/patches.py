@@ -167,6 +167,12 @@ PRIVATE_NAMES = (
         "fused=True is refused",
     ),
     PrivateName(
+        "torch._dynamo",
+        "is imported before a GPU is open, since optimizers and meta kernels import it later",
+        "the first step takes a second longer",
+        checked=("2.14",),
+    ),
+    PrivateName(
         "torch.nn.Module._apply",
         "lets .to() keep a module's Parameters on the way to meta",
         "optimizers made before .to() hold the host's Parameters",
