@@ -55,5 +55,5 @@ lock: env ## bring requirements.lock up to date with requirements.txt and pyproj
 		--generate-hashes --custom-compile-command "make lock" --quiet -o requirements.lock
 
 clean: ## remove what was built; the environment, .venv, stays
-	rm -rf _build build .hypothesis .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf _build build dist .hypothesis .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
