@@ -14,6 +14,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+import every_byte
+from every_byte.cli import COMMANDS
 from tools.book import build
 from tools.notebooks import sources
 from tools.repository import ROOT, address, web_address
@@ -279,3 +281,15 @@ def test_jupyter_book_builds_it_too(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     page = (root / "_build" / "html" / "book" / "references.html").read_text("utf-8")
     assert "https://github.com/a/b/edit/main/book/references.md" in page
+
+
+def test_the_api_page_has_every_public_name(html: Path) -> None:
+    ids = links(html / "book" / "api.html").ids
+    names = set(every_byte.__all__) - {"KINDS", "estimate"}
+    assert {f"every_byte.{name}" for name in names} <= ids
+    assert {"every_byte.tracker.KINDS", "every_byte.estimate.Setup"} <= ids
+
+
+def test_the_api_page_names_every_command() -> None:
+    page = (ROOT / "book" / "api.md").read_text("utf-8")
+    assert re.findall(r"^\| `every-byte (\w+)", page, re.MULTILINE) == list(COMMANDS)

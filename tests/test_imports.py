@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from tools.repository import ROOT
+from tools.versions import engine_tests
 
 # Who may stand on whom.
 HOUSES = {
     "every_byte": {"every_byte"},
-    "tools": {"tools"},
+    "tools": {"tools", "every_byte"},
     "helpers": {"helpers", "every_byte"},
     "benchmarks": {"benchmarks", "helpers", "every_byte"},
     "book/_ext": {"tools", "helpers", "every_byte"},
@@ -43,7 +44,7 @@ FLOORS = {
     ],
     "tools": [
         {"repository", "setup_cell", "bootstrap"},
-        {"book", "notebooks", "serve"},
+        {"book", "notebooks", "serve", "versions"},
     ],
 }
 # What else the engine may import: its dependencies, and what says what an environment lacks.
@@ -117,3 +118,9 @@ def test_the_engine_imports_nothing_but_its_dependencies() -> None:
 def test_what_needs_no_torch_imports_none(module: str) -> None:
     code = f"import sys, every_byte{module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_engines_tests_are_found() -> None:
+    names = {path.stem for path in engine_tests()}
+    assert {"test_allocator", "test_replay", "test_autocast", "test_cli", "test_fit"} <= names
+    assert not {"test_record", "test_checkpoints", "test_book", "test_notebooks"} & names
