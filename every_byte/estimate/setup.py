@@ -109,7 +109,8 @@ class Memory:
     Cast weights are the copies that autocast makes. Rounding is the
     allocator's, of parameters, gradients, optimizer states and KV cache.
     Moments: what is allocated at each, in bytes, without the CUDA context; the
-    largest is the peak.
+    largest is the peak. Margin: how much more blocks may keep of segments that they
+    share, see `shared_segments`.
     """
 
     parameters: int = 0
@@ -122,6 +123,7 @@ class Memory:
     rounding: int = 0
     context: int = 0
     moments: tuple[tuple[str, int], ...] = field(default=(), kw_only=True)
+    margin: int = field(default=0, kw_only=True)
 
     @property
     def total(self) -> int:
@@ -145,8 +147,8 @@ class Memory:
 
     @property
     def needed(self) -> int:
-        """What a card must have: the peak and the CUDA context, in bytes."""
-        return self.peak + self.context
+        """What a card must have, in bytes: the peak, its margin and the CUDA context."""
+        return self.peak + self.margin + self.context
 
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -265,7 +267,14 @@ LT_WORKSPACE = 2**20
 
 
 def training_moments(
-    sizes: Dimensions, setup: Setup, at_rest: int, gradients: int, kept: int, again: int, step: int
+    sizes: Dimensions,
+    setup: Setup,
+    at_rest: int,
+    gradients: int,
+    kept: int,
+    again: int,
+    one: int,
+    step: int,
 ) -> tuple[tuple[str, int], ...]:
     """What is allocated at the points of a training step at which it may peak, in bytes.
 
@@ -279,6 +288,7 @@ def training_moments(
         gradients: of all trained parameters.
         kept: for backward, but the log-probabilities.
         again: activations that a checkpoint makes again in backward.
+        one: activations of one layer.
         step: what the optimizer takes for the moment.
     """
     tokens, width = setup.batch * setup.length, computed_width(setup.dtype)
@@ -300,12 +310,14 @@ def training_moments(
     extra = 2 * sizes.tie_word_embeddings + setup.accumulation
     head = 0 if setup.rank else sizes.vocab_size * sizes.hidden_size * b
     layer = layer_temporaries(sizes, setup, b)
+    untied = 0 if sizes.tie_word_embeddings else embedding
     return (
         ("at rest", at_rest),
         ("end of forward: the loss", forward + 2 * upcast + (scores if b < 4 else 0)),
         ("start of backward: the loss", forward + 3 * upcast),
         ("backward: the head", forward + scores + head + tokens * sizes.hidden_size * b),
         ("backward: the last layer", forward + again + head + layer),
+        ("backward: the first layer", at_rest + gradients - untied + one + layer),
         ("end of backward: the embedding", at_rest + gradients + extra * embedding),
         ("optimizer step", at_rest + gradients + step),
     )
@@ -330,15 +342,22 @@ def gathered(sizes: Dimensions, setup: Setup) -> int:
 def layer_temporaries(sizes: Dimensions, setup: Setup, b: int) -> int:
     """Bytes that a layer's backward takes for the moment, its MLP's or its attention's.
 
-    Of the MLP the gradients of the product and its two factors; of attention as a
-    matrix those of the scores, before and after the softmax, in the softmax's FP32.
+    Of the MLP the gradients of the product and its two factors. Of attention as a
+    matrix those of the scores, before and after the softmax, in the softmax's dtype;
+    what was kept for the MLP, and the scores' copy in fewer bits, is gone by then.
     """
     tokens, experts = setup.batch * setup.length, max(1, sizes.num_experts_per_tok)
     computed = {2: "bf16", 4: "fp32", 8: "fp64"}[b]
     kernel = attention_kernel(sizes, computed, setup.attention)
-    token = 3 * b * experts * sizes.intermediate_size
+    autocast = setup.amp is not None and setup.dtype == "fp32"
+    powers = 4 * (autocast and not sizes.has("gated"))  # of GPT-2's GELU, in FP32
+    token = (3 * b + powers) * experts * sizes.intermediate_size
     if kernel in ("eager", "math"):
-        token = max(token, sizes.num_attention_heads * setup.length * (b + 2 * max(4, b)))
+        softmax = b if sizes.has("layer norm") and not autocast else max(4, b)
+        scores = 2 * softmax - (b if softmax > b else 0)
+        mlp = (4 if sizes.has("gated") else 5) * b * experts * sizes.intermediate_size
+        mlp += 7 * b * sizes.hidden_size  # norms and what linear layers read
+        token = max(token, sizes.num_attention_heads * setup.length * scores - mlp)
     return tokens * token
 
 
@@ -410,7 +429,7 @@ def assemble(sizes: Dimensions, setup: Setup, every: int | None = None) -> Memor
     """The same for what need not go together, with checkpoints of so many layers."""
     dtype, work = setup.dtype, (setup.batch, setup.length)
     tensors = {"parameters": stored_weights(sizes, dtype, setup.quantised)}
-    held = {"context": CONTEXT, "rounding": 0}
+    held, margin = {"context": CONTEXT, "rounding": 0}, 0
     if setup.task == "training":
         trained = adapters(sizes, setup.rank) if setup.rank else shape_counts(sizes)
         own_dtype = (setup.adapters or dtype) if setup.rank else dtype
@@ -437,9 +456,15 @@ def assemble(sizes: Dimensions, setup: Setup, every: int | None = None) -> Memor
             adapters=read,
             lora_dropout=setup.lora_dropout,
         )
-        state = sizes.hidden_size * setup.batch * setup.length * computed_width(computed)
-        if state:  # most of them are of this size, or small multiples
-            kept += shared_segments(Counter({state: -(-kept // state)}))
+        for width in (sizes.hidden_size, sizes.intermediate_size):
+            # Most of them are of one of these sizes, or small multiples.
+            size = width * setup.batch * setup.length * computed_width(computed)
+            if kSmallSize < size < kMinLargeAlloc:
+                rest = shared_segments(Counter({size: -(-kept // size)}))
+                kept, margin = kept + rest, margin + rest
+                break
+        if setup.attention == "eager":  # the mask, transformers' masking_utils.py
+            kept += setup.batch * setup.length**2 * computed_width(dtype)
         layer = layer_activations(
             sizes,
             *work,
@@ -487,9 +512,11 @@ def assemble(sizes: Dimensions, setup: Setup, every: int | None = None) -> Memor
             gradients=rounded["gradients"] + shared["gradients"],
             kept=kept + held.get("cast_weights", 0) - again,
             again=again,
-            step=step_temporaries(trained, setup.optimizer, states, setup.implementation),
+            one=layer if sizes.num_hidden_layers else 0,
+            step=step_temporaries(trained, setup.optimizer, states, setup.implementation)
+            + shared["gradients"],
         )
-    return Memory(**held, moments=moments)
+    return Memory(**held, moments=moments, margin=margin + sum(shared.values()))
 
 
 def _cast_weights(sizes: Dimensions, setup: Setup, dtype: str) -> Counter[int]:
