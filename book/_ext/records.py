@@ -130,10 +130,12 @@ def shown(records: Sequence[Record], known: Sequence[dict[str, Any]]) -> str:
     rows = [(record, row) for record in records for row in compared(*record[2:])]
     off = [(record, row) for record, row in rows if any(row.difference.values())]
     if off:
-        why = [(record, row, _causes_of(row, known)) for record, row in off]
+        # Numbered as they are needed: Markdown leaves no number out.
+        met = {number for _, row in off for number in _causes_of(row, known)}
+        needed = [cause for number, cause in enumerate(known, 1) if number in met]
+        why = [(record, row, _causes_of(row, needed)) for record, row in off]
         parts += ["**What differs**, and the cause by its number below:", _differences(why)]
-        met = {number for *_, numbers in why for number in numbers}
-        parts.append("\n".join(f"{n}. {c['text']}" for n, c in enumerate(known, 1) if n in met))
+        parts.append("\n".join(f"{n}. {cause['text']}" for n, cause in enumerate(needed, 1)))
     else:
         parts.append("Every figure agrees to the byte.")
     told = [f"- {record.card}, {note}" for record in records for note in notes(*record[2:])]
