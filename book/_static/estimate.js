@@ -7,7 +7,7 @@
 
 class Refusal extends Error {
   constructor(what, value, expected) {
-    const shown = value === null ? "None" : typeof value === "string" ? `'${value}'` : value;
+    const shown = value === null ? "None" : value === true ? "True" : typeof value === "string" ? `'${value}'` : value;
     super(`${what} is ${shown}: expected ${expected}`);
     Object.assign(this, { what, expected });
   }
@@ -155,7 +155,8 @@ function everyByteFormulas(data) {
     const counts = trained.map(([shape]) => product(shape));
     if (setup.implementation === "fused" && known.fused) return 0n;
     if (setup.implementation === "for-loop") {
-      return big(known.temporaries) * b * counts.reduce((a, n) => (n > a ? n : a), 0n);
+      return big(known.temporaries) * b
+        * counts.reduce((a, n, i) => (trained[i][1] && n > a ? n : a), 0n);
     }
     return known.foreach
       ? b * trained.reduce((all, [, count], i) => all + count * counts[i], 0n) : 0n;
@@ -199,7 +200,7 @@ function everyByteFormulas(data) {
     const { rank, autocast, dropout, adapters, lora_dropout } = asked;
     const attention = attentionKernel(s, dtype, asked.attention);
     if (dropout && !has(s, "dropout")) {
-      throw new Refusal("dropout", "True", `False, as ${s.model_type} has none`);
+      throw new Refusal("dropout", true, `False, as ${s.model_type} has none`);
     }
     const b = width(dtype), half = b < 4n, h = s.hidden_size, heads = s.num_attention_heads;
     const queries = heads * s.head_dim, keys = s.num_key_value_heads * s.head_dim;
