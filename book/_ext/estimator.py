@@ -21,6 +21,7 @@ from every_byte.data import cards, known_models
 from every_byte.estimate import fit
 
 PAGE = "book/estimator"
+ALLOCATOR = ("kMinBlockSize", "kSmallSize", "kLargeBuffer", "kMinLargeAlloc", "kRoundLarge")
 
 
 def data() -> dict[str, Any]:
@@ -35,16 +36,19 @@ def data() -> dict[str, Any]:
                 "states": known.states,
                 "store": known.store.__name__,
                 "tables": known.tables,
+                "foreach": known.foreach,
+                "temporaries": known.temporaries,
+                "fused": known.fused,
             }
             for name, known in estimate.OPTIMIZERS.items()
         },
         "sharding": estimate.SHARDING,
         "choices": estimate.CHOICES,
         "context": estimate.CONTEXT,
-        "allocator": {
-            name: getattr(allocator, name)
-            for name in ("kMinBlockSize", "kSmallSize", "kMinLargeAlloc", "kRoundLarge")
-        },
+        "workspace": estimate.WORKSPACE,
+        "lt_workspace": estimate.LT_WORKSPACE,
+        "flags": estimate.FLAGS,
+        "allocator": {name: getattr(allocator, name) for name in ALLOCATOR},
         "levers": fit.LEVERS,
         "halves": fit.HALVES,
         "more_gpus": fit.MORE_GPUS,
@@ -55,6 +59,7 @@ def data() -> dict[str, Any]:
                 "color": kinds.COLORS[kinds.FIELDS[field.name]],
             }
             for field in fields(estimate.Memory)
+            if field.name in kinds.FIELDS
         },
         "models": known_models(),
         "cards": {name: card.memory for name, card in cards().items()},

@@ -25,11 +25,14 @@ from every_byte.estimate.forward import (
     layer_activations,
     logits,
 )
-from every_byte.estimate.optimizers import OPTIMIZERS, Optimizer, optimizer_states
+from every_byte.estimate.optimizers import IMPLEMENTATIONS, OPTIMIZERS, Optimizer, optimizer_states
 from every_byte.estimate.setup import (
     CHOICES,
     CONTEXT,
+    FLAGS,
+    LT_WORKSPACE,
     SHARDING,
+    WORKSPACE,
     Memory,
     Setup,
     block,
@@ -51,10 +54,14 @@ __all__ = [
     "BYTES",
     "CHOICES",
     "CONTEXT",
+    "FLAGS",
+    "IMPLEMENTATIONS",
+    "LT_WORKSPACE",
     "OPTIMIZERS",
     "QUANTISED",
     "SHARDING",
     "TRAITS",
+    "WORKSPACE",
     "Dimensions",
     "Memory",
     "Optimizer",

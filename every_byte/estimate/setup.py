@@ -310,14 +310,19 @@ def training_moments(
     extra = 2 * sizes.tie_word_embeddings + setup.accumulation
     head = 0 if setup.rank else sizes.vocab_size * sizes.hidden_size * b
     layer = layer_temporaries(sizes, setup, b)
-    untied = 0 if sizes.tie_word_embeddings else embedding
+    # Of the first layer and of the embedding there are none yet, but of a tied head.
+    outside = sum(parameters(replace(sizes, num_hidden_layers=0)).values())
+    whole = sum(parameters(sizes).values())
+    of_layers = gradients * (whole - outside) // whole
+    done = gradients - of_layers // max(1, sizes.num_hidden_layers)
+    done -= 0 if sizes.tie_word_embeddings else embedding
     return (
         ("at rest", at_rest),
         ("end of forward: the loss", forward + 2 * upcast + (scores if b < 4 else 0)),
         ("start of backward: the loss", forward + 3 * upcast),
         ("backward: the head", forward + scores + head + tokens * sizes.hidden_size * b),
         ("backward: the last layer", forward + again + head + layer),
-        ("backward: the first layer", at_rest + gradients - untied + one + layer),
+        ("backward: the first layer", at_rest + done + one + layer),
         ("end of backward: the embedding", at_rest + gradients + extra * embedding),
         ("optimizer step", at_rest + gradients + step),
     )
@@ -494,8 +499,11 @@ def assemble(sizes: Dimensions, setup: Setup, every: int | None = None) -> Memor
             nbytes = shard(nbytes, setup.gpus)
             some, own = Counter({nbytes: 1}), False
         held[kind] = nbytes
-        rounded[kind] = sum(block(n, own) * count for n, count in some.items())
-        held["rounding"] += rounded[kind] - nbytes
+        blocks = sum(block(n, own) * count for n, count in some.items())
+        held["rounding"] += blocks - nbytes
+        rounded[kind] = sum(
+            block(n, own or kind != "parameters") * count for n, count in some.items()
+        )
         shared[kind] = shared_segments(some)
     biased = sizes.has("biases") or sizes.has("query, key and value biases")
     rest = WORKSPACE + LT_WORKSPACE * biased
