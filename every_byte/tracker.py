@@ -186,6 +186,11 @@ def untracked() -> Iterator[None]:
         _thread.untracked = tuple(each for each in _thread.untracked if each is not paused)
 
 
+def is_tracked() -> bool:
+    """Whether a tracker looks at this thread's operations at present."""
+    return bool(_running) and _running[-1].in_use
+
+
 class _Follow(TorchDispatchMode):
     """Leads the operations of a thread that a program starts to the tracker in use."""
 

@@ -431,6 +431,7 @@ def test_what_is_patched_is_restored() -> None:
         (torch, "compile"),
         (torch, "is_autocast_enabled"),
         (torch.Tensor, "new_tensor"),
+        (torch.Tensor, "_make_subclass"),
         (torch.autocast, "__init__"),
         (torch.amp.GradScaler, "__init__"),
         (threading.Thread, "start"),
@@ -985,6 +986,18 @@ def test_what_bitsandbytes_would_quantise_on_the_way_is_refused(
         with pytest.raises(NotImplementedError, match="bitsandbytes quantises on its way"):
             move()
         assert gpu.memory_allocated() == 0
+
+
+def test_four_bits_on_the_virtual_gpu_are_refused(gpu: VirtualGPU) -> None:
+    with gpu.device:
+        with pytest.raises(
+            NotImplementedError, match=r"a Params4bit of torch\.float32 on a virtual"
+        ):
+            LinearNF4(64, 64)
+        assert gpu.memory_allocated() == 0
+        with untracked():
+            LinearNF4(64, 64)
+    assert type(LinearNF4(64, 64).weight).__name__ == "Params4bit"  # on the host
 
 
 def test_several_optimizers_each_have_their_states(gpu: VirtualGPU) -> None:

@@ -192,6 +192,7 @@ class VirtualMemory(CachingAllocator):
             stack.enter_context(patches.optimizers_as_on_cuda())
             stack.enter_context(patches.modules_move_as_on_cuda())
             stack.enter_context(patches.nothing_is_compiled())
+            stack.enter_context(patches.four_bits_are_refused())
             stack.enter_context(cuda_autocast())
             stack.enter_context(self.in_thread())
             stack.enter_context(kernels.registered())

@@ -18,7 +18,7 @@ import torch
 from torch.optim import optimizer  # deleted from torch.optim, but a module
 from torch.utils import _foreach_utils
 
-from every_byte.tracker import untracked
+from every_byte.tracker import is_tracked, untracked
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,12 @@ PRIVATE_NAMES = (
         "lets .to() keep a module's Parameters on the way to meta",
         "optimizers made before .to() hold the host's Parameters",
     ),
+    PrivateName(
+        "torch.Tensor._make_subclass",
+        "shows bitsandbytes' 4-bit parameters, where they are made",
+        "a 4-bit model takes what it takes in FP32, without a word",
+        checked=("2.14",),
+    ),
     # One of many GPUs
     PrivateName(
         "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup",
@@ -320,6 +326,28 @@ def refuse_quantised(parameter: object) -> None:
             f"a {kind.__name__} comes from the host, which bitsandbytes quantises on its way to a "
             "CUDA device: that is not replayed; every_byte.estimate tells what such weights take"
         )
+
+
+@contextmanager
+def four_bits_are_refused() -> Iterator[None]:
+    """Refuse bitsandbytes' 4-bit parameters that lie on ``meta`` before they are quantised.
+
+    There bitsandbytes never quantises them, as it does on the way to a CUDA device: a model
+    that transformers loads in 4 bits would take what it takes in FP32.
+    """
+    make = torch.Tensor._make_subclass
+
+    def made(cls: type, data: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if cls.__name__ == "Params4bit" and data.is_meta and data.is_floating_point():
+            if is_tracked():
+                raise NotImplementedError(
+                    f"a Params4bit of {data.dtype} on a virtual GPU: bitsandbytes quantises none "
+                    "there, so its bytes would be wrong; load the model in untracked() on the host"
+                )
+        return make(cls, data, *args, **kwargs)
+
+    with mock.patch.object(torch.Tensor, "_make_subclass", made):
+        yield
 
 
 @contextmanager
