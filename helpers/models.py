@@ -39,6 +39,7 @@ with warnings.catch_warnings():
     from huggingface_hub import snapshot_download as hub_download
     from huggingface_hub import split_torch_state_dict_into_shards
     from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
         AttentionInterface,
         AutoConfig,
         AutoModelForCausalLM,
@@ -103,6 +104,9 @@ def build(
     wanted = settings.dtype if dtype is None else dtype
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
         raise ValueError(f"dtype is {wanted!r}: expected a floating-point one of torch's")
+    # Imports the architecture's module. Under the device below, the constants of whatever is
+    # imported for the first time would be made there, and stay: 512 B on a real card.
+    MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
     with torch.device(device):
         made: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=wanted)
     return made.eval()
