@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from every_byte.allocator import OutOfMemoryError
+from every_byte.commands import Refused
 from every_byte.commands.explain import add, shown
 from every_byte.explain import Explanation, Message, explain, parse
 from every_byte.units import GiB, KiB, MiB
@@ -326,10 +327,10 @@ def test_what_is_not_recognised_is_said(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out == (
         "Verdict: unknown\nBecause: no out-of-memory message of PyTorch, CUDA or JAX is in it\n"
     )
-    assert run("--file", str(tmp_path / "none")) == 2
-    assert "No such file or directory; name a log" in capsys.readouterr().err
-    assert run("--file", "a", "b") == 2
-    assert "expected one of them" in capsys.readouterr().err
+    with pytest.raises(Refused, match="No such file or directory; name a log"):
+        run("--file", str(tmp_path / "none"))
+    with pytest.raises(Refused, match="expected one of them"):
+        run("--file", "a", "b")
 
 
 def test_every_cure_names_a_chapter_that_exists() -> None:

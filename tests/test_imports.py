@@ -24,7 +24,7 @@ HOUSES = {
 # floor do not know each other.
 FLOORS = {
     "every_byte": [
-        {"units", "data", "formats"},
+        {"units", "data", "formats", "kinds", "explain"},
         {"environment", "allocator"},
         {"estimate", "memory"},
         {"cuda", "tracker"},

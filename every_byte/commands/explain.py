@@ -1,12 +1,11 @@
 """``every-byte explain``: an out-of-memory message taken apart, judged, and answered."""
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from every_byte.commands import DONE, NO, Refused, Subparsers, print_json, subcommand
 from every_byte.explain import Explanation, explain
 from every_byte.units import binary
 
@@ -22,49 +21,43 @@ _FIELDS = {
 }
 
 
-def add(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(subparsers: Subparsers) -> None:
     """Add the subcommand."""
-    parser = subparsers.add_parser(
+    parser = subcommand(
+        subparsers,
         "explain",
-        help="say what an out-of-memory message means, and what to do",
-        description="Say what an out-of-memory message means, and what to do, by the message's "
-        "own figures. Messages of PyTorch (CUDA, ROCm, XPU, MPS), CUDA and JAX are known. Exit "
-        "status: 0 a message was found, 1 none was.",
+        run,
+        "say what an out-of-memory message means, and what to do",
+        "By the message's own figures. Messages of PyTorch (CUDA, ROCm, XPU, MPS), CUDA and JAX "
+        "are known. Exit status: 0 a message was found, 1 none was.",
     )
     parser.add_argument(
         "message", nargs="*", help="the message, or - or nothing to read standard input"
     )
     parser.add_argument("--file", type=Path, help="a log that has it; the last one counts")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the explanation; returns the exit status."""
     if options.file is not None and options.message:
-        print("--file and a message: expected one of them", file=sys.stderr)
-        return 2
+        raise Refused("--file and a message: expected one of them")
     if options.file is not None:
         try:
             text = options.file.read_text("utf-8", errors="replace")
         except OSError as error:
-            print(
-                f"--file is {str(options.file)!r}: {error.strerror}; name a log that can be read",
-                file=sys.stderr,
-            )
-            return 2
+            raise Refused(
+                f"--file is {str(options.file)!r}: {error.strerror}; name a log that can be read"
+            ) from None
     elif options.message and options.message != ["-"]:
         text = " ".join(options.message)
     else:
         text = sys.stdin.read()
     found = explain(text)
-    print(json.dumps(_plain(found), indent=2) if options.json else shown(found))
-    return 1 if found.message is None else 0
-
-
-def _plain(found: Explanation) -> dict[str, Any]:
-    """The explanation as JSON has it; all sizes are bytes."""
-    return asdict(found)
+    if options.json:
+        print_json(asdict(found))
+    else:
+        print(shown(found))
+    return NO if found.message is None else DONE
 
 
 def shown(found: Explanation) -> str:
