@@ -99,7 +99,9 @@ def names_in_use() -> set[str]:
 def is_in_table(name: str) -> bool:
     if name.startswith("*."):
         last = name.rpartition(".")[2]
-        return any(last in entry.split(".") for entry in TABLE)
+        # Attributes of objects alone stand with their class, in its purpose.
+        named = {word for private in PRIVATE_NAMES for word in private.purpose.split()}
+        return last in named or any(last in entry.split(".") for entry in TABLE)
     return any(name == entry or name.startswith(f"{entry}.") for entry in TABLE) or any(
         entry.startswith(f"{name}.") for entry in TABLE
     )

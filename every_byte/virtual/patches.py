@@ -198,6 +198,14 @@ PRIVATE_NAMES = (
         "ranks",
     ),
     PrivateName(
+        "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam",
+        "looks again for its part of a parameter, in reset_sharded_param, and keeps it in "
+        "_sharded_param_data",
+        "FSDP gathers from a model made in untracked(), which is refused",
+        "ranks",
+        checked=("2.14",),
+    ),
+    PrivateName(
         "torch.distributed.tensor._sharding_prop.ShardingPropagator",
         "tries operations on fake tensors of the whole's size",
         "their bytes count",
