@@ -212,7 +212,7 @@ def test_levers_and_numbers_of_gpus_are_equal(tab: Page) -> None:
 
 
 def test_the_scripts_are_small_and_plain() -> None:
-    assert sum(script.stat().st_size for script in SCRIPTS) < 40_000
+    assert sum(script.stat().st_size for script in SCRIPTS) < 60_000
     for script in SCRIPTS:
         text = script.read_text("utf-8")
         assert not re.search(r"\b(import|export|fetch|XMLHttpRequest|eval)\b", text)
@@ -230,7 +230,7 @@ CONTROLS = [  # each with a value that is not where it starts, and what else is 
     ("num_key_value_heads", "4", ""),
     ("head_dim", "64", ""),
     ("intermediate_size", "512", ""),
-    ("max_position_embeddings", "77", "model=gpt2"),
+    ("max_position_embeddings", "77", "model=gpt2&length=64"),
     ("num_local_experts", "8", ""),
     ("num_experts_per_tok", "1", "model=Mixtral-8x7B-v0.1"),
     ("tie_word_embeddings", True, ""),
@@ -239,7 +239,7 @@ CONTROLS = [  # each with a value that is not where it starts, and what else is 
     ("length", "777", ""),
     ("optimizer", "adam 8-bit", ""),
     ("rank", "8", ""),
-    ("attention", "flash", ""),
+    ("attention", "eager", ""),
     ("checkpointing", True, ""),
     ("implementation", "foreach", ""),
     ("adapters", "bf16", "rank=8"),
@@ -306,7 +306,7 @@ def test_a_control(tab: Page, name: str, value: str | bool, before: str) -> None
     # All but the choice of the card, and what this model has no use for, change the sum.
     if name not in ("card", "num_local_experts"):
         assert second != first
-        assert change_of_all(tab)
+        assert bool(change_of_all(tab)) == (second.total != first.total)
     # The address brings it all back.
     values = state(tab)
     tab.reload()

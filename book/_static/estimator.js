@@ -256,7 +256,7 @@
     const gpus = setup.gpus > 1n ? ` on each of ${grouped(setup.gpus)} GPUs` : "";
     return `${short(all)}${gpus}, estimated, for ${setup.task} with ${model}: `
       + `${all <= capacity ? "fits on" : "does not fit on"} ${card} with its ${gib(capacity)} GiB. `
-      + `${short(moment(held, "at rest"))} stay from step to step; the peak is ${short(held.peak)}, at the ${held.peakAt}.`;
+      + `${short(moment(held, "at rest"))} stay from step to step; the peak is ${short(held.peak)} (${held.peakAt}).`;
   }
 
   let speaking;
