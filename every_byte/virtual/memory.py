@@ -14,11 +14,12 @@ from torch.utils import _foreach_utils
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from every_byte.allocator import CachingAllocator
+from every_byte.allocator import CachingAllocator, Downwards
 from every_byte.tracker import in_backward, untracked
 from every_byte.units import KiB, binary
 from every_byte.virtual import kernels
 from every_byte.virtual.autocast import cuda_autocast
+from every_byte.virtual.rules import CUBLASLT_WORKSPACE, Rules
 from every_byte.virtual.without_dynamo import without_dynamo
 
 # The default of every NVIDIA chip but Hopper and newer, fixed for all of them:
@@ -50,6 +51,8 @@ class VirtualMemory(CachingAllocator):
     Args:
         name: what the card calls itself.
         capacity, alloc_conf, context: see `every_byte.allocator.CachingAllocator`.
+        rules: of the card that it plays; without, only what all cards have in common.
+        note: what its figures are, for people.
     """
 
     is_replayed = True
@@ -64,18 +67,26 @@ class VirtualMemory(CachingAllocator):
     )
 
     def __init__(
-        self, name: str, capacity: int | None = None, alloc_conf: str = "", context: int = 0
+        self,
+        name: str,
+        capacity: int | None = None,
+        alloc_conf: str = "",
+        context: int = 0,
+        rules: Rules | None = None,
+        note: str = "no CUDA device in use, figures are replayed",
     ) -> None:
-        super().__init__(capacity, alloc_conf, context)
-        self.name = name
+        placement = None if rules is None else Downwards()
+        super().__init__(capacity, alloc_conf, context, placement)
+        self.name, self.rules, self._note = name, rules, note
+        self.default_workspace: int | None = None if rules is None else rules.cublas_workspace
         self.device = torch.device("meta")
         self.stream = 0  # that tensors are made on
         self._streams = count(1)  # numbers for those that a program makes
-        self._workspaces: dict[bool, int] = {}  # of the autograd thread or not: handle
+        self._workspaces: dict[str, int] = {}  # whose: handle
 
     def __str__(self) -> str:
         size = "" if self.capacity is None else f", {binary(self.capacity)}"
-        return f"{self.name}{size}: no CUDA device in use, figures are replayed"
+        return f"{self.name}{size}: {self._note}"
 
     def new_stream(self) -> int:
         """A number for a stream that a program makes."""
@@ -89,24 +100,47 @@ class VirtualMemory(CachingAllocator):
         self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[..., Any] | None:
         """What allocates in an operation's place as CUDA's kernel does."""
-        kernel = kernels.KERNELS.get(operation)
+        kernel = kernels.kernel_of(operation, self.rules)
         if kernel is None:
             return None
         tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
         return kernel if any(t.is_meta for t in tensors) else None  # the host has its own
 
-    def computed(self, operation: Any, result: Any) -> None:
-        """Take cuBLAS's workspace at the first matrix product of each thread."""
+    def computed(
+        self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        """Take what an operation borrows, and cuBLAS's workspace at a thread's first product."""
+        if not any(isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves(result)):
+            return
+        held = []
+        if self.rules is not None:
+            with untracked():
+                sizes = kernels.temporaries(operation, args, kwargs, self.rules)
+            held = [self.malloc(size) for size in sizes]
+        if operation.overloadpacket in self._matrix_products:
+            held += self._take_workspace(operation, args)
+        while held:
+            self.free(held.pop())
+
+    def _take_workspace(self, operation: Any, args: tuple[Any, ...]) -> list[int]:
+        """The workspace of a product, if it is the first of its kind; what goes back after it."""
+        if self.rules is not None and kernels.by_cublaslt(operation, args):
+            if self.rules.cublaslt_workspace == "temporary":
+                return [self.malloc(CUBLASLT_WORKSPACE)]
+            if self.rules.cublaslt_workspace == "own":
+                if "lt" not in self._workspaces:
+                    self._workspaces["lt"] = self.malloc(CUBLASLT_WORKSPACE)
+                return []
         # On CUDA, backward runs in a thread of its own, and each thread's cuBLAS
         # handle takes a workspace at its first product, after the result's block.
-        autograd_thread = in_backward()
-        if (
-            operation.overloadpacket in self._matrix_products
-            and autograd_thread not in self._workspaces
-        ):
-            if any(isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves(result)):
-                config = os.environ.get("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
-                self._workspaces[autograd_thread] = self.malloc(cublas_workspace_size(config))
+        thread = "backward" if in_backward() else "main"
+        if thread not in self._workspaces:
+            config = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+            size = self.default_workspace
+            if config is not None or size is None:
+                size = cublas_workspace_size(config or CUBLAS_WORKSPACE)
+            self._workspaces[thread] = self.malloc(size)
+        return []
 
     def clear_cublas_workspaces(self) -> None:
         """Free cuBLAS's workspaces; the next product of each thread takes its own again."""
@@ -128,7 +162,7 @@ class VirtualMemory(CachingAllocator):
             stack.enter_context(_swapping_parameters())
             stack.enter_context(cuda_autocast())
             stack.enter_context(without_dynamo())
-            stack.enter_context(kernels.registered())
+            stack.enter_context(kernels.registered(self.rules))
             yield
 
 
