@@ -23,7 +23,12 @@ from every_byte.gpu import VirtualGPU
 DTYPES = {
     **{"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16},
     **{"i64": torch.int64, "i32": torch.int32, "i8": torch.int8, "u8": torch.uint8},
-    **{"b8": torch.bool, "i16": torch.int16, "float8_e4m3fn": torch.float8_e4m3fn},
+    **{
+        "b8": torch.bool,
+        "i16": torch.int16,
+        "uint64": torch.uint64,
+        "float8_e4m3fn": torch.float8_e4m3fn,
+    },
 }
 _TENSOR = re.compile(r"^([a-z]+[0-9]*[a-z0-9_]*)\[([0-9x]*)\](?:~([0-9_]*))?(@cpu)?$")
 _WORD = re.compile(r"^torch\.[a-z_0-9]+$")

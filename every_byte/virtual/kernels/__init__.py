@@ -6,11 +6,12 @@ hold for a virtual GPU that is told which card it is.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
-from every_byte.virtual.kernels import cudnn_attention, indexing, normalisation
+from every_byte.virtual.kernels import cudnn_attention, fused_attention, indexing, normalisation
 from every_byte.virtual.kernels.attention import COMPOSITES, KERNELS, attention_kernel
 from every_byte.virtual.kernels.products import by_cublaslt, product_temporaries
 from every_byte.virtual.kernels.reductions import reduction_temporaries
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 _OF_A_CARD: dict[Any, Callable[..., Any]] = {
+    **fused_attention.KERNELS,
     **cudnn_attention.KERNELS,
     **normalisation.KERNELS,
     **indexing.KERNELS,
@@ -35,14 +37,15 @@ _OF_A_CARD_COMPOSITES: dict[Any, Callable[..., Any]] = {
     **cudnn_attention.COMPOSITES,
     **normalisation.COMPOSITES,
 }
+_WITH_RULES = {**_OF_A_CARD_COMPOSITES, **fused_attention.WITH_RULES}
 _in_force: list[Rules | None] = []  # of the GPUs that are open
 
 
 def kernel_of(operation: Any, rules: Rules | None) -> Callable[..., Any] | None:
     """What allocates in an operation's place as CUDA's kernel does; None for most."""
     if rules is not None:
-        if (composite := _OF_A_CARD_COMPOSITES.get(operation)) is not None:
-            return lambda *args, **kwargs: composite(rules, *args, **kwargs)
+        if (function := _WITH_RULES.get(operation)) is not None:
+            return partial(function, rules)
         if (kernel := _OF_A_CARD.get(operation)) is not None:
             return kernel
     return KERNELS.get(operation)

@@ -19,8 +19,11 @@ def temporaries(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         # grad * output: softmax_backward_cuda_out in native/cuda/SoftMax.cu.
         grad, output = args[:2]
         return [math.prod(grad.shape) * torch.result_type(grad, output).itemsize]
-    if packet is aten._foreach_norm:
-        return None
+    if packet is aten._safe_softmax:
+        # Where a row is all -inf: a truth for each number and each row, and a zero
+        # (_safe_softmax in native/transformers/attention.cpp).
+        scores, dim = args[:2]
+        return [scores.numel(), scores.numel() // scores.size(dim), scores.element_size()]
     return None
 
 
@@ -33,42 +36,52 @@ def _rms_norm(
 ) -> Tensor:
     # rms_norm_symint in native/layer_norm.cpp: one kernel on CUDA since 2.9
     # (pytorch#153666), for a weight of the input's type.
-    fused = rules.version >= (2, 9) and (weight is None or weight.dtype == input.dtype)
-    if fused:
-        return aten._fused_rms_norm(input, normalized_shape, weight, eps)[0]
+    if rules.version >= (2, 9) and (weight is None or weight.dtype == input.dtype):
+        return _fused_rms_norm(rules, input, normalized_shape, weight, eps)[0]
     key = torch._C.DispatchKey.CompositeImplicitAutograd
-    return aten.rms_norm.default._op_dk(key, input, normalized_shape, weight, eps)
+    composed: Tensor = aten.rms_norm.default._op_dk(key, input, normalized_shape, weight, eps)
+    return composed
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """``_fused_rms_norm`` and its gradient, which have no kernels of their own on ``meta``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, normalized_shape: list[int], weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        # _fused_rms_norm_cuda in native/cuda/layer_norm_kernel.cu: one FP32 number for a row.
+        rows = input.shape[: input.dim() - len(normalized_shape)]
+        exact = torch.float64 if input.dtype is torch.float64 else torch.float32
+        result = torch.empty_like(input, memory_format=torch.contiguous_format)
+        rstd = input.new_empty((*rows, *(1 for _ in normalized_shape)), dtype=exact)
+        ctx.save_for_backward(input, rstd, weight)
+        ctx.mark_non_differentiable(rstd)
+        return result, rstd
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        input, _, weight = ctx.saved_tensors
+        of_weight = weight is not None and ctx.needs_input_grad[2]
+        return (
+            torch.empty_like(input, memory_format=torch.contiguous_format),
+            None,
+            torch.empty_like(weight) if of_weight else None,
+        )
 
 
 def _fused_rms_norm(
-    input: Tensor, normalized_shape: list[int], weight: Tensor | None, eps: float | None
-) -> tuple[Tensor, Tensor]:
-    # _fused_rms_norm_cuda in native/cuda/layer_norm_kernel.cu: one FP32 number for a row.
-    rows = [*input.shape[: input.dim() - len(normalized_shape)], *(1 for _ in normalized_shape)]
-    exact = torch.float64 if input.dtype is torch.float64 else torch.float32
-    result = torch.empty_like(input, memory_format=torch.contiguous_format)
-    return result, input.new_empty(rows, dtype=exact)
-
-
-def _fused_rms_norm_backward(
-    grad_out: Tensor,
+    rules: Rules,
     input: Tensor,
     normalized_shape: list[int],
-    rstd: Tensor,
-    weight: Tensor | None,
-    output_mask: list[bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    # _fused_rms_norm_backward_cuda: the gradients, and no more.
-    grad = torch.empty_like(input, memory_format=torch.contiguous_format)
-    of_weight = weight is not None and output_mask[1]
-    return (
-        grad if output_mask[0] else None,
-        torch.empty_like(weight) if of_weight and weight is not None else None,
-    )
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Any:
+    return _FusedRMSNorm.apply(input, list(normalized_shape), weight)  # type: ignore[no-untyped-call]
 
 
-COMPOSITES: dict[Any, Callable[..., Any]] = {aten.rms_norm.default: _rms_norm}
-KERNELS: dict[Any, Callable[..., Any]] = {
-    aten._fused_rms_norm.default: _fused_rms_norm,
-    aten._fused_rms_norm_backward.default: _fused_rms_norm_backward,
+COMPOSITES: dict[Any, Callable[..., Any]] = {
+    aten.rms_norm.default: _rms_norm,
+    **({aten._fused_rms_norm.default: _fused_rms_norm} if hasattr(aten, "_fused_rms_norm") else {}),
 }
+KERNELS: dict[Any, Callable[..., Any]] = {}

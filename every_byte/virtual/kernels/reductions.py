@@ -174,9 +174,7 @@ def reduction_temporaries(
         sizes = borrowed(reduction, 16 if tensor.element_size() < 8 else 32, rules, values=2)
     elif kind == "argmax":
         sizes = borrowed(reduction, 16, rules)
-    elif kind == "all":
-        sizes = borrowed(reduction, 1, rules)
-    elif kind == "amax":
+    elif kind in ("all", "amax"):
         sizes = borrowed(reduction, tensor.element_size(), rules)
     else:
         sizes = borrowed(reduction, _accumulated(tensor), rules)
