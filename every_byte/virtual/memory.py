@@ -124,13 +124,6 @@ class VirtualMemory(CachingAllocator):
 
     def _take_workspace(self, operation: Any, args: tuple[Any, ...]) -> list[int]:
         """The workspace of a product, if it is the first of its kind; what goes back after it."""
-        if self.rules is not None and kernels.by_cublaslt(operation, args):
-            if self.rules.cublaslt_workspace == "temporary":
-                return [self.malloc(CUBLASLT_WORKSPACE)]
-            if self.rules.cublaslt_workspace == "own":
-                if "lt" not in self._workspaces:
-                    self._workspaces["lt"] = self.malloc(CUBLASLT_WORKSPACE)
-                return []
         # On CUDA, backward runs in a thread of its own, and each thread's cuBLAS
         # handle takes a workspace at its first product, after the result's block.
         thread = "backward" if in_backward() else "main"
@@ -140,6 +133,12 @@ class VirtualMemory(CachingAllocator):
             if config is not None or size is None:
                 size = cublas_workspace_size(config or CUBLAS_WORKSPACE)
             self._workspaces[thread] = self.malloc(size)
+        if self.rules is not None and kernels.by_cublaslt(operation, args):
+            if self.rules.cublaslt_workspace == "temporary":
+                return [self.malloc(CUBLASLT_WORKSPACE)]
+            # One for the process, not for each thread, as measured with 2.11.
+            if self.rules.cublaslt_workspace == "own" and "lt" not in self._workspaces:
+                self._workspaces["lt"] = self.malloc(CUBLASLT_WORKSPACE)
         return []
 
     def clear_cublas_workspaces(self) -> None:

@@ -70,6 +70,16 @@ def _scaled_dot_product_attention(
         return aten._scaled_dot_product_cudnn_attention(
             *tensors, attn_mask, trained, dropout_p, is_causal, False, scale=scale
         )[0]
+    if query.dim() == 4 and query.size(1) != key.size(1) and query.dtype is torch.float32:
+        # Memory-efficient attention wants as many heads of each
+        # (check_batch_size_and_num_heads_dense): the whole matrix is left.
+        whole: Tensor = aten.scaled_dot_product_attention.default._op_dk(
+            torch._C.DispatchKey.CompositeImplicitAutograd,
+            *(*tensors, attn_mask, dropout_p, is_causal),
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+        return whole
     return attention.COMPOSITES[aten.scaled_dot_product_attention.default](
         *tensors, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )

@@ -33,7 +33,7 @@ def _flash_forward(
     batch, heads, length, size = query.shape
     result = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
     logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
-    held = []
+    held: list[Tensor | None] = []
     splits = 1 if dropout_p else _splits(query, key, rules)
     if splits > 1:
         held += [
@@ -44,7 +44,8 @@ def _flash_forward(
     unused = query.new_empty((), dtype=torch.uint64)
     if dropout_p:
         held.append(query.new_empty(2, dtype=torch.uint64))  # where the generator stands
-    held.clear()
+    for number in range(len(held)):
+        held[number] = None
     nothing = query.new_empty(0)
     return result, logsumexp, None, None, query.size(2), key.size(2), state, unused, nothing
 

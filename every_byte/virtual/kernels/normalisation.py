@@ -77,7 +77,7 @@ def _fused_rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Any:
-    return _FusedRMSNorm.apply(input, list(normalized_shape), weight)  # type: ignore[no-untyped-call]
+    return _FusedRMSNorm.apply(input, list(normalized_shape), weight)
 
 
 COMPOSITES: dict[Any, Callable[..., Any]] = {
