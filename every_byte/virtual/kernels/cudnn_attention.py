@@ -85,6 +85,16 @@ def _scaled_dot_product_attention(
     )
 
 
+def _like(query: Tensor, size: int) -> Tensor:
+    """A tensor of another head size, laid out as the queries (``alloc_with_matching_layout``)."""
+    if size == query.size(-1):
+        return torch.empty_like(query)
+    order = sorted(range(4), key=lambda d: (query.stride(d), -d), reverse=True)
+    shape = (*query.shape[:3], size)
+    dense = query.new_empty([shape[d] for d in order])
+    return dense.permute([order.index(d) for d in range(4)])
+
+
 def _workspace(like: Tensor, nbytes: int) -> None:
     like.new_empty(nbytes, dtype=torch.uint8)  # and gone again
 
@@ -104,7 +114,7 @@ def _forward(
     # _cudnn_attention_forward in .../cuda/attention.cu, run_cudnn_SDP_fprop in cudnn/MHA.cpp.
     batch, heads, length, _ = query.shape
     states = [query.new_empty((), dtype=torch.uint64) for _ in range(2)]
-    result = query.new_empty(batch, length, heads, value.size(-1)).transpose(1, 2)
+    result = _like(query, value.size(-1))
     rows = (batch, heads, length, 1) if compute_log_sumexp else (0,)
     logsumexp = query.new_empty(rows, dtype=torch.float32)
     _workspace(query, _workspace_size(query, key))

@@ -57,6 +57,7 @@ class _FusedRMSNorm(torch.autograd.Function):
         rstd = input.new_empty((*rows, *(1 for _ in normalized_shape)), dtype=exact)
         ctx.save_for_backward(input, rstd, weight)
         ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
         return result, rstd
 
     @staticmethod
@@ -80,8 +81,29 @@ def _fused_rms_norm(
     return _FusedRMSNorm.apply(input, list(normalized_shape), weight)
 
 
+def _native_layer_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # layer_norm_cuda in native/cuda/layer_norm_kernel.cu: it reads what is contiguous.
+    copy = input.contiguous()
+    result = torch.empty_like(copy)
+    rows = input.shape[: input.dim() - len(normalized_shape)]
+    exact = torch.float64 if input.dtype is torch.float64 else torch.float32
+    mean, rstd = (
+        input.new_empty((*rows, *(1 for _ in normalized_shape)), dtype=exact) for _ in range(2)
+    )
+    del copy
+    return result, mean, rstd
+
+
 COMPOSITES: dict[Any, Callable[..., Any]] = {
     aten.rms_norm.default: _rms_norm,
     **({aten._fused_rms_norm.default: _fused_rms_norm} if hasattr(aten, "_fused_rms_norm") else {}),
 }
-KERNELS: dict[Any, Callable[..., Any]] = {}
+KERNELS: dict[Any, Callable[..., Any]] = {
+    aten.native_layer_norm.default: _native_layer_norm,
+}
