@@ -42,7 +42,10 @@ def test_an_operation_takes_what_it_took_on_the_card(
             assert equal(one, events), (one.signature, events, one.variants)
 
 
-RUNS = ("llama1b-bf16-adamw-fused", "llama1b-fp32", "llama1b-bf16-ckpt", "gpt2-bf16-dropout")
+RUNS = (
+    *("llama1b-bf16-adamw-fused", "llama1b-fp32", "llama1b-bf16-ckpt"),
+    *("gpt2-bf16-dropout", "phi3-2l", "embedding-layernorm"),
+)
 
 
 @pytest.mark.parametrize("name", RUNS)

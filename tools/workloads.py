@@ -112,6 +112,31 @@ def _inference(
         look("decoded")
 
 
+def _embedding_and_norms(gpu: VirtualGPU, look: Look) -> None:
+    with gpu.device:
+        model = nn.Sequential(
+            nn.Embedding(50000, 1024),
+            nn.LayerNorm(1024),
+            nn.Linear(1024, 4096),
+            nn.GELU(),
+            nn.Linear(4096, 1024),
+            nn.RMSNorm(1024),
+        )
+    tokens = torch.zeros(16, 512, dtype=torch.int64).to(gpu.device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    look("loaded")
+    for number in range(2):
+        loss = model(tokens).float().pow(2).mean()
+        look(f"{number} forward")
+        loss.backward()
+        look(f"{number} backward")
+        optimizer.step()
+        look(f"{number} step")
+        optimizer.zero_grad()
+        del loss
+        look(f"{number} zeroed")
+
+
 def _last_layer_only(model: Any) -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -146,6 +171,7 @@ WORKLOADS: dict[str, Callable[[VirtualGPU, Look], None]] = {
     ),
     "qwen3-2l": partial(_training, "qwen3", _two_layers, length=2048),
     "phi3-2l": partial(_training, "phi3", _two_layers),
+    "embedding-layernorm": _embedding_and_norms,
     "mamba-4l": partial(
         _training, "mamba", _two_layers | {"num_hidden_layers": 4}, length=256, dtype=_fp32
     ),
