@@ -4,7 +4,7 @@ PY := .venv/bin/python
 PORT ?= 8000
 export REPOSITORY
 
-.PHONY: help env book serve test test-versions gpu-test notebooks lint bench lock clean
+.PHONY: help env book serve test test-versions gpu-test notebooks proof lint bench lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,6 +37,9 @@ gpu-test: env ## run every notebook on this machine's CUDA GPU, and compare with
 notebooks: env ## make and execute the notebooks from their sources  [NB=one] [FORCE=1]
 	@$(if $(filter-out 07_% 08_%,$(NB)),,$(PY) -m helpers.models $(CHECKPOINTS) >/dev/null)
 	@$(PY) -m tools.notebooks $(NB) $(if $(FORCE),--force)
+
+proof: env ## replay everything that was measured on a card, beside what was measured
+	@$(PY) -m tools.proof
 
 lint: env ## check style and types, of Python, pages and workflows
 	@$(PY) -m ruff check .

@@ -32,6 +32,7 @@ from every_byte.data import cards
 from every_byte.memory import DeviceMemory
 from every_byte.tracker import Breakdown, Timeline, Tracker
 from every_byte.virtual.memory import CUBLAS_WORKSPACE, VirtualMemory
+from every_byte.virtual.rules import Rules
 
 _Memory = TypeVar("_Memory", bound=DeviceMemory, default=DeviceMemory, covariant=True)
 
@@ -73,7 +74,8 @@ class GPU(Generic[_Memory]):
         if self in GPU._open:
             raise RuntimeError(f"{self} is open already: close() it first")
         with ExitStack() as stack:
-            stack.enter_context(_fixed_workspaces())
+            if getattr(self.memory, "default_workspace", None) is None:  # a named card has its own
+                stack.enter_context(_fixed_workspaces())
             stack.enter_context(_importing_on_the_host())
             stack.enter_context(self.memory.in_use())
             GPU._open.append(self)
@@ -290,6 +292,12 @@ class VirtualGPU(GPU[VirtualMemory]):
         alloc_conf: settings as in ``PYTORCH_ALLOC_CONF``, which itself is not read;
             see `every_byte.allocator.config`.
         context: bytes that the process holds beside PyTorch's, as a CUDA context does.
+        torch: the version of PyTorch whose rules the card follows, such as ``"2.11"``;
+            the installed one if None. Its operators are the installed version's all the same.
+
+    With a card, kernels borrow what they borrow on that card, cuBLAS has the card's own
+    workspace unless ``CUBLAS_WORKSPACE_CONFIG`` is set, and segments lie where the driver
+    puts them. Without one it is any card: only what all have in common is replayed.
 
     Raises:
         TypeError, ValueError: an argument is wrong; see `every_byte.allocator`.
@@ -303,15 +311,31 @@ class VirtualGPU(GPU[VirtualMemory]):
         name: str | None = None,
         alloc_conf: str = "",
         context: int = 0,
+        torch: str | None = None,
     ) -> None:
         for what, value in (("card", card), ("name", name), ("alloc_conf", alloc_conf)):
             if not isinstance(value, str) and (value is not None or what == "alloc_conf"):
                 raise TypeError(f"{what} is {value!r}: expected text (str)")
-        if card is not None:
+        if card is None:
+            if torch is not None:
+                raise ValueError(
+                    f"torch is {torch!r}, but there is no card whose rules it could change: "
+                    'name one, such as VirtualGPU("RTX 4090", torch="2.11")'
+                )
+            memory = VirtualMemory(name or "Virtual GPU", capacity, alloc_conf, context)
+        else:
             if card not in cards():
                 raise ValueError(f"card is {card!r}: expected one of {', '.join(cards())}")
-            capacity = cards()[card].memory if capacity is None else capacity
-        memory = VirtualMemory(name or card or "Virtual GPU", capacity, alloc_conf, context)
+            known = cards()[card]
+            capacity = known.memory if capacity is None else capacity
+            rules = Rules.of(known, torch)
+            note = (
+                f"no CUDA device in use, figures are replayed by rules measured with "
+                f"{known.measured}"
+                if known.measured
+                else "no CUDA device in use, figures are by PyTorch's source, not measured"
+            )
+            memory = VirtualMemory(name or card, capacity, alloc_conf, context, rules, note)
         super().__init__(memory)
 
     @property

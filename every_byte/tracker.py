@@ -376,7 +376,7 @@ class Tracker(TorchDispatchMode):
         try:
             result = func(*args, **kwargs)
             self._see(func, args, result)
-            self.memory.computed(func, result)
+            self.memory.computed(func, args, kwargs, result)
         except OutOfMemoryError as error:
             message = str(error)
         except BaseException:

@@ -101,8 +101,10 @@ class MemoryStandIn(CudaMemory):
     def kernel(self, operation: Any, *rest: Any) -> Callable[..., Any] | None:
         return self.card.memory.kernel(operation, *rest)
 
-    def computed(self, operation: Any, result: Any) -> None:
-        self.card.memory.computed(operation, result)
+    def computed(
+        self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        self.card.memory.computed(operation, args, kwargs, result)
 
     # What FSDP's streams ask of it.
 

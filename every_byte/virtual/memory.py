@@ -15,11 +15,12 @@ import torch
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from every_byte.allocator import CachingAllocator
-from every_byte.tracker import in_backward
+from every_byte.allocator import CachingAllocator, Downwards
+from every_byte.tracker import in_backward, untracked
 from every_byte.units import KiB, binary
 from every_byte.virtual import kernels, patches
 from every_byte.virtual.autocast import autocast_key, cuda_autocast
+from every_byte.virtual.rules import CUBLASLT_WORKSPACE, Rules
 
 # The default of every NVIDIA chip but Hopper and newer, fixed for all of them:
 # 2 buffers of 4096 KiB and 8 of 16 KiB.
@@ -64,6 +65,8 @@ class VirtualMemory(CachingAllocator):
     Args:
         name: what the card calls itself.
         capacity, alloc_conf, context: see `every_byte.allocator.CachingAllocator`.
+        rules: of the card that it plays; without, only what all cards have in common.
+        note: what its figures are, for people.
     """
 
     is_replayed = True
@@ -78,10 +81,18 @@ class VirtualMemory(CachingAllocator):
     )
 
     def __init__(
-        self, name: str, capacity: int | None = None, alloc_conf: str = "", context: int = 0
+        self,
+        name: str,
+        capacity: int | None = None,
+        alloc_conf: str = "",
+        context: int = 0,
+        rules: Rules | None = None,
+        note: str = "no CUDA device in use, figures are replayed",
     ) -> None:
-        super().__init__(capacity, alloc_conf, context)
-        self.name = name
+        placement = None if rules is None else Downwards()
+        super().__init__(capacity, alloc_conf, context, placement)
+        self.name, self.rules, self._note = name, rules, note
+        self.default_workspace: int | None = None if rules is None else rules.cublas_workspace
         self.device = torch.device("meta")
         self._streams = count(1)  # numbers for those that a program makes
         self._thread = _Thread()
@@ -91,10 +102,11 @@ class VirtualMemory(CachingAllocator):
         self._cublas_handles = count(1)
         # of (cuBLAS handle, stream): the block; handle 0 is the autograd thread's
         self._workspaces: dict[tuple[int, int], int] = {}
+        self._cublaslt_workspace: int | None = None  # the block, where it has one of its own
 
     def __str__(self) -> str:
         size = "" if self.capacity is None else f", {binary(self.capacity)}"
-        return f"{self.name}{size}: no CUDA device in use, figures are replayed"
+        return f"{self.name}{size}: {self._note}"
 
     def new_stream(self) -> int:
         """A number for a stream that a program makes."""
@@ -140,22 +152,44 @@ class VirtualMemory(CachingAllocator):
         """
         if operation is torch.ops.aten._to_copy.default:
             patches.refuse_quantised(args[0])
-        kernel = kernels.KERNELS.get(operation)
+        kernel = kernels.kernel_of(operation, self.rules)
         if kernel is None:
             return None
         tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
         return kernel if any(t.is_meta for t in tensors) else None  # the host has its own
 
-    def computed(self, operation: Any, result: Any) -> None:
-        """Take cuBLAS's workspace at the first matrix product of each handle and stream."""
-        if operation.overloadpacket not in self._matrix_products:
-            return
+    def computed(
+        self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        """Take what an operation borrows, and cuBLAS's workspaces at the first products."""
         if not any(isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves(result)):
             return
+        held = []
+        if self.rules is not None:
+            with untracked():
+                sizes = kernels.temporaries(operation, args, kwargs, self.rules)
+            held = [self.malloc(size) for size in sizes]
+        if operation.overloadpacket in self._matrix_products:
+            held += self._take_workspaces(operation, args)
+        while held:
+            self.free(held.pop())
+
+    def _take_workspaces(self, operation: Any, args: tuple[Any, ...]) -> list[int]:
+        """What a product takes for cuBLAS, after its result's block; what goes back after it."""
         key = self._cublas_handle(), self.stream
-        if key not in self._workspaces:  # after the result's block
-            config = os.environ.get("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
-            self._workspaces[key] = self.malloc(cublas_workspace_size(config))
+        if key not in self._workspaces:
+            config = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+            size = self.default_workspace
+            if config is not None or size is None:
+                size = cublas_workspace_size(config or CUBLAS_WORKSPACE)
+            self._workspaces[key] = self.malloc(size)
+        if self.rules is not None and kernels.by_cublaslt(operation, args):
+            if self.rules.cublaslt_workspace == "temporary":
+                return [self.malloc(CUBLASLT_WORKSPACE)]
+            # One for the process, not for each thread, as measured with 2.11.
+            if self.rules.cublaslt_workspace == "own" and self._cublaslt_workspace is None:
+                self._cublaslt_workspace = self.malloc(CUBLASLT_WORKSPACE)
+        return []
 
     def _cublas_handle(self) -> int:
         """This thread's: another's that has ended, or a new one.
@@ -176,6 +210,9 @@ class VirtualMemory(CachingAllocator):
         """Free cuBLAS's workspaces; the next product of each thread takes its own again."""
         while self._workspaces:
             self.free(self._workspaces.popitem()[1])
+        if self._cublaslt_workspace is not None:
+            self.free(self._cublaslt_workspace)
+            self._cublaslt_workspace = None
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -195,7 +232,7 @@ class VirtualMemory(CachingAllocator):
             stack.enter_context(patches.four_bits_are_refused())
             stack.enter_context(cuda_autocast())
             stack.enter_context(self.in_thread())
-            stack.enter_context(kernels.registered())
+            stack.enter_context(kernels.registered(self.rules))
             yield
 
     def in_thread(self) -> AbstractContextManager[object]:
