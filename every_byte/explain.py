@@ -250,8 +250,8 @@ SHAPE = Cure(
     "11_troubleshooting",
 )
 EXPANDABLE = Cure(
-    "Set PYTORCH_ALLOC_CONF=expandable_segments:True before Python starts "
-    "(PYTORCH_CUDA_ALLOC_CONF before torch 2.9).",
+    "Set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True before Python starts "
+    "(PYTORCH_ALLOC_CONF is its newer name).",
     "Segments then grow page by page, and free pieces come together.",
     "11_troubleshooting",
 )

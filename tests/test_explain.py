@@ -306,7 +306,7 @@ def test_the_command_takes_an_argument_a_file_or_standard_input(
     printed = capsys.readouterr().out
     assert printed.startswith("Verdict: in pieces\nBecause: 2.30 GiB are reserved by PyTorch")
     assert re.search(r"^  tried to allocate +1\.70 GiB$", printed, re.MULTILINE)
-    assert "\n  1. Set PYTORCH_ALLOC_CONF=expandable_segments:True" in printed
+    assert "\n  1. Set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in printed
     log = tmp_path / "log.txt"
     log.write_bytes(b"\xff\xfe" + text.encode())
     assert run("--file", str(log)) == 0
