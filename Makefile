@@ -39,7 +39,7 @@ notebooks: env ## make and execute the notebooks from their sources  [NB=one] [F
 	@$(PY) -m tools.notebooks $(NB) $(if $(FORCE),--force)
 
 proof: env ## replay everything that was measured on a card, beside what was measured
-	@$(PY) -m tools.proof
+	@$(PY) -m benchmarks.proof
 
 lint: env ## check style and types, of Python, pages and workflows
 	@$(PY) -m ruff check .

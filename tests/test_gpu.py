@@ -491,7 +491,8 @@ def test_the_workspaces_setting_is_left_as_the_program_wants_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = "CUBLAS_WORKSPACE_CONFIG"
-    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(name, "what is taken back at the end")
+    monkeypatch.delenv(name)
     with VirtualGPU():
         assert os.environ[name] == CUBLAS_WORKSPACE
         with VirtualGPU():

@@ -24,8 +24,8 @@ HOUSES = {
 # floor do not know each other.
 FLOORS = {
     "every_byte": [
-        {"units", "data", "formats", "kinds", "explain"},
-        {"environment", "allocator"},
+        {"units", "data", "formats", "kinds"},
+        {"environment", "allocator", "explain"},
         {"estimate", "memory"},
         {"cuda", "tracker"},
         {"virtual"},

@@ -2,9 +2,9 @@
 
 import pytest
 
+from benchmarks import signatures, workloads
+from benchmarks.proof import CARD, DATA, TORCH, equal, measured_workloads
 from every_byte.gpu import VirtualGPU
-from tools import signatures, workloads
-from tools.proof import CARD, DATA, TORCH, equal, measured_workloads
 
 # A few of every rule: the n-th signature of each operation.
 OPERATIONS = (

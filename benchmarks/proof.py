@@ -1,6 +1,6 @@
 """Prove the replay: everything that was measured on a card, beside what is replayed.
 
-``python -m tools.proof`` prints a table, and fails where less than `GOAL` of the single
+``python -m benchmarks.proof`` prints a table, and fails where less than `GOAL` of the single
 operations are equal. Left out of these: convolutions, linear algebra, FFT, bitsandbytes.
 """
 
@@ -12,14 +12,14 @@ import sys
 import warnings
 from collections import Counter
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from benchmarks import signatures, workloads
 from every_byte.gpu import VirtualGPU
 from every_byte.units import MiB
-from tools import signatures, workloads
-from tools.repository import ROOT
 
-DATA = ROOT / "tests" / "data" / "h200-torch-2.11"
+DATA = Path(__file__).parent.parent / "tests" / "data" / "h200-torch-2.11"
 CARD, TORCH = "H200", "2.11"
 GOAL = 0.98  # of the single operations
 
@@ -72,7 +72,7 @@ def measured_workloads() -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tools.proof", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.proof", description=__doc__)
     parser.add_argument("--list", action="store_true", help="every operation that differs")
     asked = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
