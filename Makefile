@@ -4,10 +4,10 @@ PY := .venv/bin/python
 PORT ?= 8000
 export REPOSITORY
 
-.PHONY: help env book serve test gpu-test notebooks lint bench lock clean
+.PHONY: help env book serve test test-versions gpu-test notebooks proof lint bench lock clean
 
 help: ## what there is
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 env:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; exit 1; }
@@ -26,6 +26,9 @@ test: env ## prove it: the helpers, every notebook again, the built book
 	@$(PY) -m helpers.models $(CHECKPOINTS) >/dev/null
 	@$(PY) -m pytest -n 2 --dist loadfile --nbval --nbval-current-env
 
+test-versions: env ## the engine's tests with the oldest and the newest PyTorch (6 GB each)
+	@$(PY) -m tools.versions
+
 gpu-test: env ## run every notebook on this machine's CUDA GPU, and compare with the stored bytes
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu-test needs a CUDA GPU, and torch.cuda.is_available() is False: make test replays without one")'
 	@$(PY) -m helpers.models $(CHECKPOINTS) >/dev/null
@@ -35,10 +38,17 @@ notebooks: env ## make and execute the notebooks from their sources  [NB=one] [F
 	@$(if $(filter-out 07_% 08_%,$(NB)),,$(PY) -m helpers.models $(CHECKPOINTS) >/dev/null)
 	@$(PY) -m tools.notebooks $(NB) $(if $(FORCE),--force)
 
-lint: env ## check style and types
+proof: env ## replay everything that was measured on a card, beside what was measured
+	@$(PY) -m benchmarks.proof
+
+lint: env ## check style and types, of Python, pages and workflows
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@.venv/bin/biome lint --error-on-warnings
+	@$(PY) -m djlint --lint --quiet --extension html book/_ext book/_templates
+	@$(PY) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	@.venv/bin/zizmor --offline --quiet .github
 
 bench: env ## speed and accuracy beside a peer
 	@$(PY) -m benchmarks.training_step
@@ -48,5 +58,5 @@ lock: env ## bring requirements.lock up to date with requirements.txt and pyproj
 		--generate-hashes --custom-compile-command "make lock" --quiet -o requirements.lock
 
 clean: ## remove what was built; the environment, .venv, stays
-	rm -rf _build build .hypothesis .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf _build build dist .hypothesis .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

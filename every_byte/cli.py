@@ -12,7 +12,8 @@ from importlib import import_module
 
 from every_byte.commands import NO, REFUSED, Refused
 
-COMMANDS = ("run", "estimate", "replay", "check")  # modules of every_byte.commands, in help's order
+# Modules of every_byte.commands, in the order of the help.
+COMMANDS = ("run", "estimate", "explain", "replay", "check")
 
 
 def parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:

@@ -92,7 +92,9 @@ class CudaMemory:
         """None: the card has its own."""
         return None
 
-    def computed(self, operation: Any, result: Any) -> None:
+    def computed(
+        self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
         """Nothing: what an operation takes beside its results, the card takes itself."""
 
     @contextmanager

@@ -12,6 +12,7 @@ Each storage's birth and death is replayed on `every_byte.allocator`.
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
@@ -31,6 +32,7 @@ from every_byte.data import cards
 from every_byte.memory import DeviceMemory
 from every_byte.tracker import Breakdown, Timeline, Tracker
 from every_byte.virtual.memory import CUBLAS_WORKSPACE, VirtualMemory
+from every_byte.virtual.rules import Rules
 
 _Memory = TypeVar("_Memory", bound=DeviceMemory, default=DeviceMemory, covariant=True)
 
@@ -54,6 +56,7 @@ class GPU(Generic[_Memory]):
         self._tracker = Tracker(memory)
         self._stack = ExitStack()
         self._was_open = False
+        self._opened_in: int | None = None  # a thread
 
     def __str__(self) -> str:
         return str(self.memory)
@@ -71,25 +74,29 @@ class GPU(Generic[_Memory]):
         if self in GPU._open:
             raise RuntimeError(f"{self} is open already: close() it first")
         with ExitStack() as stack:
-            stack.enter_context(_fixed_workspaces())
+            if getattr(self.memory, "default_workspace", None) is None:  # a named card has its own
+                stack.enter_context(_fixed_workspaces())
             stack.enter_context(_importing_on_the_host())
             stack.enter_context(self.memory.in_use())
             GPU._open.append(self)
             stack.callback(GPU._open.remove, self)
             stack.enter_context(self._tracker.running())
             self._stack = stack.pop_all()
-        self._was_open = True
+        self._was_open, self._opened_in = True, threading.get_ident()
         return self
 
     def close(self) -> None:
         """Stop looking. Tensors that live on stay accounted for. Harmless if closed.
 
         Raises:
-            RuntimeError: a GPU opened later is still open.
+            RuntimeError: a GPU opened later is still open; or this one was opened in
+                another thread.
         """
         if self in GPU._open:
             if GPU._open[-1] is not self:
                 raise RuntimeError(f"{GPU._open[-1]} was opened later: close it first")
+            if self._opened_in != threading.get_ident():
+                raise RuntimeError(f"{self} was opened in another thread: close it there")
             self._stack.close()
 
     def __enter__(self) -> Self:
@@ -296,6 +303,12 @@ class VirtualGPU(GPU[VirtualMemory]):
         values: what happens where a program reads a value that depends on weights or
             activations: "refuse" is an error, "assume" goes on with what is assumed;
             see `every_byte.virtual.values`.
+        torch: the version of PyTorch whose rules the card follows, such as ``"2.11"``;
+            the installed one if None. Its operators are the installed version's all the same.
+
+    With a card, kernels borrow what they borrow on that card, cuBLAS has the card's own
+    workspace unless ``CUBLAS_WORKSPACE_CONFIG`` is set, and segments lie where the driver
+    puts them. Without one it is any card: only what all have in common is replayed.
 
     Raises:
         TypeError, ValueError: an argument is wrong; see `every_byte.allocator`.
@@ -309,13 +322,34 @@ class VirtualGPU(GPU[VirtualMemory]):
         name: str | None = None,
         alloc_conf: str = "",
         context: int = 0,
+        torch: str | None = None,
         values: Literal["assume", "refuse"] = "refuse",
     ) -> None:
-        if card is not None:
+        for what, value in (("card", card), ("name", name), ("alloc_conf", alloc_conf)):
+            if not isinstance(value, str) and (value is not None or what == "alloc_conf"):
+                raise TypeError(f"{what} is {value!r}: expected text (str)")
+        if card is None:
+            if torch is not None:
+                raise ValueError(
+                    f"torch is {torch!r}, but there is no card whose rules it could change: "
+                    'name one, such as VirtualGPU("RTX 4090", torch="2.11")'
+                )
+            memory = VirtualMemory(
+                name or "Virtual GPU", capacity, alloc_conf, context, values=values
+            )
+        else:
             if card not in cards():
                 raise ValueError(f"card is {card!r}: expected one of {', '.join(cards())}")
-            capacity = cards()[card].memory if capacity is None else capacity
-        memory = VirtualMemory(name or card or "Virtual GPU", capacity, alloc_conf, context, values)
+            known = cards()[card]
+            capacity = known.memory if capacity is None else capacity
+            rules = Rules.of(known, torch)
+            note = (
+                f"no CUDA device in use, figures are replayed by rules measured with "
+                f"{known.measured}"
+                if known.measured
+                else "no CUDA device in use, figures are by PyTorch's source, not measured"
+            )
+            memory = VirtualMemory(name or card, capacity, alloc_conf, context, rules, note, values)
         super().__init__(memory)
 
     @property

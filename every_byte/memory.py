@@ -76,7 +76,9 @@ class DeviceMemory(Protocol):
     ) -> Callable[..., Any] | None:
         """A function to run in an operation's place, allocation by allocation; None for most."""
 
-    def computed(self, operation: Any, result: Any) -> None:
+    def computed(
+        self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
         """Take what an operation takes beside its results, after these were taken."""
 
     def in_use(self) -> AbstractContextManager[object]:

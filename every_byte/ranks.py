@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -53,6 +54,8 @@ def one_of(gpus: int) -> Iterator[DeviceMesh]:
             stack.enter_context(there)
             willing = mock.patch.object(FSDPParamGroup, "_validate_no_meta_params", lambda _: None)
             stack.enter_context(willing)
+            look = _looking_again(FSDPParam.reset_sharded_param)
+            stack.enter_context(mock.patch.object(FSDPParam, "reset_sharded_param", look))
             library = stack.enter_context(torch.library._scoped_library("c10d", "IMPL"))
             for name in _COLLECTIVES:  # in PyTorch 2.8 meta has none
                 if not torch._C._dispatch_has_kernel_for_dispatch_key(f"c10d::{name}", "Meta"):
@@ -80,3 +83,19 @@ def _gathering(work: Callable[..., Any], gpu: GPU) -> Callable[..., Any]:
             return work(*args, **kwargs)
 
     return gathering
+
+
+def _looking_again(reset: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The same, for ``meta``, too: parameters may have come onto the GPU by ``to_empty``.
+
+    FSDP looks for that (``reset_sharded_param`` in ``_fsdp_param.py``), but not on meta. The
+    first GPU's part is never padded: nobody has more rows.
+    """
+
+    @wraps(reset)
+    def resetting(parameter: Any) -> None:
+        reset(parameter)
+        with torch.no_grad():
+            parameter._sharded_param_data = parameter.sharded_param.to_local().view(-1)
+
+    return resetting

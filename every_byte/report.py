@@ -200,7 +200,7 @@ class Report:
         """
         if not self.fits:
             return {}
-        needed = self.reserved + CONTEXT[-1]
+        needed = self.reserved + CONTEXT
         return {n: needed <= c.memory for n, c in cards().items() if n != self.card}
 
     def __str__(self) -> str:
@@ -209,14 +209,8 @@ class Report:
     def _lines(self) -> Iterator[str]:
         size = f"{self.capacity / GB:.2f} GB"
         if self.fits:
-            context = " to ".join(f"{nbytes / GB:.2f}" for nbytes in CONTEXT)
-            if self.reserved + CONTEXT[-1] <= self.capacity:
-                yield f"It fits on the {self.card} ({size}), with a CUDA context of {context} GB."
-            else:
-                yield (
-                    f"It fits on the {self.card} ({size}) only just: a CUDA context takes "
-                    f"{context} GB besides."
-                )
+            context = f"{CONTEXT / GB:.2f} GB"
+            yield f"It fits on the {self.card} ({size}), with a CUDA context of {context}."
             others = self.others()
             fitting = [name for name, fits in others.items() if fits]
             if fitting:

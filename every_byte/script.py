@@ -20,8 +20,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext, _device_constructors
 from torch.utils._pytree import tree_map_only
 
+from every_byte.estimate import CONTEXT
 from every_byte.gpu import VirtualGPU
 from every_byte.tracker import untracked
+from every_byte.virtual import autocast
 from every_byte.virtual.cuda_names import cuda_names, index_of
 
 _CUDA, _META = torch.device("cuda", 0), torch.device("meta")
@@ -342,7 +344,8 @@ def as_cuda(
     *,
     values: Literal["assume", "refuse"] = "assume",
     alloc_conf: str = "",
-    context: int = 0,
+    context: int | None = None,
+    torch_version: str | None = None,
 ) -> Iterator[VirtualGPU]:
     """Let the device "cuda" be a virtual card, while the context lasts; gives the card.
 
@@ -351,7 +354,10 @@ def as_cuda(
         capacity: bytes that it has; the card's if None.
         values: what happens where the program reads a value that depends on weights or
             activations; "assume" goes on, and ``gpu.memory.values.assumptions`` lists it.
-        alloc_conf, context: as of `every_byte.gpu.VirtualGPU`.
+        alloc_conf: as of `every_byte.gpu.VirtualGPU`.
+        context: bytes that the process holds beside PyTorch's; if None, a CUDA context's on
+            a card that is named (`every_byte.estimate.CONTEXT`), and nothing without one.
+        torch_version: whose rules the card follows, such as "2.11"; the installed one's if None.
 
     Raises:
         TypeError, ValueError: an argument is wrong.
@@ -359,7 +365,16 @@ def as_cuda(
     """
     if any(isinstance(m, _AsCuda) for m in torch.overrides._get_current_function_mode_stack()):
         raise RuntimeError("as_cuda() is in use already: leave it before it is entered again")
-    gpu = VirtualGPU(card, capacity, values=values, alloc_conf=alloc_conf, context=context)
+    if context is None:
+        context = 0 if card is None else CONTEXT
+    gpu = VirtualGPU(
+        card,
+        capacity,
+        values=values,
+        alloc_conf=alloc_conf,
+        context=context,
+        torch=torch_version,
+    )
     gpu.pass_unseen()
     gpu.device = torch.device("cuda")
     mode = _AsCuda(gpu)
@@ -371,6 +386,8 @@ def as_cuda(
             yield
 
     with ExitStack() as stack:
+        # "cuda" is the virtual card, even beside a real one.
+        stack.enter_context(mock.patch.object(autocast, "has_cuda", lambda: False))
         stack.enter_context(gpu)
         stack.enter_context(cuda_names(gpu))
         stack.enter_context(_patched(mode))

@@ -30,28 +30,8 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_leaves
 
 from every_byte.allocator import OutOfMemoryError
+from every_byte.kinds import KINDS as KINDS
 from every_byte.memory import DeviceMemory
-
-KINDS = (
-    "parameters",
-    "scales",
-    "gradients",
-    "optimizer states",
-    "buffers",
-    "cast weights",
-    "batch",
-    "activations",
-    "temporaries",
-    "gathered",
-    "workspaces",
-    "rounding",
-)
-"""What a byte can be for. Scales: what quantised parameters are read with. Cast
-weights: autocast's copies of parameters in its lower precision. Batch: copied from
-the host. Activations: made outside of backward and of the optimizer. Temporaries:
-made inside of either, and neither gradients of parameters nor optimizer states.
-Gathered: FSDP's copies of parameters whose parts other GPUs hold. Workspaces:
-cuBLAS's. Rounding: the allocator's, from the bytes asked for to the block handed out."""
 
 
 class Breakdown(dict[str, int]):
@@ -204,6 +184,11 @@ def untracked() -> Iterator[None]:
     finally:
         paused.clear()  # for the threads that were started inside, too
         _thread.untracked = tuple(each for each in _thread.untracked if each is not paused)
+
+
+def is_tracked() -> bool:
+    """Whether a tracker looks at this thread's operations at present."""
+    return bool(_running) and _running[-1].in_use
 
 
 class _Follow(TorchDispatchMode):
@@ -395,7 +380,7 @@ class Tracker(TorchDispatchMode):
         try:
             result = func(*args, **kwargs)
             self._see(func, args, result)
-            self.memory.computed(func, result)
+            self.memory.computed(func, args, kwargs, result)
         except OutOfMemoryError as error:
             message = str(error)
         except BaseException:
@@ -422,6 +407,9 @@ class Tracker(TorchDispatchMode):
         Args:
             model: whose parameters, their ``.grad``, and buffers.
             optimizers: whose states.
+
+        Raises:
+            TypeError: `model` is no module, or one of `optimizers` no optimizer.
         """
         with torch._C.DisableTorchFunction():  # every tensor tells its own device
             roles = self._roles(model, optimizers)
@@ -479,6 +467,11 @@ class Tracker(TorchDispatchMode):
     ) -> dict[_Storage, str]:
         """The storages that model and optimizers hold, and as what."""
         roles: dict[_Storage, str] = {}
+        if model is not None and not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model is {model!r}: expected a torch.nn.Module")
+        for optimizer in optimizers:
+            if optimizer is not None and not hasattr(optimizer, "state"):
+                raise TypeError(f"optimizer is {optimizer!r}: expected a torch.optim.Optimizer")
 
         def note(kind: str, *tensors: object) -> None:
             for tensor in tree_leaves([_parts(tensor) for tensor in tensors]):

@@ -9,19 +9,18 @@ import argparse
 import json
 import os
 import shutil
-import struct
 import sys
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -38,7 +37,9 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "IProgress not found")
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download as hub_download
+    from huggingface_hub import split_torch_state_dict_into_shards
     from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
         AttentionInterface,
         AutoConfig,
         AutoModelForCausalLM,
@@ -103,6 +104,9 @@ def build(
     wanted = settings.dtype if dtype is None else dtype
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
         raise ValueError(f"dtype is {wanted!r}: expected a floating-point one of torch's")
+    # Imports the architecture's module. Under the device below, the constants of whatever is
+    # imported for the first time would be made there, and stay: 512 B on a real card.
+    MODEL_FOR_CAUSAL_LM_MAPPING.get(type(settings), None)
     with torch.device(device):
         made: PreTrainedModel = AutoModelForCausalLM.from_config(settings, dtype=wanted)
     return made.eval()
@@ -112,6 +116,8 @@ def build(
 
 _INDEX = "model.safetensors.index.json"
 _SHARD = 512 * MB
+# What safetensors calls the dtypes of published checkpoints.
+_STORED_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 Planned = Mapping[str, torch.Tensor]  # the parameters by name, without storage
 
 
@@ -152,38 +158,27 @@ def _is_whole(folder: Path, planned: Planned) -> bool:
     try:
         json.loads((folder / "config.json").read_text("utf-8"))
         shards: dict[str, str] = json.loads((folder / _INDEX).read_text("utf-8"))["weight_map"]
-        found = {shard: _header(folder / shard) for shard in set(shards.values())}
-    except (OSError, ValueError, KeyError):
+        stored: dict[str, tuple[str, list[int]]] = {}
+        for shard in set(shards.values()):
+            # Opening reads the header alone, and refuses a file that is not as long as that says.
+            with safe_open(folder / shard, "pt") as file:
+                for name in file.keys():
+                    tensor = file.get_slice(name)
+                    stored[name] = tensor.get_dtype(), tensor.get_shape()
+    except (OSError, ValueError, KeyError, SafetensorError):
         return False
     return shards.keys() == planned.keys() and all(
-        (tensor := found[shards[name]].get(name)) is not None
-        and tensor["shape"] == list(parameter.shape)
-        and tensor["data_offsets"][1] - tensor["data_offsets"][0] == parameter.nbytes
+        stored.get(name) == (_STORED_DTYPES.get(parameter.dtype), list(parameter.shape))
         for name, parameter in planned.items()
     )
-
-
-def _header(shard: Path) -> dict[str, Any]:
-    """What a safetensors file says it holds; the format: https://github.com/huggingface/safetensors.
-
-    Raises:
-        ValueError: the file is not as long as that.
-    """
-    with shard.open("rb") as file:
-        length = file.read(8)
-        size = struct.unpack("<Q", length)[0] if len(length) == 8 else 0
-        tensors: dict[str, Any] = json.loads(file.read(min(size, shard.stat().st_size)))
-    tensors.pop("__metadata__", None)
-    if shard.stat().st_size != 8 + size + max(t["data_offsets"][1] for t in tensors.values()):
-        raise ValueError(f"{shard} is cut off")
-    return tensors
 
 
 def _make(folder: Path, settings: PreTrainedConfig, planned: Planned) -> None:
     """Write a checkpoint of random weights beside its place, then move it there."""
     size = sum(parameter.nbytes for parameter in planned.values())
-    shards = list(_shards(planned))
-    largest = max(sum(planned[n].nbytes for n in names) for names in shards)
+    split = split_torch_state_dict_into_shards(dict(planned), max_shard_size=_SHARD)
+    shards = split.filename_to_tensors
+    largest = max(sum(planned[n].nbytes for n in names) for names in shards.values())
     free, memory = shutil.disk_usage(folder.parent).free, psutil.virtual_memory().available
     if free < size + 100 * MB:
         raise OSError(
@@ -200,17 +195,14 @@ def _make(folder: Path, settings: PreTrainedConfig, planned: Planned) -> None:
     bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"making {folder.name}", leave=False)
     try:
         with bar:
-            files: dict[str, str] = {}
-            for number, names in enumerate(shards, 1):
-                file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            for file, names in shards.items():
                 tensors = {}
                 for name in names:
                     tensors[name] = _random(name, planned[name], deviation)
                     bar.update(planned[name].nbytes)
                 save_file(tensors, beside / file, {"format": "pt"})
-                files |= dict.fromkeys(names, file)
         settings.save_pretrained(beside)
-        index = {"metadata": {"total_size": size}, "weight_map": files}
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (beside / _INDEX).write_text(json.dumps(index, indent=1), "utf-8")
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         try:
@@ -225,19 +217,6 @@ def _make(folder: Path, settings: PreTrainedConfig, planned: Planned) -> None:
         ) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-def _shards(planned: Planned) -> Iterator[list[str]]:
-    """The parameters' names, shard by shard."""
-    names: list[str] = []
-    held = 0
-    for name, parameter in planned.items():
-        if names and held + parameter.nbytes > _SHARD:
-            yield names
-            names, held = [], 0
-        names.append(name)
-        held += parameter.nbytes
-    yield names
 
 
 def _random(name: str, like: torch.Tensor, deviation: float) -> torch.Tensor:

@@ -34,7 +34,7 @@ Twins = list[torch.Tensor]
 def replay_to(model: torch.nn.Module, gpu: VirtualGPU) -> Twins:
     """Replay ``model.to(device)``: each module's children first, then its parameters, its buffers.
 
-    What is tied is replay_to once. The twins hold their bytes for as long as they live.
+    A tied tensor comes once. The twins hold their bytes for as long as they live.
     """
     return [_twin(tensor, gpu, kind) for kind, tensor in _as_applied(model, set())]
 
@@ -57,8 +57,13 @@ def replay_device_map(model: torch.nn.Module, gpu: VirtualGPU, dtype: torch.dtyp
     First one block as large as all parameters is reserved and given back. Then the
     parameters come in the order of their names; a weight that bitsandbytes
     quantises comes whole and is quantised on the card. Buffers that no checkpoint
-    holds come last. Tensors that are read by several threads at once on CUDA
-    come one after the other here.
+    holds come last. On CUDA several threads read tensors at once; here they come one
+    after the other. The twins hold their bytes for as long as they live.
+
+    Args:
+        model: loaded on the host by the same call.
+        gpu: where its twins are made.
+        dtype: in which the tensors were asked for, before any were quantised.
     """
     stored: dict[str, torch.Tensor] = dict(model.named_parameters())
     kept = model.state_dict(keep_vars=True)

@@ -18,34 +18,10 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from every_byte.allocator import SegmentInfo
 from every_byte.estimate import Memory
-from every_byte.tracker import KINDS, Breakdown, Timeline
+from every_byte.kinds import COLORS as COLORS
+from every_byte.kinds import FIELDS
+from every_byte.tracker import Breakdown, Timeline
 from every_byte.units import GB, MB, KiB, MiB
-
-# Each at least 3 : 1 against white and against the dark theme's background
-# (WCAG 1.4.11), after the palette of Okabe and Ito for all kinds of sight.
-COLORS = dict(
-    zip(
-        (*KINDS, "logits", "KV cache", "CUDA context"),  # the last of estimates
-        (
-            "#0072b2",  # parameters
-            "#6b8e23",  # scales
-            "#d55e00",  # gradients
-            "#009070",  # optimizer states
-            "#8a6fc0",  # buffers
-            "#b264dc",  # cast weights
-            "#2a8fc9",  # batch
-            "#a07c00",  # activations
-            "#c2568f",  # temporaries
-            "#5b7fe0",  # gathered
-            "#767676",  # workspaces
-            "#8c6d5a",  # rounding
-            "#c4742f",  # logits
-            "#5b86a8",  # KV cache
-            "#6f7f33",  # CUDA context
-        ),
-        strict=True,
-    )
-)
 
 
 def use_book_style() -> None:
@@ -69,17 +45,7 @@ def use_book_style() -> None:
 
 def by_kind(memory: Memory) -> Breakdown:
     """An estimate as a bar: the kinds that an estimate has, zero for the others."""
-    kinds = {
-        "parameters": memory.parameters,
-        "gradients": memory.gradients,
-        "optimizer states": memory.optimizer_states,
-        "activations": memory.activations,
-        "logits": memory.logits,
-        "KV cache": memory.kv_cache,
-        "cast weights": memory.cast_weights,
-        "rounding": memory.rounding,
-        "CUDA context": memory.context,
-    }
+    kinds = {name: getattr(memory, field) for field, name in FIELDS.items()}
     return Breakdown({kind: kinds.get(kind, 0) for kind in COLORS})
 
 

@@ -4,6 +4,10 @@ Every experiment runs on the CUDA device, then on the virtual GPU in the same
 process, each on an empty card. At every checkpoint both say what is allocated,
 reserved, at the peak, and for what. The allocations on the device are also
 recorded one by one, and replayed. Nothing is downloaded.
+
+A record holds what was measured. The replay stands in a file of its own, made anew
+by ``python -m helpers.record --replay RECORD`` whenever the rules have changed;
+differences are computed from both and stored nowhere.
 """
 
 import argparse
@@ -17,12 +21,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,13 +37,17 @@ from helpers.experiments import EXPERIMENTS, Experiment
 FIGURES = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")
 """What is read at a checkpoint, in bytes; peaks are since the checkpoint before."""
 PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes")
-_KEPT = 2_000  # events; a longer trace is compared, too, but not written down
+_KEPT = 500  # events; a longer trace is compared, too, but not written down
 _SETTINGS = (
     *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING"),
     *("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "TORCH_CUBLASLT_UNIFIED_WORKSPACE"),
 )
 
 Result = dict[str, Any]
+
+
+def _key(kind: str) -> str:
+    return kind.replace(" ", "_")
 
 
 # Running one
@@ -62,7 +69,8 @@ def _carried_out(experiment: Experiment, gpu: GPU) -> tuple[Result, dict[str, st
 
     def look(name: str, *of: Any, message: str = "") -> None:
         rows[name] = {figure: getattr(gpu, figure)() for figure in FIGURES}
-        rows[name]["by kind"] = dict(gpu.breakdown(*of))
+        kinds = gpu.breakdown(*of)
+        rows[name]["by_kind"] = {_key(kind): kinds[kind] for kind in KINDS if kinds[kind]}
         if message:
             messages[name] = message
         gpu.reset_peak_memory_stats()
@@ -75,94 +83,131 @@ def _carried_out(experiment: Experiment, gpu: GPU) -> tuple[Result, dict[str, st
     return rows, messages
 
 
-def _measured(experiment: Experiment) -> tuple[Result, dict[str, str], Result, VirtualGPU]:
-    """Figures and messages on the CUDA device, its trace replayed, and a virtual GPU like it."""
+def measure(experiment: Experiment) -> Result:
+    """An experiment on the CUDA device: what each checkpoint measured, and the trace.
+
+    Raises:
+        Exception: whatever the experiment meets, such as too little memory.
+    """
     gpu = CudaGPU()
+    result: Result = {"alloc_conf": experiment.alloc_conf}
     with ExitStack() as stack:
         with gpu:
             _empty_card(gpu)
-        alike = VirtualGPU(alloc_conf=experiment.alloc_conf)
         if experiment.alloc_conf:
             torch.cuda.memory._set_allocator_settings(experiment.alloc_conf)
             off = experiment.alloc_conf.replace("True", "False")
             stack.callback(torch.cuda.memory._set_allocator_settings, off)
+        held = gpu.memory_reserved()
         if experiment.capacity is not None:
             free, total = gpu.mem_get_info()
-            fraction = experiment.capacity / total
-            torch.cuda.set_per_process_memory_fraction(fraction, gpu.device)
+            torch.cuda.set_per_process_memory_fraction(experiment.capacity / total, gpu.device)
             stack.callback(torch.cuda.set_per_process_memory_fraction, 1.0, gpu.device)
-            conf, context = f"per_process_memory_fraction:{fraction}", total - free
-            alike = VirtualGPU(
-                capacity=total, alloc_conf=conf, context=context - gpu.memory_reserved()
-            )
-        held = gpu.memory_reserved()
+            result["outside"] = total - free - held
         gpu.record_memory_history()
         stack.callback(gpu.record_memory_history, None)
-        rows, messages = _carried_out(experiment, gpu)
+        result["checkpoints"], result["messages"] = _carried_out(experiment, gpu)
         snapshot = gpu.snapshot()
         entries = snapshot["device_traces"][gpu.device.index or 0]
-        replay = replay_trace(entries, gpu.memory_snapshot(), experiment.alloc_conf)
-    trace = {"held before": held, **asdict(replay)}
+        again = replay_trace(entries, gpu.memory_snapshot(), experiment.alloc_conf)
+    result["trace"] = {"held_before": held, "events": again.events, "mismatch": again.mismatch}
     if len(entries) <= _KEPT:
         numbers: dict[int, int] = {}  # of streams, which CUDA names by an address
-        trace["entries"] = [
+        result["trace"]["entries"] = [
             f"{e['action']} {e.get('addr', 0):#x} {e['size']} "
             f"{numbers.setdefault(e.get('stream', 0), len(numbers))}"
             for e in entries
         ]
-    return rows, messages, trace, alike
+    return result
 
 
-def compare(experiment: Experiment) -> Result:
-    """An experiment on both GPUs: each checkpoint measured, replayed, and the difference."""
-    measured, said, trace, alike = _measured(experiment)
+def replay(name: str, measured: Result, total: int) -> Result:
+    """The same experiment on a virtual GPU: its checkpoints and messages, or why there are none.
+
+    Args:
+        name: of the experiment.
+        measured: what the card measured; under its allocator settings it is replayed.
+        total: the card's memory in bytes.
+    """
+    experiment = EXPERIMENTS[name]
+    gpu = VirtualGPU(alloc_conf=measured["alloc_conf"])
+    if experiment.capacity is not None:
+        conf = f"per_process_memory_fraction:{experiment.capacity / total}"
+        gpu = VirtualGPU(capacity=total, alloc_conf=conf, context=measured["outside"])
     try:
-        replayed, would_say = _carried_out(experiment, alike)
-    except Exception as error:
-        raise RuntimeError(f"measured, but not replayed: {type(error).__name__}: {error}") from None
-    checkpoints = {
-        name: {"measured": row, "replayed": replayed[name], "difference": 0}
-        for name, row in measured.items()
-        if name in replayed
-    }
-    for row in checkpoints.values():
-        row["difference"] = difference(row["measured"], row["replayed"])
-    only = sorted(measured.keys() ^ replayed.keys())
-    messages = {
-        name: {"measured": said.get(name), "replayed": would_say.get(name)}
-        for name in {**said, **would_say}
-    }
-    return {
-        "allocator settings": experiment.alloc_conf,
-        "checkpoints": checkpoints,
-        "reached on one GPU only": only,
-        "messages": messages,
-        "trace": trace,
-    }
+        rows, messages = _carried_out(experiment, gpu)
+    except Exception as error:  # what is not replayed is named; the others still are
+        said = str(error).strip().partition("\n")[0]
+        return {"not_replayed": f"{type(error).__name__}: {said}"}
+    return {"checkpoints": rows, "messages": messages}
 
 
-def difference(measured: Result, replayed: Result) -> dict[str, int]:
-    """Replayed less measured, in bytes, for each figure."""
-    return {figure: replayed[figure] - measured[figure] for figure in FIGURES}
+class Row(NamedTuple):
+    """One checkpoint on both GPUs; `difference` is replayed less measured, figure by figure."""
+
+    experiment: str
+    checkpoint: str
+    measured: Result
+    replayed: Result
+    difference: dict[str, int]
+
+    def by_kind(self) -> dict[str, int]:
+        """Replayed less measured of each kind that differs, in bytes."""
+        one, other = self.replayed["by_kind"], self.measured["by_kind"]
+        off = {kind: one.get(kind, 0) - other.get(kind, 0) for kind in {**one, **other}}
+        return {kind: nbytes for kind, nbytes in off.items() if nbytes}
+
+
+def compared(measured: Mapping[str, Result], replayed: Mapping[str, Result]) -> Iterator[Row]:
+    """Every checkpoint that both GPUs reached, of experiments by name."""
+    for name, result in measured.items():
+        rows = replayed.get(name, {}).get("checkpoints", {})
+        for checkpoint, row in result.get("checkpoints", {}).items():
+            if checkpoint in rows:
+                again = rows[checkpoint]
+                off = {figure: again[figure] - row[figure] for figure in FIGURES}
+                yield Row(name, checkpoint, row, again, off)
+
+
+def notes(measured: Mapping[str, Result], replayed: Mapping[str, Result]) -> Iterator[str]:
+    """What stands in no row: experiments skipped or not replayed, checkpoints of one GPU only."""
+    for name, result in measured.items():
+        again = replayed.get(name, {"not_replayed": "nobody has tried"})
+        if "skipped" in result:
+            yield f"`{name}`: skipped, {result['skipped']}"
+            continue
+        if "not_replayed" in again:
+            yield f"`{name}`: not replayed, {again['not_replayed']}"
+        elif alone := sorted(result["checkpoints"].keys() ^ again["checkpoints"].keys()):
+            yield f"`{name}`: on one GPU only: {', '.join(alone)}"
+        if held := result["trace"]["held_before"]:
+            yield f"`{name}`: the card was not empty before, {held:,} B were reserved"
+        elif mismatch := result["trace"]["mismatch"]:
+            yield f"`{name}`: the trace differs at {mismatch}"
 
 
 # The record
 
 
+def versions() -> Result:
+    """Those of Python and of the packages that matter to memory; None where one is missing."""
+    found = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
+    return {"python": platform.python_version()} | {p: found.get(p) for p in PACKAGES}
+
+
 def machine() -> Result:
     """The card, its driver, the versions and the settings that matter to memory."""
     properties = torch.cuda.get_device_properties(0)
-    asked = {"cublas": "cublas_workspace_size", "cublasLt": "cublaslt_workspace_size"}
+    asked = {"cublas": "cublas_workspace_size", "cublaslt": "cublaslt_workspace_size"}
     sizes = {name: getattr(torch.backends.cuda, f, None) for name, f in asked.items()}
-    found = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
     return {
         "card": properties.name,
         "memory": properties.total_memory,
-        "compute capability": f"{properties.major}.{properties.minor}",
+        "compute_capability": f"{properties.major}.{properties.minor}",
         "driver": _driver(),
-        "CUDA": torch.version.cuda,
+        "cuda": torch.version.cuda,
         "platform": platform.platform(),
-        "versions": {"python": platform.python_version()} | {p: found.get(p) for p in PACKAGES},
+        "versions": versions(),
         "environment": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
         "allocator": torch.cuda.memory._snapshot().get("allocator_settings"),
         "workspaces": {name: size() if size else None for name, size in sizes.items()},
@@ -178,27 +223,26 @@ def _driver() -> str | None:
     return told.stdout.strip() or None
 
 
-def summary(experiments: Mapping[str, Result]) -> Result:
-    """What follows from the rows: how many figures there are, and how many agree."""
-    done = [result for result in experiments.values() if "skipped" not in result]
-    rows = [row["difference"] for result in done for row in result["checkpoints"].values()]
-    off = [abs(n) for row in rows for n in row.values()]
+def summary(measured: Mapping[str, Result], replayed: Mapping[str, Result]) -> dict[str, int]:
+    """How many figures there are, and how many the replay gets to the byte."""
+    rows = list(compared(measured, replayed))
+    off = [abs(nbytes) for row in rows for nbytes in row.difference.values()]
+    traces = [r["trace"] for r in measured.values() if "trace" in r]
     return {
-        "experiments": len(done),
-        "skipped": len(experiments) - len(done),
+        "experiments": len(traces),
+        "skipped": len(measured) - len(traces),
         "checkpoints": len(rows),
         "figures": len(off),
-        "figures that differ": sum(n != 0 for n in off),
-        "largest difference": max(off, default=0),
-        "checkpoints on one GPU only": sum(len(r["reached on one GPU only"]) for r in done),
-        "traces that differ": sum(result["trace"]["mismatch"] is not None for result in done),
+        "figures_that_differ": sum(nbytes != 0 for nbytes in off),
+        "largest_difference": max(off, default=0),
+        "traces_that_differ": sum(t["mismatch"] is not None for t in traces),
     }
 
 
 def problems(record: Any) -> list[str]:
     """Why something is no whole record; nothing if it is one.
 
-    Its form, and that differences, summary and traces follow from what was measured.
+    Its form, that the kinds add up, and that its traces replay as well as they did.
     """
     try:
         return [*_problems(record)]
@@ -206,42 +250,33 @@ def problems(record: Any) -> list[str]:
         return [f"it has not the form of a record: {type(error).__name__} {error}"]
 
 
-def _problems(record: Any) -> list[str]:
-    found = []
+def _problems(record: Any) -> Iterator[str]:
     datetime.fromisoformat(record["date"])
+    known = {_key(kind) for kind in KINDS}
     about = record["machine"]
-    for key, kind in {"card": str, "memory": int, "compute capability": str, "CUDA": str}.items():
+    for key, kind in {"card": str, "memory": int, "compute_capability": str, "cuda": str}.items():
         if not isinstance(about[key], kind) or not about[key]:
-            found.append(f"machine: {key} is {about[key]!r}")
+            yield f"machine: {key} is {about[key]!r}"
     if missing := [name for name in ("python", "torch") if not about["versions"].get(name)]:
-        found.append(f"machine: no version of {', '.join(missing)}")
+        yield f"machine: no version of {', '.join(missing)}"
     for name, result in record["experiments"].items():
         if "skipped" in result:
             if not result["skipped"]:
-                found.append(f"{name}: skipped, and no reason given")
+                yield f"{name}: skipped, and no reason given"
             continue
         for checkpoint, row in result["checkpoints"].items():
-            where, sides = f"{name}, {checkpoint}", (row["measured"], row["replayed"])
-            if row["difference"] != difference(*sides):
-                found.append(f"{where}: the difference is not that of the figures")
-            for side in sides:
-                kinds = side["by kind"]
-                numbers = [*(side[figure] for figure in FIGURES), *kinds.values()]
-                if any(type(n) is not int for n in numbers):
-                    found.append(f"{where}: a figure is no whole number of bytes")
-                elif not kinds.keys() <= set(KINDS) or sum(kinds.values()) != side[FIGURES[0]]:
-                    found.append(f"{where}: the kinds do not add up to memory_allocated")
+            kinds = row["by_kind"]
+            numbers = [*(row[figure] for figure in FIGURES), *kinds.values()]
+            if any(type(n) is not int for n in numbers):
+                yield f"{name}, {checkpoint}: a figure is no whole number of bytes"
+            elif not kinds.keys() <= known or sum(kinds.values()) != row[FIGURES[0]]:
+                yield f"{name}, {checkpoint}: the kinds do not add up to memory_allocated"
         trace = result["trace"]
-        if "entries" in trace and not trace["held before"]:
+        if "entries" in trace and not trace["held_before"]:
             # A model that has learned since may do better, never worse.
-            again = replay_trace(
-                _entries(trace["entries"]), alloc_conf=result["allocator settings"]
-            )
+            again = replay_trace(_entries(trace["entries"]), alloc_conf=result["alloc_conf"])
             if again.events != trace["events"] or (again.mismatch and not trace["mismatch"]):
-                found.append(f"{name}: its trace replays otherwise: {again.mismatch}")
-    if record["summary"] != summary(record["experiments"]):
-        found.append("the summary does not follow from the rows")
-    return found
+                yield f"{name}: its trace replays otherwise: {again.mismatch}"
 
 
 def _entries(lines: list[str]) -> Iterator[dict[str, Any]]:
@@ -255,15 +290,57 @@ def _entries(lines: list[str]) -> Iterator[dict[str, Any]]:
         }
 
 
+def _json(record: Result) -> str:
+    """A line for each experiment: small, and what changed shows."""
+    head = {key: value for key, value in record.items() if key != "experiments"}
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    rows = [
+        f"{json.dumps(name)}: {json.dumps(result, separators=(',', ':'))}"
+        for name, result in record["experiments"].items()
+    ]
+    lines.append('"experiments": {\n' + ",\n".join(rows) + "\n}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def replays_of(record: Path) -> Path:
+    """Where the replay of a record stands."""
+    return record.parent / "replayed" / record.name
+
+
+def _replay_again(path: Path) -> int:
+    """Write the replay of a record beside it; returns the exit status."""
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        print(f"--replay {path}: {error}: expected a record's file", file=sys.stderr)
+        return 2
+    if wrong := problems(record):
+        print(f"--replay {path}: {wrong[0]}", file=sys.stderr)
+        return 2
+    again: Result = {"versions": versions(), "experiments": {}}
+    for name, result in record["experiments"].items():
+        if "skipped" not in result and name in EXPERIMENTS:
+            again["experiments"][name] = replay(name, result, record["machine"]["memory"])
+    told = summary(record["experiments"], again["experiments"])
+    if not _written(replays_of(path), again):
+        return 2
+    print(
+        f"{replays_of(path)}: {told['figures']} figures, {told['figures_that_differ']} differ, "
+        f"by at most {told['largest_difference']:,} B"
+    )
+    return 0
+
+
 def _written(path: Path, record: Result) -> bool:
     """Write beside, then move into place: an interruption leaves a whole file.
 
     False if it cannot be written, which it says; what was there before stays.
     """
-    record["summary"] = summary(record["experiments"])
     beside = path.with_name(path.name + ".new")
     try:
-        beside.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        if path.parent.name == "replayed":
+            path.parent.mkdir(exist_ok=True)
+        beside.write_text(_json(record), "utf-8")
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)
@@ -291,18 +368,17 @@ def _chosen(patterns: list[str] | None) -> list[str]:
     return [n for n in EXPERIMENTS if not patterns or any(fnmatch(n, p) for p in patterns)]
 
 
-def _line(result: Result) -> str:
+def _line(name: str, result: Result, replayed: Result) -> str:
+    """One experiment's outcome in a line."""
     if "skipped" in result:
         return f"skipped: {result['skipped']}"
-    told = summary({"": result})
-    figures = f"{told['figures']} figures, {told['figures that differ']} differ"
-    if told["figures that differ"]:
-        figures += f", by at most {told['largest difference']:,} B"
-    if alone := result["reached on one GPU only"]:
-        figures += f"; on one GPU only: {', '.join(alone)}"
-    trace = result["trace"]
-    how = trace["mismatch"] or "the same replayed"
-    return f"{figures}; {trace['events']} events, {how}"
+    measured, again = {name: result}, {name: replayed}
+    told = summary(measured, again)
+    figures = f"{told['figures']} figures, {told['figures_that_differ']} differ"
+    if told["figures_that_differ"]:
+        figures += f", by at most {told['largest_difference']:,} B"
+    events = f"{result['trace']['events']} events"
+    return "; ".join([figures, events, *notes(measured, again)])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -316,7 +392,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these, by name or pattern")
     parser.add_argument("--out", type=Path, help="the file to write; else named after the card")
     parser.add_argument("--list", action="store_true", help="print the experiments' names")
+    parser.add_argument(
+        "--replay", type=Path, metavar="RECORD", help="replay a record anew; needs no GPU"
+    )
     asked = parser.parse_args(arguments)
+    if asked.replay is not None:
+        return _replay_again(asked.replay)
     try:
         names = _chosen(asked.only)
     except ValueError as error:
@@ -345,11 +426,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if not _written(out, record):
         return 2
+    replayed: Result = {"versions": versions(), "experiments": {}}
     gc.freeze()  # collecting garbage need not look at what was imported
     for number, name in enumerate(names, 1):
         print(f"[{number}/{len(names)}] {name} ... ", end="", file=sys.stderr, flush=True)
         try:
-            result = compare(EXPERIMENTS[name])
+            result = measure(EXPERIMENTS[name])
+            replayed["experiments"][name] = replay(name, result, record["machine"]["memory"])
         except KeyboardInterrupt:
             print(f"interrupted: {out} has what was done before", file=sys.stderr)
             return 130
@@ -357,10 +440,10 @@ def main(arguments: list[str] | None = None) -> int:
             said = str(error).strip().partition("\n")[0].partition(" GPU 0 has")[0]
             result = {"skipped": f"{type(error).__name__}: {said}"}
         record["experiments"][name] = result
-        if not _written(out, record):
+        if not _written(out, record) or not _written(replays_of(out), replayed):
             return 2
-        print(_line(result), file=sys.stderr)
-    told = record["summary"]
+        print(_line(name, result, replayed["experiments"].get(name, {})), file=sys.stderr)
+    told = summary(record["experiments"], replayed["experiments"])
     print(f"{out}: {told['experiments']} experiments recorded, {told['skipped']} skipped")
     return 0
 

@@ -4,13 +4,15 @@
 # Two articles taught the authors of this book, and gave it its shape {cite}`hoperj2024,qwen2-notes`. They print what they measured, with their code, so that anyone can check. Few texts do. This page checks: each number that they print, one row each.
 #
 # - **Time:** 10 minutes to read, under a minute to run.
-# - **Needs:** nothing. No number in the tables below is typed but those of the articles: the cells above each table compute the rest.
+# - **Needs:** nothing. The articles' numbers stand in `helpers/data/audit.toml`; the cells above each table compute the rest.
 
 # %% tags=["hide-input", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the set-up", "code_prompt_hide": "Hide the set-up"}
 # set-up
 
 import gc
+import tomllib
 import warnings
+from importlib import resources
 from typing import NamedTuple
 
 # Without ipywidgets, progress bars are plain: no need to say so here.
@@ -19,7 +21,7 @@ warnings.filterwarnings("ignore", "IProgress not found")
 import torch
 from torch import nn, optim
 
-from every_byte import estimate, open_gpu, untracked
+from every_byte import VirtualGPU, estimate, untracked
 from every_byte.formats import number_format
 from every_byte.units import GB, MB, GiB
 from every_byte.virtual.memory import CUBLAS_WORKSPACE, cublas_workspace_size
@@ -28,14 +30,14 @@ from helpers.mlp import SimpleMLP
 from helpers.models import build
 from helpers.tables import table
 
-gpu = open_gpu()
+gpu = VirtualGPU().open()
 print(gpu)
 print(versions("torch", "transformers"))
 
 # %% [markdown]
 # ## How to read the tables
 #
-# *Prints* and *says* are the article's. *Formula* is the closed formula that its text is about. *This GPU* is the one named above, real or virtual: its figures are measured or replayed. No record of a real GPU of our own exists yet; where there is one, [the records](../book/records.md) show it.
+# *Prints* and *says* are the article's. *Formula* is the closed formula that its text is about. *This GPU* is the virtual one named above, on every machine: its figures are replayed, and the verdicts don't depend on your card. What a card of our own measured stands in [the records](../book/records.md).
 #
 # - **confirmed**: we agree in every digit that is printed;
 # - **explained**: we do not, and know why to the byte;
@@ -47,7 +49,7 @@ print(versions("torch", "transformers"))
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 class Number(NamedTuple):
-    what: str  # and where it stands
+    number: str  # what it is, and where it stands
     prints: str
     says: str
     formula: str
@@ -77,19 +79,19 @@ CHAPTERS = {
     "07": "07_gpt2_large",
     "08": "08_qwen2",
 }
-COLUMNS = [
-    "number",
-    "prints",
-    "says",
-    "formula",
-    "this GPU",
-    "verdict",
-    "why",
-]
+COLUMNS = [f.replace("here", "this GPU") for f in Number._fields[:-1]]
 
 
-def audit(*numbers):
-    """Judge the numbers, keep them, and show what is known of them."""
+DATA = resources.files("helpers") / "data" / "audit.toml"
+PRINTED = tomllib.loads(DATA.read_text("utf-8"))
+
+
+def audit(section, **ours):
+    """Judge a section's numbers by ours, and show what is known of them."""
+    numbers = [
+        Number(*(row.get(f, "").format(**ours) for f in Number._fields))
+        for row in PRINTED[section]
+    ]
     audited.extend(map(judged, numbers))
     rows = []
     for number in audited[-len(numbers) :]:
@@ -108,97 +110,19 @@ def audit(*numbers):
 # Its sums for models of one and of 70 billion parameters {cite}`hoperj2024`.
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
-bytes_of = {
-    name: f"{number_format(name).bits // 8} bytes"
-    for name in ("fp32", "fp16", "bf16")
-}
 LLAMA = estimate.dimensions("Llama-3.1-70B")
 llama = sum(estimate.parameters(LLAMA).values())
-state = estimate.optimizer_states([(10**9,)], "adam") // GB
 weights = 4 * 10**9 // GB
-exact = "the model has a little more than 70 billion: "
-exact += f"{4 * llama / GB:.1f} GB"
-scales = "each row has an FP32 scale, and not all is quantised"
+states = estimate.optimizer_states([(10**9,)], "adam") // GB
 audit(
-    Number(
-        "FP32", "4 bytes", "", bytes_of["fp32"], "", "", "", "02#three-fields"
-    ),
-    Number(
-        "FP16", "2 bytes", "", bytes_of["fp16"], "", "", "", "02#three-fields"
-    ),
-    Number(
-        "BF16", "2 bytes", "", bytes_of["bf16"], "", "", "", "02#three-fields"
-    ),
-    Number(
-        "1B, FP32",
-        "4 GB",
-        "",
-        f"{weights} GB",
-        "",
-        "",
-        "",
-        "01#seventy-billion",
-    ),
-    Number(
-        "1B, FP16",
-        "2 GB",
-        "",
-        f"{weights // 2} GB",
-        "",
-        "",
-        "",
-        "01#seventy-billion",
-    ),
-    Number(
-        "70B, FP32",
-        "280 GB",
-        "",
-        f"{70 * weights} GB",
-        "",
-        "",
-        exact,
-        "01#seventy-billion",
-    ),
-    Number(
-        "gradients, 1B",
-        "4 GB",
-        "",
-        f"{weights} GB",
-        "",
-        "",
-        "",
-        "03#the-articles-16-gb-made-real",
-    ),
-    Number(
-        "Adam's states, 1B",
-        "8 GB",
-        "2 x 4",
-        f"{state} GB",
-        "",
-        "",
-        "",
-        "03#the-articles-16-gb-made-real",
-    ),
-    Number(
-        "training, 1B, Adam",
-        "16 GB",
-        "parameters alone",
-        f"{2 * weights + state} GB",
-        "",
-        "",
-        "activations and the peak come on top",
-        "03#the-articles-16-gb-made-real",
-    ),
-    Number(
-        "inference, 1B",
-        "4 GB",
-        "",
-        f"{weights} GB",
-        "",
-        "",
-        "",
-        "03#the-articles-16-gb-made-real",
-    ),
+    "theory",
+    **{n: number_format(n).bits // 8 for n in ("fp32", "fp16", "bf16")},
+    weights=weights,
+    half=weights // 2,
+    seventy=70 * weights,
+    llama=f"{4 * llama / GB:.1f}",
+    states=states,
+    training=2 * weights + states,
 )
 
 # %% [markdown]
@@ -209,38 +133,7 @@ ONE = estimate.dimensions("Llama-3.2-1B")
 n = sum(estimate.parameters(ONE).values())
 of_int8 = estimate.parameter_bytes(ONE, "fp16", "int8") / n
 share = estimate.parameter_bytes(ONE, "fp16", "int8") / (4 * n)
-audit(
-    Number(
-        "INT8",
-        "1 byte",
-        "",
-        f"{of_int8:.2f} bytes",
-        "",
-        "explained",
-        f"of Llama-3.2-1B: {scales}",
-        "07#089-gb-is-not-a-quarter",
-    ),
-    Number(
-        "1B, INT8",
-        "1 GB",
-        "",
-        f"{of_int8:.2f} GB",
-        "",
-        "explained",
-        "the same",
-        "07#089-gb-is-not-a-quarter",
-    ),
-    Number(
-        "INT8 against FP32",
-        "1/4",
-        "",
-        f"{share:.2f}",
-        "",
-        "explained",
-        "the same; embeddings keep 2 bytes",
-        "07#089-gb-is-not-a-quarter",
-    ),
-)
+audit("quantised", int8=f"{of_int8:.2f}", share=f"{share:.2f}")
 
 # %% [markdown]
 # ## The first article: the experiment
@@ -289,62 +182,30 @@ RUNS = {
 }
 with untracked(), torch.device("meta"):
     P = sum(p.nbytes for p in SimpleMLP().parameters())
-PARTS = {"Adam": 4, "SGD": 2, "momentum": 3}
-
-
-def mlp(what, prints, run, value, verdict="", why="", says=""):
-    """A number of the experiment, in MB as the article prints it."""
-    parts = PARTS[run] - ("step" in what)  # the model is there before
-    formula = f"{parts * P / MB:.2f}" if "training" in what else ""
-    here = f"{value / MB:.2f}"
-    return Number(
-        what,
-        prints,
-        says,
-        formula,
-        here,
-        verdict,
-        why,
-        "04#the-articles-figures",
-    )
 
 
 def step(run):
     return RUNS[run]["trained"] - RUNS[run]["batch"]
 
 
+def in_mb(**nbytes):
+    """As the article prints them."""
+    return {name: f"{n / MB:.2f}" for name, n in nbytes.items()}
+
+
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
-OTHER_RUN = "it is SGD with momentum's figure: "
-momentum = RUNS["momentum"]["trained"]
-OTHER_RUN += f"{momentum / MB:.2f} and {step('momentum') / MB:.2f} MB"
 adam, sgd = RUNS["Adam"], RUNS["SGD"]
-batch = adam["batch"] - adam["loaded"]
 audit(
-    mlp("before loading", "0.00", "Adam", adam["before"]),
-    mlp("loaded", "204.03", "Adam", adam["loaded"]),
-    mlp("batch", "0.40", "Adam", batch),
-    mlp(
-        "training step, Adam",
-        "425.11",
-        "Adam",
-        step("Adam"),
-        "explained",
-        OTHER_RUN,
+    "experiment",
+    **in_mb(once=P, twice=2 * P, three_times=3 * P, four_times=4 * P),
+    **in_mb(**{f"adam_{stage}": n for stage, n in adam.items()}),
+    **in_mb(**{f"sgd_{stage}": n for stage, n in sgd.items()}),
+    **in_mb(adam_step=step("Adam"), sgd_step=step("SGD")),
+    **in_mb(images=adam["batch"] - adam["loaded"]),
+    **in_mb(
+        momentum_step=step("momentum"),
+        momentum_trained=RUNS["momentum"]["trained"],
     ),
-    mlp(
-        "after training, Adam",
-        "629.54",
-        "Adam",
-        adam["trained"],
-        "explained",
-        OTHER_RUN,
-    ),
-    mlp("inference", "221.48", "Adam", adam["inference"]),
-    mlp("loaded, SGD", "204.03", "SGD", sgd["loaded"]),
-    mlp("batch, SGD", "0.40", "SGD", sgd["batch"] - sgd["loaded"]),
-    mlp("training step, SGD", "221.08", "SGD", step("SGD")),
-    mlp("after training, SGD", "425.51", "SGD", sgd["trained"]),
-    mlp("inference, SGD", "221.48", "SGD", sgd["inference"]),
 )
 
 # %% [markdown]
@@ -358,39 +219,11 @@ def ratio(run):
     return " : ".join(f"{stage / loaded:.0f}" for stage in stages)
 
 
-charted = f"{int(adam['trained'] / MB)}"
-loading = "loading : training : inference"
 audit(
-    Number(
-        "chart, Adam (MB)",
-        "833",
-        "",
-        "",
-        charted,
-        "",
-        "Adam's figure",
-        "04#the-articles-figures",
-    ),
-    Number(
-        "ratio, Adam",
-        "1 : 4 : 1",
-        loading,
-        "",
-        ratio("Adam"),
-        "",
-        "",
-        "04#the-articles-figures",
-    ),
-    Number(
-        "ratio, SGD",
-        "1 : 2 : 1",
-        loading,
-        "",
-        ratio("SGD"),
-        "",
-        "",
-        "04#the-articles-figures",
-    ),
+    "ratios",
+    charted=int(adam["trained"] / MB),
+    adam=ratio("Adam"),
+    sgd=ratio("SGD"),
 )
 
 # %% [markdown]
@@ -424,51 +257,20 @@ masks = GPT2.num_hidden_layers * GPT2.max_position_embeddings**2
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 workspace = cublas_workspace_size(CUBLAS_WORKSPACE)
-HUB = f"the hub counts {masks / 1e6:.0f}M entries of masks as well"
-FP16 = f"{(loaded['float16'] + 2 * workspace) / GB:.2f} with two workspaces of cuBLAS; "
-FP16 += "none of the histories that we tried fits all three"
-INT8 = f"{(int8 + buffers + workspace) / GB:.2f} with one workspace of cuBLAS"
+in_fp16 = loaded["float16"]
 audit(
-    Number(
-        "parameters",
-        "812M",
-        "about",
-        f"{parameters / 1e6:.0f}M",
-        "",
-        "corrected",
-        HUB,
-        "01#where-812m-comes-from",
-    ),
-    Number(
-        "FP32 (GB)",
-        "3.21",
-        "",
-        f"{4 * parameters / GB:.2f}",
-        f"{loaded['float32'] / GB:.2f}",
-        "",
-        f"{loaded['float32']:,} B: parameters, masks, and what is not split off",
-        "07#321-gb",
-    ),
-    Number(
-        "FP16 (GB)",
-        "1.60",
-        "",
-        f"{2 * parameters / GB:.2f}",
-        f"{loaded['float16'] / GB:.2f}",
-        "open",
-        FP16,
-        "07#the-two-figures-that-stay-open",
-    ),
-    Number(
-        "INT8 (GB)",
-        "0.89",
-        "",
-        f"{int8 / GB:.2f}",
-        f"{(int8 + buffers) / GB:.2f}",
-        "open",
-        INT8,
-        "07#the-two-figures-that-stay-open",
-    ),
+    "gpt2_large",
+    parameters=f"{parameters / 1e6:.0f}",
+    masks=f"{masks / 1e6:.0f}",
+    fp32=f"{4 * parameters / GB:.2f}",
+    fp32_loaded=f"{loaded['float32'] / GB:.2f}",
+    fp32_bytes=f"{loaded['float32']:,}",
+    fp16=f"{2 * parameters / GB:.2f}",
+    fp16_loaded=f"{in_fp16 / GB:.2f}",
+    fp16_workspaces=f"{(in_fp16 + 2 * workspace) / GB:.2f}",
+    int8=f"{int8 / GB:.2f}",
+    int8_loaded=f"{(int8 + buffers) / GB:.2f}",
+    int8_workspace=f"{(int8 + buffers + workspace) / GB:.2f}",
 )
 
 # %% [markdown]
@@ -508,92 +310,15 @@ del alive
 empty_card()
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
-UNIT = "right in GiB; the label says MB"
-TABLES = "the gap is the rotary tables, not “the framework and the cache”"
-AGAIN = "reconstructed: FP16, then FP32 twice, as the gap in the cells' numbers suggests"
-FACTOR = "its factor is still 2 bytes; with 4 it is the right one"
-half = repr(2 * count / GiB)
 audit(
-    Number(
-        "parameters",
-        "494032768",
-        "",
-        f"{count}",
-        "",
-        "",
-        "",
-        "08#how-many-parameters",
-    ),
-    Number(
-        "bytes of FP16",
-        "2",
-        "",
-        f"{number_format('fp16').bits // 8}",
-        "",
-        "",
-        "",
-        "02#three-fields",
-    ),
-    Number(
-        "theory, FP16",
-        "0.9202077388763428",
-        "MB",
-        half,
-        "",
-        "",
-        UNIT,
-        "08#parameters-times-bytes",
-    ),
-    Number(
-        "memory, FP16",
-        "1.115407943725586",
-        "GB",
-        half,
-        repr(in_fp16 / GiB),
-        "",
-        TABLES,
-        "08#every-byte-by-cause",
-    ),
-    Number(
-        "parameters, FP32",
-        "494032768",
-        "",
-        f"{count}",
-        "",
-        "",
-        "",
-        "08#how-many-parameters",
-    ),
-    Number(
-        "bytes of FP32",
-        "2",
-        "",
-        f"{number_format('fp32').bits // 8}",
-        "",
-        "corrected",
-        FACTOR,
-        "02#three-fields",
-    ),
-    Number(
-        "theory, FP32",
-        "0.9202077388763428",
-        "MB",
-        repr(4 * count / GiB),
-        "",
-        "corrected",
-        FACTOR,
-        "08#parameters-times-bytes",
-    ),
-    Number(
-        "memory, FP32",
-        "2.2383761405944824",
-        "GB",
-        repr(4 * count / GiB),
-        repr(in_fp32 / GiB),
-        "",
-        AGAIN,
-        "08#the-fp32-figure-and-its-history",
-    ),
+    "qwen2",
+    count=count,
+    fp16_bytes=number_format("fp16").bits // 8,
+    fp32_bytes=number_format("fp32").bits // 8,
+    fp16=repr(2 * count / GiB),
+    fp32=repr(4 * count / GiB),
+    fp16_loaded=repr(in_fp16 / GiB),
+    fp32_loaded=repr(in_fp32 / GiB),
 )
 
 # %% [markdown]
@@ -605,9 +330,9 @@ audit(
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 verdicts = ("confirmed", "explained", "corrected", "open")
 counted = {v: sum(n.verdict == v for n in audited) for v in verdicts}
-assert len(audited) >= 25
+assert len(audited) == sum(map(len, PRINTED.values()))
 print(f"{len(audited)} numbers:", counted)
-print("open:", ", ".join(n.what for n in audited if n.verdict == "open"))
+print("open:", ", ".join(n.number for n in audited if n.verdict == "open"))
 
 # %% [markdown]
 # ## Statements

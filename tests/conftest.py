@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
 
-from tools.book import build
-from tools.notebooks import sources
-from tools.repository import ROOT
+if TYPE_CHECKING:  # what not every test needs; the engine's run where the book's is missing
+    from playwright.sync_api import Browser
 
-if TYPE_CHECKING:  # imports PyTorch, which not every test needs
     from every_byte.gpu import VirtualGPU
 
+ROOT = Path(__file__).parent.parent
 PAGES = [
     *(f"book/{source.stem}.html" for source in sorted((ROOT / "book").glob("*.md"))),
-    *(f"notebooks/{source.stem}.html" for source in sources(ROOT / "notebooks")),
+    *(f"notebooks/{source.stem}.html" for source in sorted((ROOT / "notebooks").glob("*.ipynb"))),
     "genindex.html",
     "search.html",
     "404.html",
@@ -43,6 +41,8 @@ def gpu() -> "Iterator[VirtualGPU]":
 @pytest.fixture(scope="session")
 def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The book, built with warnings as errors, of a clone that has no address."""
+    from tools.book import build
+
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("REPOSITORY", raising=False)
         patch.setattr("tools.repository._origin", lambda root: "")
@@ -50,7 +50,7 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
+def browser() -> "Iterator[Browser]":
     """A Chromium of this machine; without one its tests are skipped, unless it is required."""
     found = (shutil.which(name) for name in ("chromium", "google-chrome", "chromium-browser"))
     path = next(filter(None, found), None)
@@ -59,6 +59,8 @@ def browser() -> Iterator[Browser]:
         if os.environ.get("REQUIRE_CHROMIUM"):
             pytest.fail(missing)
         pytest.skip(missing)
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         with playwright.chromium.launch(executable_path=path, args=["--no-sandbox"]) as launched:
             yield launched

@@ -1,7 +1,9 @@
 """The model of PyTorch's caching allocator: its rules by example, its books by property."""
 
+import math
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,14 @@ def test_one_request(requested: int, allocated: int, reserved: int) -> None:
     assert allocator.memory_allocated() == allocated
     assert allocator.memory_reserved() == reserved
     assert allocator.memory_requested() == requested
+
+
+@pytest.mark.parametrize("stream", ["x", -1, math.nan, 1.0, True, None])
+def test_a_stream_that_is_none_is_refused(stream: Any) -> None:
+    allocator = CachingAllocator()
+    with pytest.raises((TypeError, ValueError), match=r"stream is .*: expected a whole number"):
+        allocator.malloc(1, stream)
+    assert allocator.memory_reserved() == 0
 
 
 def blocks(allocator: CachingAllocator, state: str) -> list[BlockInfo]:
@@ -604,11 +614,102 @@ def test_a_capacity_is_kept(steps: list[tuple[str, int]], capacity: int, alloc_c
     books_are_balanced(allocator)
 
 
+@dataclass
+class NaiveSegment:
+    """A segment of the reference below: blocks in order, as size and bytes asked for, or None."""
+
+    address: int
+    stream: int
+    small: bool
+    blocks: list[tuple[int, int | None]]
+
+
+class NaiveAllocator:
+    """The rules of ``CUDACachingAllocator.cpp`` once more, by lists that are searched whole."""
+
+    def __init__(self) -> None:
+        self.segments: list[NaiveSegment] = []
+        self.peak = 0
+
+    def malloc(self, nbytes: int, stream: int, new_address: int | None) -> tuple[int, int]:
+        """Where the block begins: its segment's address, and bytes from there.
+
+        Where a new segment lies is the driver's affair: `new_address` tells.
+        """
+        size = math.ceil(nbytes / 512) * 512
+        small = size <= MiB
+        fits = [
+            (free, segment.address + sum(s for s, _ in segment.blocks[:i]), i, segment)
+            for segment in self.segments
+            if (segment.stream, segment.small) == (stream, small)
+            for i, (free, asked) in enumerate(segment.blocks)
+            if asked is None and free >= size
+        ]
+        if fits:
+            assert new_address is None, "a segment is taken, though a block would do"
+            free, _, i, segment = min(fits, key=lambda fit: fit[:2])
+        else:
+            assert new_address is not None, "no segment is taken, though no block would do"
+            large = 20 * MiB if size < 10 * MiB else math.ceil(size / (2 * MiB)) * 2 * MiB
+            free, i = 2 * MiB if small else large, 0
+            segment = NaiveSegment(new_address, stream, small, [(free, None)])
+            self.segments.append(segment)
+        splits = free - size >= 512 if small else free - size > MiB
+        used = [(size, nbytes), (free - size, None)] if splits else [(free, nbytes)]
+        segment.blocks[i : i + 1] = used
+        self.peak = max(self.peak, self.allocated())
+        return segment.address, sum(s for s, _ in segment.blocks[:i])
+
+    def free(self, address: int, offset: int) -> None:
+        (segment,) = (s for s in self.segments if s.address == address)
+        merged: list[tuple[int, int | None]] = []
+        at = 0
+        for size, asked in segment.blocks:
+            now = None if at == offset else asked
+            if now is None and merged and merged[-1][1] is None:
+                merged[-1] = merged[-1][0] + size, None
+            else:
+                merged.append((size, now))
+            at += size
+        segment.blocks = merged
+
+    def empty_cache(self) -> None:
+        self.segments = [s for s in self.segments if any(a is not None for _, a in s.blocks)]
+
+    def allocated(self) -> int:
+        return sum(size for s in self.segments for size, asked in s.blocks if asked is not None)
+
+
 @settings(deadline=None, derandomize=True)
 @given(STEPS)
-def test_the_same_trace_gives_the_same_bytes(steps: list[tuple[str, int]]) -> None:
-    one, other = CachingAllocator(), CachingAllocator()
-    replay(one, steps, check=False)
-    replay(other, steps, check=False)
-    assert one.memory_snapshot() == other.memory_snapshot()
-    assert one.max_memory_allocated() == other.max_memory_allocated()
+def test_a_naive_allocator_agrees_block_by_block(steps: list[tuple[str, int]]) -> None:
+    allocator, naive = CachingAllocator(), NaiveAllocator()
+    live: list[tuple[int, tuple[int, int] | None]] = []
+    for step, number in steps:
+        if step == "malloc":
+            before = {segment["address"] for segment in allocator.memory_snapshot()}
+            handle = allocator.malloc(number, stream=number % 2)
+            after = {segment["address"] for segment in allocator.memory_snapshot()}
+            new = next(iter(after - before), None)
+            live.append((handle, naive.malloc(number, number % 2, new) if number else None))
+        elif step == "free" and live:
+            handle, place = live.pop(number % len(live))
+            allocator.free(handle)
+            if place is not None:
+                naive.free(*place)
+        elif step == "empty_cache":
+            allocator.empty_cache()
+            naive.empty_cache()
+        assert {
+            s["address"]: (
+                s["stream"],
+                s["segment_type"] == "small",
+                [
+                    (b["size"], b["requested_size"] if b["state"] == "active_allocated" else None)
+                    for b in s["blocks"]
+                ],
+            )
+            for s in allocator.memory_snapshot()
+        } == {s.address: (s.stream, s.small, s.blocks) for s in naive.segments}
+    assert allocator.memory_allocated() == naive.allocated()
+    assert allocator.max_memory_allocated() == naive.peak

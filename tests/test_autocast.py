@@ -444,3 +444,39 @@ def test_real_gradients_are_still_looked_at(gpu: VirtualGPU) -> None:
         scaler.step(optimizer)
         scaler.update()
         assert weight.item() == expected
+
+
+def test_cudas_autocast_and_scaler_serve_the_virtual_gpu(
+    gpu: VirtualGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.empty(64, 64, device=gpu.device)
+    for made in (torch.autocast("cuda"), torch.autocast(device_type="cuda", enabled=True)):
+        assert not torch.is_autocast_enabled()
+        with made:
+            assert (x @ x).dtype is torch.float16
+            assert torch.is_autocast_enabled() and torch.is_autocast_enabled("cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        assert (x @ x).dtype is torch.get_autocast_dtype("cuda") is torch.bfloat16
+        with torch.autocast("cuda", enabled=False):
+            assert (x @ x).dtype is torch.float32
+    with torch.autocast("cpu"):
+        assert (x @ x).dtype is torch.float32
+    for scaler in (torch.amp.GradScaler(), torch.amp.GradScaler(device="cuda", init_scale=2.0)):
+        assert scaler.is_enabled()
+        before = gpu.memory_allocated()
+        scaler.scale(torch.empty((), device=gpu.device))
+        assert gpu.memory_allocated() == before + 2 * 512  # the scale and the growth tracker
+        del scaler
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for make in (torch.autocast, torch.amp.GradScaler):
+        with pytest.raises(RuntimeError, match=r"a virtual GPU is in use: say .*gpu\.device\.type"):
+            make("cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it is CUDA's")
+def test_cudas_autocast_is_its_own_again_when_no_virtual_gpu_is_open(gpu: VirtualGPU) -> None:
+    gpu.close()
+    with pytest.warns(UserWarning, match="CUDA is not available"):
+        torch.autocast("cuda")
+    with pytest.warns(UserWarning, match="CUDA is not available"):
+        torch.amp.GradScaler("cuda")

@@ -4,6 +4,9 @@ import functools
 import importlib
 import re
 import shutil
+import subprocess
+import sys
+import sysconfig
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +14,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+import every_byte
+from every_byte.cli import COMMANDS
 from tools.book import build
 from tools.notebooks import sources
 from tools.repository import ROOT, address, web_address
@@ -248,3 +253,43 @@ def test_a_chapter_links_the_glossarys_terms_at_their_first_mention(
     assert len(set(linked)) == len(linked)
     for code in re.findall(r"<pre.*?</pre>|<h[1-6].*?</h[1-6]>|<table.*?</table>", page, re.DOTALL):
         assert "glossary.html#term-" not in code
+
+
+def test_jupyter_book_builds_it_too(tmp_path: Path) -> None:
+    """By its own command, and with the project not installed: one page, for the time it takes."""
+    root = tmp_path / "root"
+    root.mkdir()
+    shutil.copy(ROOT / "_config.yml", root)
+    for folder in ("book", "every_byte", "helpers", "tools"):
+        unwanted = shutil.ignore_patterns("__pycache__", "mnist-10k")
+        shutil.copytree(ROOT / folder, root / folder, ignore=unwanted)
+    (root / "_toc.yml").write_text("format: jb-book\nroot: book/references\n")
+    packages = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    code = (
+        f"import sys; sys.path += {packages}; from jupyter_book.cli.main import main; "
+        "main(['build', 'root'])"
+    )
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "REPOSITORY": "https://github.com/a/b"}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    page = (root / "_build" / "html" / "book" / "references.html").read_text("utf-8")
+    assert "https://github.com/a/b/edit/main/book/references.md" in page
+
+
+def test_the_api_page_has_every_public_name(html: Path) -> None:
+    ids = links(html / "book" / "api.html").ids
+    names = set(every_byte.__all__) - {"KINDS", "estimate"}
+    assert {f"every_byte.{name}" for name in names} <= ids
+    assert {"every_byte.tracker.KINDS", "every_byte.estimate.Setup"} <= ids
+
+
+def test_the_api_page_names_every_command() -> None:
+    page = (ROOT / "book" / "api.md").read_text("utf-8")
+    assert re.findall(r"^\| `every-byte (\w+)", page, re.MULTILINE) == list(COMMANDS)

@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, core_model_loading, modeling_utils
 
 from every_byte.estimate import dimensions, known_models, parameter_bytes
@@ -135,6 +136,31 @@ def test_a_damaged_checkpoint_is_made_again(damage: Callable[[Path], None], tiny
     assert content(folder) != whole
     assert content(checkpoint("gpt2-tiny")) == whole
     assert [path.name for path in tiny.iterdir()] == ["gpt2-tiny"]
+
+
+def test_shards_may_be_cut_otherwise(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint("gpt2-tiny")
+    made = content(folder)
+    for size in (MiB // 4, 100 * MiB):
+        monkeypatch.setattr(models, "_SHARD", size)
+        assert content(checkpoint("gpt2-tiny")) == made
+        index = "model.safetensors.index.json"
+        (folder / index).unlink()
+        remade = content(checkpoint("gpt2-tiny"))
+        assert remade[index] != made[index]
+        assert not any(
+            AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)[1].values()
+        )
+        made = remade
+    assert len(made) == 3  # configuration, index, one shard
+
+
+def test_a_checkpoint_of_another_dtype_is_made_again(tiny: Path) -> None:
+    whole = content(checkpoint("qwen2-tiny"))
+    for shard in (tiny / "qwen2-tiny").glob("*.safetensors"):
+        save_file({k: v.half() for k, v in load_file(shard).items()}, shard, {"format": "pt"})
+    assert content(tiny / "qwen2-tiny") != whole
+    assert content(checkpoint("qwen2-tiny")) == whole
 
 
 def at_the_second_shard(error: BaseException) -> Callable[..., None]:

@@ -75,6 +75,7 @@ def test_an_estimate_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     found = memory(dimensions("Llama-3.2-1B"), setup)
     assert told["total"] == found.total == sum(told["parts"].values())
     assert told["parts"]["parameters"] == found.parameters
+    assert (told["held"], told["peak"], told["needed"]) == (found.held, found.peak, found.needed)
     assert told["setup"]["checkpointing"] is True and told["setup"]["amp"] is None
     assert told["card"] is told["fits"] is None
     assert told["levers"] and all(lever["saved"] > 0 for lever in told["levers"])

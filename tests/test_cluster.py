@@ -1,5 +1,6 @@
 """One GPU of many: what PyTorch's own data parallelism allocates on it."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from every_byte.gpu import VirtualGPU
 from every_byte.ranks import one_of
-from every_byte.tracker import Breakdown, Timeline
+from every_byte.tracker import Breakdown, Timeline, untracked
 from every_byte.units import MiB
 from helpers.mlp import SimpleMLP
 
@@ -180,3 +181,19 @@ def test_all_is_as_before_when_it_ends(gpu: VirtualGPU) -> None:
     assert not hasattr(torch, "meta")
     with one_of(2) as mesh:
         assert mesh.size() == 2
+
+
+@pytest.mark.parametrize("gpus", [1, 3, 8])
+def test_a_model_of_shapes_alone_comes_onto_the_gpu_by_to_empty(gpus: int) -> None:
+    figures = []
+    for begins in (nullcontext, untracked):
+        with VirtualGPU() as gpu, one_of(gpus) as mesh:
+            with begins():
+                model = sharded(gpu, mesh)
+            if begins is untracked:
+                assert gpu.memory_allocated() == 0
+                model.to_empty(device=gpu.device)
+            rows, _ = step(gpu, model, optim.Adam(model.parameters()))
+            del rows["rounding"]  # made on the GPU, it left other free blocks behind
+            figures.append(rows)
+    assert figures[0] == figures[1]

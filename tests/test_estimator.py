@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, Page
 from every_byte import estimate
 from every_byte.data import cards
 from every_byte.estimate import Dimensions, Memory, Setup, fit
+from every_byte.kinds import FIELDS
 from every_byte.units import GiB, grouped
 from tools.repository import ROOT
 
@@ -68,15 +69,25 @@ def shown(tab: Page) -> list[int]:
     return [int(cell.replace(",", "")) for cell in cells]
 
 
+def kinds_of(memory: Memory) -> list[int]:
+    """The bytes of each kind, in the order of the fields."""
+    return [getattr(memory, f.name) for f in dataclasses.fields(memory) if f.name in FIELDS]
+
+
 def check(tab: Page) -> Memory:
     """Whether all that the page shows is what Python says of what is chosen."""
     values = state(tab)
     sizes, setup = asked(values)
     memory = estimate.memory(sizes, setup)
-    assert shown(tab) == [*dataclasses.astuple(memory), memory.total]
+    assert shown(tab) == [*kinds_of(memory), memory.total]
+    moments = tab.locator("#e-moments tr").all_inner_texts()
+    assert [row.split("\t") for row in moments] == [
+        [name + " (the peak)" * (name == memory.peak_at), grouped(nbytes)]
+        for name, nbytes in memory.moments
+    ]
     capacity = cards()[values["card"]].memory
     headline = tab.inner_text("#e-headline")
-    fits = "does not fit on" if memory.total > capacity else "fits on"
+    fits = "does not fit on" if memory.needed > capacity else "fits on"
     assert f"{fits} {values['card']}" in headline
     assert values["task"] in headline
     levers = fit.levers(sizes, setup)
@@ -84,7 +95,7 @@ def check(tab: Page) -> Memory:
     rows = tab.locator("#e-cards tr").all_inner_texts()
     for row, (name, card) in zip(rows, cards().items(), strict=True):
         needed = fit.gpus_needed(sizes, setup, card.memory)
-        said = "fits" if memory.total <= card.memory else "does not fit"
+        said = "fits" if memory.needed <= card.memory else "does not fit"
         count = f"over {fit.MOST_GPUS:,}" if needed is None else grouped(needed)
         assert row.split("\t")[:1] + row.split("\t")[2:] == [name, said, count]
     return memory
@@ -130,7 +141,9 @@ def random_setup(rng: random.Random) -> dict[str, Any]:
         "rank": rng.choice((0, rng.randint(1, 256))),
         "batch": rng.randint(0, 300),
         "length": rng.choice((rng.randint(0, 5000), rng.randint(0, 10**6))),
-        "checkpointing": rng.random() < 0.3,
+        **{name: rng.random() < 0.3 for name in ("checkpointing", "lora_dropout")},
+        **{name: rng.random() < 0.3 for name in ("accumulation", "all_logits")},
+        "dropout": rng.random() < 0.05,
         "cache_dtype": rng.choice((None, *estimate.BYTES)),
         "gpus": rng.choice((1, rng.randint(0, 2000))),
     }
@@ -141,7 +154,8 @@ def in_python(sizes: dict[str, Any], setup: dict[str, Any]) -> list[str] | str:
         memory = estimate.memory(Dimensions(**sizes), Setup(**setup))
     except ValueError as error:
         return str(error)
-    return [str(nbytes) for nbytes in dataclasses.astuple(memory)]
+    numbers = [*kinds_of(memory), *(nbytes for _, nbytes in memory.moments), memory.needed]
+    return [*map(str, numbers), memory.peak_at]
 
 
 IN_THE_BROWSER = """(inputs) => {
@@ -150,7 +164,8 @@ IN_THE_BROWSER = """(inputs) => {
     return inputs.map(([sizes, setup, capacity]) => {
         try {
             const dims = F.dimensions(sizes), held = F.memory(dims, setup);
-            if (!capacity) return Object.values(held).map(String);
+            if (!capacity) return [...Object.keys(data.kinds).map((kind) => held[kind]),
+                ...held.moments.map(([, nbytes]) => nbytes), held.needed, held.peakAt].map(String);
             const levers = F.levers(dims, setup).map(({name, saved}) => [name, String(saved)]);
             return [levers, F.gpusNeeded(dims, setup, capacity)];
         } catch (error) {
@@ -175,9 +190,9 @@ def test_the_port_is_equal_to_the_byte(tab: Page) -> None:
     for given, mine, other in zip(inputs, expected, found, strict=True):
         assert mine == other, given
     sums = [e for e in expected if isinstance(e, list)]
-    assert len(sums) >= 5_000
+    assert len(sums) >= 4_500
     assert len(expected) - len(sums) >= 100  # refusals, in the same words
-    assert any(int(nbytes) > 2**53 for row in sums for nbytes in row)
+    assert any(int(nbytes) > 2**53 for row in sums for nbytes in row[:-1])
 
 
 def test_levers_and_numbers_of_gpus_are_equal(tab: Page) -> None:
@@ -197,7 +212,7 @@ def test_levers_and_numbers_of_gpus_are_equal(tab: Page) -> None:
 
 
 def test_the_scripts_are_small_and_plain() -> None:
-    assert sum(script.stat().st_size for script in SCRIPTS) < 40_000
+    assert sum(script.stat().st_size for script in SCRIPTS) < 60_000
     for script in SCRIPTS:
         text = script.read_text("utf-8")
         assert not re.search(r"\b(import|export|fetch|XMLHttpRequest|eval)\b", text)
@@ -215,7 +230,7 @@ CONTROLS = [  # each with a value that is not where it starts, and what else is 
     ("num_key_value_heads", "4", ""),
     ("head_dim", "64", ""),
     ("intermediate_size", "512", ""),
-    ("max_position_embeddings", "77", "model=gpt2"),
+    ("max_position_embeddings", "77", "model=gpt2&length=64"),
     ("num_local_experts", "8", ""),
     ("num_experts_per_tok", "1", "model=Mixtral-8x7B-v0.1"),
     ("tie_word_embeddings", True, ""),
@@ -224,8 +239,14 @@ CONTROLS = [  # each with a value that is not where it starts, and what else is 
     ("length", "777", ""),
     ("optimizer", "adam 8-bit", ""),
     ("rank", "8", ""),
-    ("attention", "flash", ""),
+    ("attention", "eager", ""),
     ("checkpointing", True, ""),
+    ("implementation", "foreach", ""),
+    ("adapters", "bf16", "rank=8"),
+    ("dropout", True, "model=gpt2&length=512"),
+    ("lora_dropout", True, "rank=8"),
+    ("accumulation", True, "sharding=ZeRO+2&length=9000"),
+    ("all_logits", True, "task=inference"),
     ("dtype", "fp32", ""),
     ("quantised", "nf4 double", "rank=4"),
     ("gradients", "fp32", ""),
@@ -285,7 +306,7 @@ def test_a_control(tab: Page, name: str, value: str | bool, before: str) -> None
     # All but the choice of the card, and what this model has no use for, change the sum.
     if name not in ("card", "num_local_experts"):
         assert second != first
-        assert change_of_all(tab)
+        assert bool(change_of_all(tab)) == (second.total != first.total)
     # The address brings it all back.
     values = state(tab)
     tab.reload()
@@ -454,9 +475,6 @@ def test_every_kind_has_its_formula(tab: Page) -> None:
             assert formula.startswith(names.nth(i).inner_text() + ": ")
             assert len(formula) > 30
             assert not NONSENSE.search(formula)
-    # On the bar as well.
-    tab.locator("#e-bar [data-kind=parameters]").hover()
-    assert "B (fp32)" in tab.inner_text("#e-formula")
 
 
 def test_the_bar_is_to_scale_and_told_in_words(tab: Page) -> None:
@@ -464,16 +482,22 @@ def test_the_bar_is_to_scale_and_told_in_words(tab: Page) -> None:
     bar = tab.locator("#e-bar")
     label = bar.get_attribute("aria-label") or ""
     whole = tab.evaluate("document.getElementById('e-bar').clientWidth")
-    for kind, nbytes in dataclasses.asdict(memory).items():
-        part = bar.locator(f"[data-kind={kind}]")
+    parts = {
+        "held": memory.held,
+        "peak": memory.peak - memory.held,
+        "margin": memory.margin,
+        "context": memory.context,
+    }
+    for kind, nbytes in parts.items():
+        part = bar.locator(f"[data-part={kind}]")
         if not nbytes:
             assert part.count() == 0
             continue
         assert f"{nbytes / 1e9:,.2f} GB" in label or nbytes < 1e9
         width = part.evaluate("e => parseFloat(e.style.width)")
-        assert width == pytest.approx(100 * nbytes / memory.total, abs=0.01)
+        assert width == pytest.approx(100 * nbytes / memory.needed, abs=0.01)
     limit = bar.locator(".limit").evaluate("e => parseFloat(e.style.left)")
-    assert limit == pytest.approx(100 * 24 * GiB / memory.total, abs=0.01)
+    assert limit == pytest.approx(100 * 24 * GiB / memory.needed, abs=0.01)
     assert whole > 300
     assert bar.get_attribute("role") == "img"
 

@@ -2,6 +2,8 @@
 
 import logging
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -182,3 +184,23 @@ def test_segments_that_hold_the_same_share_a_bar() -> None:
 def test_an_empty_card_has_nothing_to_draw() -> None:
     with pytest.raises(ValueError, match="the snapshot holds no segment"):
         segments(CachingAllocator().memory_snapshot())
+
+
+def test_nothing_is_imported_while_a_device_is_set() -> None:
+    """What is imported then leaves its constants on the card, for as long as the process runs."""
+    code = """
+import sys
+import torch
+from helpers.models import build
+
+class Watches:
+    def find_spec(self, name, path=None, target=None):
+        if torch.get_default_device().type != "cpu":
+            print(name)
+
+sys.meta_path.insert(0, Watches())
+for name in ("gpt2", "Qwen2-0.5B"):
+    build(name, "meta")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

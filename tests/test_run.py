@@ -116,17 +116,7 @@ def test_room_for_the_cuda_context_is_counted(
     assert main(["run", script(tmp_path, text), "--card", "RTX 4080"]) == 0  # of 16 GiB
     said = capsys.readouterr().out
     assert "It fits on the RTX 4080 (17.18 GB)" in said
-    assert (
-        main(
-            [
-                "run",
-                script(tmp_path, text.replace("15 *", "31 *").replace("28", "27")),
-                "--card",
-                "RTX 4080",
-            ]
-        )
-        == 0
-    )
-    said = capsys.readouterr().out
-    assert "It fits on the RTX 4080 (17.18 GB) only just" in said
     assert "too large for: RTX 4050 Laptop" in said
+    nearly = script(tmp_path, text.replace("15 * 2**28", "31 * 2**27"))  # 15.5 GiB
+    assert main(["run", nearly, "--card", "RTX 4080"]) == 3
+    assert "It does NOT fit on the RTX 4080 (17.18 GB)" in capsys.readouterr().out

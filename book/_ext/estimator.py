@@ -1,10 +1,11 @@
 """The estimator's form, with the constants of the Python modules written into its page.
 
-Models, cards, dtypes, optimizers and colours stand once, in `helpers`; the page's
+Models, cards, dtypes, optimizers and colours stand once, in `every_byte`; the page's
 scripts read them from a JSON element.
 """
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,13 @@ from markupsafe import Markup
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from every_byte import estimate
+from every_byte import estimate, kinds
 from every_byte.allocator import config as allocator
 from every_byte.data import cards, known_models
 from every_byte.estimate import fit
-from helpers import plots
 
 PAGE = "book/estimator"
-
-# The fields of `estimate.Memory`, by the names of the book's figures.
-KINDS = {
-    "parameters": "parameters",
-    "gradients": "gradients",
-    "optimizer_states": "optimizer states",
-    "activations": "activations",
-    "logits": "logits",
-    "kv_cache": "KV cache",
-    "cast_weights": "cast weights",
-    "rounding": "rounding",
-    "context": "CUDA context",
-}
+ALLOCATOR = ("kMinBlockSize", "kSmallSize", "kLargeBuffer", "kMinLargeAlloc", "kRoundLarge")
 
 
 def data() -> dict[str, Any]:
@@ -42,22 +30,36 @@ def data() -> dict[str, Any]:
         "traits": {name: sorted(traits) for name, traits in estimate.TRAITS.items()},
         "bytes": {name: [n.numerator, n.denominator] for name, n in estimate.BYTES.items()},
         "optimizers": {
-            name: [store.__name__, states, tables]
-            for name, (store, states, tables) in estimate.STORES.items()
+            name: {
+                "label": known.label,
+                "remembers": known.remembers,
+                "states": known.states,
+                "store": known.store.__name__,
+                "tables": known.tables,
+                "foreach": known.foreach,
+                "temporaries": known.temporaries,
+                "fused": known.fused,
+            }
+            for name, known in estimate.OPTIMIZERS.items()
         },
         "sharding": estimate.SHARDING,
         "choices": estimate.CHOICES,
         "context": estimate.CONTEXT,
-        "allocator": {
-            name: getattr(allocator, name)
-            for name in ("kMinBlockSize", "kSmallSize", "kMinLargeAlloc", "kRoundLarge")
-        },
+        "workspace": estimate.WORKSPACE,
+        "lt_workspace": estimate.LT_WORKSPACE,
+        "flags": estimate.FLAGS,
+        "allocator": {name: getattr(allocator, name) for name in ALLOCATOR},
         "levers": fit.LEVERS,
         "halves": fit.HALVES,
         "more_gpus": fit.MORE_GPUS,
         "most_gpus": fit.MOST_GPUS,
         "kinds": {
-            field: {"name": name, "color": plots.COLORS[name]} for field, name in KINDS.items()
+            field.name: {
+                "name": kinds.FIELDS[field.name],
+                "color": kinds.COLORS[kinds.FIELDS[field.name]],
+            }
+            for field in fields(estimate.Memory)
+            if field.name in kinds.FIELDS
         },
         "models": known_models(),
         "cards": {name: card.memory for name, card in cards().items()},

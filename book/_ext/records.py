@@ -1,14 +1,16 @@
 """The tables of what real GPUs measured, made from ``book/records/`` at each build.
 
-``{records}`` shows the records of readers and authors, ``{published}`` what others
-printed, beside what the virtual GPU replays while the page is built.
+``{records}`` shows the records of readers and authors beside their replays, ``{context}``
+and ``{articles}`` what else was measured on the same cards, ``{published}`` what others
+printed beside what the virtual GPU replays while the page is built.
 """
 
 import json
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from docutils import nodes
@@ -19,7 +21,7 @@ from torch import nn
 
 from every_byte.gpu import VirtualGPU
 from every_byte.units import binary
-from helpers.record import problems
+from helpers.record import Row, compared, notes, problems, replays_of, summary
 from helpers.tables import table
 
 FOLDER = Path(__file__).parent.parent / "records"
@@ -75,13 +77,27 @@ def published(path: Path) -> str:
 # The records
 
 
-def found(folder: Path) -> dict[str, Any]:
-    """The records of a folder by file name.
+class Record(NamedTuple):
+    """What a card measured, and the replay of the same experiments, by name."""
+
+    about: dict[str, Any]
+    date: str
+    measured: dict[str, Any]
+    replayed: dict[str, Any]
+
+    @property
+    def card(self) -> str:
+        """Its name."""
+        return str(self.about["card"])
+
+
+def found(folder: Path) -> list[Record]:
+    """The records of a folder, by file name.
 
     Raises:
-        ExtensionError: one of them is not whole.
+        ExtensionError: one of them is not whole, or has no replay.
     """
-    records = {}
+    records = []
     for path in sorted(folder.glob("*.json")):
         try:
             record = json.loads(path.read_text("utf-8"))
@@ -89,84 +105,152 @@ def found(folder: Path) -> dict[str, Any]:
             raise ExtensionError(f"book/records/{path.name} is no JSON: {error}") from None
         if wrong := problems(record):
             raise ExtensionError(f"book/records/{path.name}: {'; '.join(wrong)}")
-        records[path.name] = record
+        try:
+            again = json.loads(replays_of(path).read_text("utf-8"))["experiments"]
+        except (OSError, ValueError, KeyError):
+            raise ExtensionError(
+                f"book/records/{path.name} has no replay: python -m helpers.record --replay "
+                f"book/records/{path.name}"
+            ) from None
+        about, date = record["machine"], record["date"][:10]
+        records.append(Record(about, date, record["experiments"], again))
     return records
 
 
-def shown(records: Mapping[str, Any]) -> str:
-    """The records as Markdown: the machines, what differs, what was skipped, and every row."""
+def causes(path: Path) -> list[dict[str, Any]]:
+    """Why figures differ, as far as it is known: see the file."""
+    return tomllib.loads(path.read_text("utf-8"))["cause"]
+
+
+def shown(records: Sequence[Record], known: Sequence[dict[str, Any]]) -> str:
+    """The records as Markdown: the machines, what differs and why, and every row."""
     if not records:
         return NONE_YET
     parts = [machines(records)]
-    rows = [row for record in records.values() for row in checkpoints(record)]
-    off = [row for row in rows if any(n != "0" for n in row[-3:])]
+    rows = [(record, row) for record in records for row in compared(*record[2:])]
+    off = [(record, row) for record, row in rows if any(row.difference.values())]
     if off:
-        parts += ["**What differs:**", _rows(off)]
+        # Numbered as they are needed: Markdown leaves no number out.
+        met = {number for _, row in off for number in _causes_of(row, known)}
+        needed = [cause for number, cause in enumerate(known, 1) if number in met]
+        why = [(record, row, _causes_of(row, needed)) for record, row in off]
+        parts += ["**What differs**, and the cause by its number below:", _differences(why)]
+        parts.append("\n".join(f"{n}. {cause['text']}" for n, cause in enumerate(needed, 1)))
     else:
         parts.append("Every figure agrees to the byte.")
-    for record in records.values():
-        card, experiments = record["machine"]["card"], record["experiments"]
-        notes = [f"- {card}, `{name}`: {text}" for name, text in _notes(experiments)]
-        parts += ["\n".join(notes)] if notes else []
-    parts.append(f"````{{dropdown}} Every checkpoint\n{_rows(rows)}\n````")
+    told = [f"- {record.card}, {note}" for record in records for note in notes(*record[2:])]
+    parts += ["\n".join(told)] if told else []
+    columns = ["GPU", "checkpoint", "allocated, measured (B)", "replayed (B)"]
+    columns += ["reserved, measured (B)", "replayed (B)"]
+    lines = [[*_where(record, row), *_pairs(row)] for record, row in rows]
+    every = table(columns, lines)
+    parts.append(f"````{{dropdown}} Every checkpoint\n{every.data}\n````")
     return "\n\n".join(parts)
 
 
-def machines(records: Mapping[str, Any]) -> str:
-    """A row for each record: what it was made on, and its summary."""
-    rows = []
-    for record in records.values():
-        about, told = record["machine"], record["summary"]
-        versions = [f"torch {about['versions']['torch']}", f"CUDA {about['CUDA']}"]
+def machines(records: Sequence[Record]) -> str:
+    """A row for each record: what it was made on, and how its replay does."""
+    rows: list[list[str | int]] = []
+    for record in records:
+        about, told = record.about, summary(record.measured, record.replayed)
+        versions = [f"torch {about['versions']['torch']}", f"CUDA {about['cuda']}"]
         versions += [f"transformers {n}" for n in [about["versions"].get("transformers")] if n]
         versions += [f"driver {about['driver']}"] if about["driver"] else []
-        card = f"{about['card']}, {binary(about['memory'])}, {about['compute capability']}"
-        counts = ("figures", "figures that differ", "largest difference", "traces that differ")
-        rows.append((card, ", ".join(versions), record["date"][:10], *map(told.get, counts)))
+        card = f"{about['card']}, {binary(about['memory'])}, {about['compute_capability']}"
+        counts = ("figures", "figures_that_differ", "largest_difference", "traces_that_differ")
+        rows.append([card, ", ".join(versions), record.date, *(told[key] for key in counts)])
     columns = ["GPU", "with", "on", "figures", "differ", "at most by (B)", "traces differ"]
     return str(table(columns, rows).data)
 
 
-def checkpoints(record: Mapping[str, Any]) -> Iterator[tuple[str | int, ...]]:
-    """A row for each checkpoint: allocated bytes, and all differences (replayed less measured)."""
-    for name, result in record["experiments"].items():
-        for checkpoint, row in result.get("checkpoints", {}).items():
-            off = row["difference"]
-            yield (
-                record["machine"]["card"],
-                f"{name}, {checkpoint}",
-                row["measured"]["memory_allocated"],
-                row["replayed"]["memory_allocated"],
+def _where(record: Record, row: Row) -> list[str | int]:
+    return [record.card, f"{row.experiment}, {row.checkpoint}"]
+
+
+def _pairs(row: Row) -> Iterator[int]:
+    for figure in ("memory_allocated", "memory_reserved"):
+        yield row.measured[figure]
+        yield row.replayed[figure]
+
+
+def _causes_of(row: Row, known: Sequence[dict[str, Any]]) -> list[int]:
+    """The numbers of the causes that name this experiment, and a figure or kind that is off."""
+    off = {figure for figure, nbytes in row.difference.items() if nbytes} | row.by_kind().keys()
+    return [
+        number
+        for number, cause in enumerate(known, 1)
+        if off & set(cause["of"])
+        and any(fnmatch(row.experiment, pattern) for pattern in cause["experiments"])
+    ]
+
+
+def _differences(rows: Sequence[tuple[Record, Row, list[int]]]) -> str:
+    lines: list[list[str | int]] = []
+    for record, row, numbers in rows:
+        off = row.difference
+        kinds = [f"{kind.replace('_', ' ')} {n:,}" for kind, n in row.by_kind().items()]
+        lines.append(
+            [
+                *_where(record, row),
+                row.measured["memory_allocated"],
                 f"{off['memory_allocated']:,}",
                 f"{off['memory_reserved']:,}",
                 f"{off['max_memory_allocated']:,}",
-            )
+                ", ".join(kinds),
+                ", ".join(map(str, numbers)) or "not known",
+            ]
+        )
+    columns = ["GPU", "checkpoint", "allocated, measured (B)", "difference (B)"]
+    columns += ["of reserved", "of peak", "by kind", "cause"]
+    return str(table(columns, lines).data)
 
 
-def _rows(rows: list[tuple[str | int, ...]]) -> str:
-    columns = ["GPU", "checkpoint", "allocated, measured (B)", "replayed (B)", "difference (B)"]
-    return str(table([*columns, "of reserved", "of peak"], rows).data)
+# What else was measured
 
 
-def _notes(experiments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, result in experiments.items():
-        if "skipped" in result:
-            yield name, f"skipped, {result['skipped']}"
-            continue
-        if alone := result["reached on one GPU only"]:
-            yield name, f"on one GPU only: {', '.join(alone)}"
-        if result["trace"]["mismatch"] is not None:
-            yield name, f"the trace differs at {result['trace']['mismatch']}"
-        if result["trace"]["held before"]:
-            yield name, "the card was not empty before"
+def _measured_on(told: dict[str, Any]) -> str:
+    return f"Measured on one {told['card']} with {told['versions']}, on {told['date']}."
+
+
+def context(path: Path) -> str:
+    """What a process holds on the card outside PyTorch's allocator, step by step."""
+    told = tomllib.loads(path.read_text("utf-8"))
+    rows = [(step["after"], step["outside"], step["nvidia_smi_mib"]) for step in told["step"]]
+    columns = ["after the", "outside PyTorch (B)", "nvidia-smi, all together (MiB)"]
+    return f"{_measured_on(told)}\n\n{table(columns, rows).data}"
+
+
+def articles(path: Path) -> str:
+    """What the articles' own scripts print on a newer card."""
+    told = tomllib.loads(path.read_text("utf-8"))
+    rows = [(row["script"], row["stage"], row["allocated"]) for row in told["row"]]
+    columns = ["script", "stage", "allocated, measured (B)"]
+    return f"{_measured_on(told)}\n\n{table(columns, rows).data}"
 
 
 class Records(SphinxDirective):
-    """``{records}``: what ``python -m helpers.record`` wrote on real GPUs."""
+    """``{records}``: what ``python -m helpers.record`` wrote on real GPUs, and its replay."""
 
     def run(self) -> list[nodes.Node]:
         """The tables, or the sentence that there are none."""
-        return self.parse_text_to_nodes(shown(found(FOLDER)))
+        known = causes(FOLDER / "causes.toml")
+        return self.parse_text_to_nodes(shown(found(FOLDER), known))
+
+
+class Context(SphinxDirective):
+    """``{context}``: what a process holds outside PyTorch's allocator."""
+
+    def run(self) -> list[nodes.Node]:
+        """The table."""
+        return self.parse_text_to_nodes(context(FOLDER / "context.toml"))
+
+
+class Articles(SphinxDirective):
+    """``{articles}``: the two articles' scripts on a card of our own."""
+
+    def run(self) -> list[nodes.Node]:
+        """The table."""
+        return self.parse_text_to_nodes(articles(FOLDER / "articles.toml"))
 
 
 class Published(SphinxDirective):
@@ -180,5 +264,7 @@ class Published(SphinxDirective):
 def setup(app: Sphinx) -> dict[str, bool]:
     """Sphinx calls this."""
     app.add_directive("records", Records)
+    app.add_directive("context", Context)
+    app.add_directive("articles", Articles)
     app.add_directive("published", Published)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,4 +1,4 @@
-/* The formulas of helpers/estimate.py and helpers/fit.py, for the estimator's page.
+/* The formulas of every_byte/estimate, for the estimator's page.
 
    tests/test_estimator.py proves them equal to Python's, to the byte, on thousands
    of inputs. Whole numbers are BigInt: exact at any size. `data` are the constants
@@ -7,7 +7,7 @@
 
 class Refusal extends Error {
   constructor(what, value, expected) {
-    const shown = value === null ? "None" : typeof value === "string" ? `'${value}'` : value;
+    const shown = value === null ? "None" : value === true ? "True" : typeof value === "string" ? `'${value}'` : value;
     super(`${what} is ${shown}: expected ${expected}`);
     Object.assign(this, { what, expected });
   }
@@ -19,7 +19,8 @@ function everyByteFormulas(data) {
   const sum = (tensors) => tensors.reduce((all, [nbytes, count]) => all + nbytes * count, 0n);
   const product = (shape) => shape.reduce((all, size) => all * size, 1n);
   const has = (sizes, trait) => data.traits[sizes.model_type].includes(trait);
-  const isMatrix = (part, shape) => ["attention", "mlp"].includes(part) && shape.length === 2;
+  const isMatrix = (s, part, shape) => shape.length === 2
+    && (part === "attention" || (part === "mlp" && !s.num_local_experts));
 
   // Dimensions
 
@@ -89,7 +90,7 @@ function everyByteFormulas(data) {
   const parameters = (s) => tensors(s).reduce((n, [, shape, count]) => n + count * product(shape), 0n);
 
   const adapters = (s, rank) => tensors(s)
-    .filter(([part, shape]) => isMatrix(part, shape))
+    .filter(([part, shape]) => isMatrix(s, part, shape))
     .flatMap(([, [n, m], count]) => [[[n, rank], count], [[rank, m], count]]);
 
   const loraParameters = (s, rank) =>
@@ -124,17 +125,17 @@ function everyByteFormulas(data) {
   function weights(s, dtype, format) {
     const [n, d] = bytes(dtype);
     return tensors(s).flatMap(([part, shape, count]) => {
-      const held = format && isMatrix(part, shape)
+      const held = format && isMatrix(s, part, shape)
         ? quantised(shape, format) : [ceil(product(shape) * n, d)];
       return held.map((nbytes) => [nbytes, count]);
     });
   }
 
   const STORES = {
-    _whole: (shape, b, states) => Array(states).fill(b * product(shape)),
-    _adafactor: (shape, b) =>
+    whole: (shape, b, states) => Array(states).fill(b * product(shape)),
+    factored: (shape, b) =>
       shape.length < 2 ? [b * shape[0]] : [b * shape[0], b * shape[1]],
-    _adam_8bit: (shape, b, states) => {
+    blockwise: (shape, b, states) => {
       const count = product(shape);
       const one = count < 4096n ? [4n * count] : [count, 4n * ceil(count, 256n)];
       return Array(states).fill(one).flat();
@@ -142,11 +143,23 @@ function everyByteFormulas(data) {
   };
 
   function states(trained, optimizer, dtype) {
-    const [store, copies, tables] = data.optimizers[optimizer];
+    const { store, states: copies, tables } = data.optimizers[optimizer];
     const [n, d] = bytes(dtype);
     const held = trained.flatMap(([shape, count]) =>
       STORES[store](shape, n / d, copies).map((nbytes) => [nbytes, count]));
     return [[4n * 256n, big(tables)], ...held];
+  }
+
+  function stepTemporaries(trained, setup, dtype) {
+    const known = data.optimizers[setup.optimizer], [n, d] = bytes(dtype), b = n / d;
+    const counts = trained.map(([shape]) => product(shape));
+    if (setup.implementation === "fused" && known.fused) return 0n;
+    if (setup.implementation === "for-loop") {
+      return big(known.temporaries) * b
+        * counts.reduce((a, n, i) => (trained[i][1] && n > a ? n : a), 0n);
+    }
+    return known.foreach
+      ? b * trained.reduce((all, [, count], i) => all + count * counts[i], 0n) : 0n;
   }
 
   const stored = (shapes, dtype) =>
@@ -155,7 +168,7 @@ function everyByteFormulas(data) {
   function castWeights(s, setup, dtype) {
     const cast = tensors(s).filter(([part, shape], index) =>
       ["attention", "mlp", "router", "head"].includes(part)
-        ? shape.length === 2 && !(setup.quantised && isMatrix(part, shape))
+        ? shape.length === 2 && !(setup.quantised && isMatrix(s, part, shape))
         : s.tie_word_embeddings && index === 0);
     const shapes = cast.map(([, shape, count]) => [shape, count]);
     return stored(setup.rank ? [...shapes, ...adapters(s, setup.rank)] : shapes, dtype);
@@ -167,7 +180,28 @@ function everyByteFormulas(data) {
     has(s, "layer norm") ? b * s.hidden_size + 8n : (b > 4n ? b : 4n) * s.hidden_size + 4n;
   const normRest = (s, b, rank) => (rank || has(s, "layer norm") ? 0n : b * s.hidden_size);
 
-  function layerActivations(s, batch, length, dtype, attention, rank, autocast) {
+  function attentionKernel(s, dtype, attention) {
+    if (attention !== "sdpa") return attention;
+    if (width(dtype) === 2n) return "flash";
+    return s.num_key_value_heads < s.num_attention_heads || dtype === "fp64" ? "math" : "efficient";
+  }
+
+  // What LoRA keeps for each token beside the frozen layers, or instead of them.
+  function adaptersKeep(s, rank, b, own, dropout) {
+    const h = s.hidden_size, i = s.intermediate_size, gate = has(s, "gated") ? 1n : 0n;
+    const dense = s.num_local_experts ? 0n : 1n, qkv = s.model_type === "gpt2" ? 1n : 3n;
+    const kept = (qkv + 1n + (2n + gate) * dense) * rank * own;
+    if (own === b && !dropout) return kept;
+    const read = qkv * h + s.num_attention_heads * s.head_dim + ((1n + gate) * h + i) * dense;
+    return kept + read * (own + (dropout ? 1n : 0n)) - b * (h + (h + i) * dense);
+  }
+
+  function layerActivations(s, batch, length, dtype, asked) {
+    const { rank, autocast, dropout, adapters, lora_dropout } = asked;
+    const attention = attentionKernel(s, dtype, asked.attention);
+    if (dropout && !has(s, "dropout")) {
+      throw new Refusal("dropout", true, `False, as ${s.model_type} has none`);
+    }
     const b = width(dtype), half = b < 4n, h = s.hidden_size, heads = s.num_attention_heads;
     const queries = heads * s.head_dim, keys = s.num_key_value_heads * s.head_dim;
     const experts = s.num_experts_per_tok || 1n, gated = has(s, "gated");
@@ -185,23 +219,28 @@ function everyByteFormulas(data) {
       const once = batch === 1n && s.num_key_value_heads === 1n;
       const repeated = once ? (autocast ? queries : keys) + keys : 2n * queries;
       token += b * (2n * queries + repeated) + heads * length * scores;
-    } else {
+      if (dropout) token += heads * length * (1n + b);
+    } else if (attention === "math") token += b * (4n * queries + heads * length);
+    else {
       const fast = attention === "flash";
       const rows = batch * (fast ? length : 32n * ceil(length, 32n));
       token += 2n * b * (queries + keys);
-      fixed = 4n * heads * rows + (rows ? (fast ? 24n : 16n) : 0n);
+      fixed = 4n * heads * rows + (rows ? (fast ? 24n : dropout ? 0n : 16n) : 0n);
     }
     token += (gated ? experts * 4n * b : 5n * b + (autocast ? 6n : 0n)) * s.intermediate_size;
-    const matrices = (s.model_type === "gpt2" ? 2n : 4n) + experts * (gated ? 3n : 2n);
-    return batch * length * (token + matrices * rank * b) + fixed;
+    if (dropout) token += 2n * h;
+    if (rank) token += adaptersKeep(s, rank, b, width(adapters), lora_dropout);
+    return batch * length * token + fixed;
   }
 
-  function activations(s, batch, length, dtype, attention, checkpointing, rank, autocast) {
-    const layer = layerActivations(s, batch, length, dtype, attention, rank, autocast);
+  function activations(s, batch, length, dtype, checkpointing, asked) {
+    const { rank, autocast, dropout } = asked;
+    const layer = layerActivations(s, batch, length, dtype, asked);
     const b = width(dtype), h = s.hidden_size, layers = s.num_hidden_layers;
     const wide = autocast ? 4n : b, norm = normInput(s, wide);
     let last = batch * length * (norm + normRest(s, wide, rank) + (rank ? 0n : b * h));
     if (!has(s, "learned positions")) last += 2n * wide * length * s.head_dim;
+    if (dropout) last += batch * length * h;
     if (checkpointing) return last + layers * batch * length * h * wide + (layers ? layer : 0n);
     return last + layers * layer - (rank && layers ? batch * length * norm : 0n);
   }
@@ -225,6 +264,14 @@ function everyByteFormulas(data) {
     return keeps ? segment : size;
   }
 
+  const KEPT = [data.allocator.kSmallSize, data.allocator.kMinLargeAlloc].map(big);
+  const isShared = (n) => n > KEPT[0] && n < KEPT[1];
+
+  function sharedSegments(tensors) {
+    const shared = sum(tensors.filter(([n]) => isShared(n)));
+    return shared * KEPT[0] / (2n * big(data.allocator.kLargeBuffer));
+  }
+
   // All together
 
   const KINDS = Object.keys(data.kinds); // the fields of Memory, in order
@@ -239,6 +286,7 @@ function everyByteFormulas(data) {
         throw new Refusal(what, setup[what], `${none}one of ${known.filter(Boolean).join(", ")}`);
       }
     }
+    for (const name of data.flags) setup[name] = Boolean(setup[name]);
     for (const dtype of [setup.dtype, setup.gradients, setup.states]) width(dtype ?? setup.dtype);
     bytes(setup.cache_dtype ?? setup.dtype);
     for (const what of ["batch", "length"]) {
@@ -257,22 +305,116 @@ function everyByteFormulas(data) {
 
   const usesAutocast = (setup) => setup.amp !== null && setup.dtype === "fp32";
 
+  function checkTogether(s, setup) {
+    if (has(s, "learned positions") && setup.length > s.max_position_embeddings) {
+      throw new Refusal("length", setup.length,
+        `at most the ${s.max_position_embeddings} positions that the model has learned`);
+    }
+    if (setup.task !== "training") return;
+    if (setup.rank > s.hidden_size) {
+      throw new Refusal("rank", setup.rank, `at most hidden_size ${s.hidden_size}`);
+    }
+    const computed = usesAutocast(setup) ? setup.amp : setup.dtype;
+    if (setup.attention === "flash" && width(computed) !== 2n) {
+      throw new Refusal("attention", "flash",
+        `another one, for flash is for fp16 and bf16, not ${computed}`);
+    }
+  }
+
+  const most = (a, b) => (a > b ? a : b);
+
+  function layerTemporaries(s, setup, b) {
+    const experts = most(1n, s.num_experts_per_tok), gated = has(s, "gated");
+    const computed = { 2: "bf16", 4: "fp32", 8: "fp64" }[b], i = experts * s.intermediate_size;
+    const autocast = usesAutocast(setup);
+    let token = (3n * b + (autocast && !gated ? 4n : 0n)) * i;
+    if (["eager", "math"].includes(attentionKernel(s, computed, setup.attention))) {
+      const softmax = has(s, "layer norm") && !autocast ? b : most(4n, b);
+      const scores = 2n * softmax - (softmax > b ? b : 0n);
+      const gone = (gated ? 4n : 5n) * b * i + 7n * b * s.hidden_size;
+      token = most(token, s.num_attention_heads * setup.length * scores - gone);
+    }
+    return setup.batch * setup.length * token;
+  }
+
+  function outsideOfLayers(s) {
+    return parameters({ ...s, num_hidden_layers: 0n });
+  }
+
+  function gathered(s, setup) {
+    if (setup.gpus === 1n || !data.sharding[setup.sharding].includes("parameters")) return 0n;
+    const outside = outsideOfLayers(s), layer = parameters({ ...s, num_hidden_layers: 1n }) - outside;
+    return width(setup.dtype) * (outside + (s.num_hidden_layers < 2n ? s.num_hidden_layers : 2n) * layer);
+  }
+
+  function trainingMoments(s, setup, { atRest, gradients, kept, again, one, step }) {
+    const tokens = setup.batch * setup.length, h = s.hidden_size, v = s.vocab_size;
+    const b = usesAutocast(setup) ? 2n : width(setup.dtype);
+    const scores = block(tokens * v * b, true), upcast = block(tokens * v * most(4n, b), true);
+    const forward = atRest + kept + (setup.accumulation ? gradients : 0n) + gathered(s, setup);
+    const embedding = setup.rank ? 0n : block(v * h * width(setup.gradients ?? setup.dtype), true);
+    const extra = (s.tie_word_embeddings ? 2n : 0n) + (setup.accumulation ? 1n : 0n);
+    const head = setup.rank ? 0n : v * h * b, layer = layerTemporaries(s, setup, b);
+    const whole = parameters(s), ofLayers = gradients * (whole - outsideOfLayers(s)) / whole;
+    const done = gradients - ofLayers / most(1n, s.num_hidden_layers)
+      - (s.tie_word_embeddings ? 0n : embedding);
+    return [
+      ["at rest", atRest],
+      ["end of forward: the loss", forward + 2n * upcast + (b < 4n ? scores : 0n)],
+      ["start of backward: the loss", forward + 3n * upcast],
+      ["backward: the head", forward + scores + head + tokens * h * b],
+      ["backward: the last layer", forward + again + head + layer],
+      ["backward: the first layer", atRest + done + one + layer],
+      ["end of backward: the embedding", atRest + gradients + extra * embedding],
+      ["optimizer step", atRest + gradients + step],
+    ];
+  }
+
+  function inferenceMoments(s, setup, atRest, cache) {
+    const b = width(setup.dtype), h = s.hidden_size, rows = setup.batch;
+    const tokens = rows * setup.length, experts = most(1n, s.num_experts_per_tok);
+    const scores = block((setup.all_logits ? tokens : rows) * s.vocab_size * b, true);
+    let layer = tokens * (3n * b * experts * s.intermediate_size + 2n * b * h);
+    if (["eager", "math"].includes(attentionKernel(s, setup.dtype, setup.attention))) {
+      layer = most(layer, tokens * s.num_attention_heads * setup.length * (b + most(4n, b)));
+    }
+    return [
+      ["at rest", atRest],
+      ["prefill: a layer", atRest + layer],
+      ["prefill: the logits", atRest + scores + tokens * b * h],
+      ["decoding", atRest + cache / most(1n, s.num_hidden_layers) + rows * s.vocab_size * b],
+    ];
+  }
+
   function memory(s, given) {
     const setup = checked(given), { dtype, batch, length, rank } = setup;
+    checkTogether(s, setup);
     const held = Object.fromEntries(KINDS.map((kind) => [kind, 0n]));
     const tensorsOf = { parameters: weights(s, dtype, setup.quantised) };
-    held.context = big(data.context.at(-1));
-    if (setup.task === "training") {
-      const trained = rank ? adapters(s, rank) : tensors(s).map(([, shape, count]) => [shape, count]);
-      if (rank) tensorsOf.parameters.push(...stored(trained, dtype));
-      tensorsOf.gradients = stored(trained, setup.gradients ?? dtype);
-      tensorsOf.optimizer_states = states(trained, setup.optimizer, setup.states ?? dtype);
-      if (setup.master_weights && width(dtype) < 4n) {
+    const training = setup.task === "training", layers = s.num_hidden_layers;
+    let trained, states_, kept, layer, margin = 0n;
+    held.context = big(data.context);
+    if (training) {
+      trained = rank ? adapters(s, rank) : tensors(s).map(([, shape, count]) => [shape, count]);
+      const own = rank ? setup.adapters ?? dtype : dtype;
+      if (rank) tensorsOf.parameters.push(...stored(trained, own));
+      states_ = setup.states ?? own;
+      tensorsOf.gradients = stored(trained, setup.gradients ?? own);
+      tensorsOf.optimizer_states = states(trained, setup.optimizer, states_);
+      if (setup.master_weights && width(own) < 4n) {
         tensorsOf.optimizer_states.push(...stored(trained, "fp32"));
       }
       const cast = usesAutocast(setup), computed = cast ? setup.amp : dtype;
-      held.activations = activations(
-        s, batch, length, computed, setup.attention, setup.checkpointing, rank, cast);
+      const asked = { ...setup, autocast: cast, adapters: cast ? computed : own };
+      kept = held.activations = activations(s, batch, length, computed, setup.checkpointing, asked);
+      for (const size of [s.hidden_size, s.intermediate_size].map((n) => n * batch * length * width(computed))) {
+        if (!isShared(size)) continue;
+        margin = sharedSegments([[size, ceil(kept, size)]]);
+        kept += margin;
+        break;
+      }
+      if (setup.attention === "eager") kept += batch * length * length * width(dtype);
+      layer = layers ? layerActivations(s, batch, length, computed, asked) : 0n;
       held.logits = 2n * logits(s, batch, length, computed);
       if (cast) {
         held.logits += logits(s, batch, length, "fp32");
@@ -281,9 +423,10 @@ function everyByteFormulas(data) {
     } else {
       held.logits = logits(s, batch, 1n, dtype);
       held.kv_cache = kvCache(s, batch, length, setup.cache_dtype ?? dtype);
-      const caches = 2n * s.num_hidden_layers;
+      const caches = 2n * layers;
       if (caches) held.rounding = caches * block(ceil(held.kv_cache, caches)) - held.kv_cache;
     }
+    const rounded = {}, shared = {};
     for (const kind of Object.keys(tensorsOf)) {
       let some = tensorsOf[kind], own = kind === "parameters" && setup.load === "to";
       let nbytes = sum(some);
@@ -291,9 +434,28 @@ function everyByteFormulas(data) {
         nbytes = ceil(nbytes, setup.gpus);
         [some, own] = [[[nbytes, 1n]], false];
       }
+      const blocks = (alone) => sum(some.map(([n, count]) => [block(n, alone), count]));
       held[kind] = nbytes;
-      held.rounding += sum(some.map(([n, count]) => [block(n, own), count])) - nbytes;
+      held.rounding += blocks(own) - nbytes;
+      rounded[kind] = blocks(own || kind !== "parameters");
+      shared[kind] = sharedSegments(some);
+      margin += shared[kind];
     }
+    let rest = big(data.workspace);
+    if (has(s, "biases") || has(s, "query, key and value biases")) rest += big(data.lt_workspace);
+    rest += rounded.parameters + shared.parameters;
+    if (training) {
+      const again = setup.checkpointing ? layer : 0n;
+      held.moments = trainingMoments(s, setup, {
+        atRest: rest + big(data.workspace) + rounded.optimizer_states + shared.optimizer_states,
+        gradients: rounded.gradients + shared.gradients,
+        kept: kept + held.cast_weights - again, again, one: layer,
+        step: stepTemporaries(trained, setup, states_) + shared.gradients,
+      });
+    } else held.moments = inferenceMoments(s, setup, rest + held.kv_cache, held.kv_cache);
+    held.margin = margin;
+    [held.peakAt, held.peak] = held.moments.reduce((a, m) => (m[1] > a[1] ? m : a));
+    held.needed = held.peak + margin + held.context;
     return held;
   }
 
@@ -303,7 +465,7 @@ function everyByteFormulas(data) {
 
   function gpusNeeded(s, setup, capacity) {
     const fits = (gpus) =>
-      total(memory(s, { ...setup, gpus, sharding: "ZeRO 3" })) <= big(capacity);
+      memory(s, { ...setup, gpus, sharding: "ZeRO 3" }).needed <= big(capacity);
     let few = 1, enough = data.most_gpus;
     if (fits(1)) return 1;
     if (!fits(enough)) return null;
@@ -321,14 +483,19 @@ function everyByteFormulas(data) {
       changes[name] = { [what]: ceil(big(setup[what]), 2n) };
     }
     changes[data.more_gpus] = { gpus: 2n * big(setup.gpus), sharding: "ZeRO 3" };
-    const now = total(memory(s, setup)), found = [];
+    const now = memory(s, setup).needed, found = [];
     for (const [name, change] of Object.entries(changes)) {
       const training = setup.task === "training";
       if (training && "quantised" in change && !big(change.rank ?? setup.rank)) continue;
       if ("rank" in change && (!training || big(setup.rank))) continue;
       if ("attention" in change && setup.attention !== "eager") continue;
       const changed = { ...setup, ...change };
-      const saved = now - total(memory(s, changed));
+      let saved = 0n;
+      try {
+        saved = now - memory(s, changed).needed;
+      } catch (error) { // this model cannot do it
+        if (!(error instanceof Refusal)) throw error;
+      }
       if (saved > 0n) found.push({ name, change, saved });
     }
     return found.sort((a, b) => (a.saved < b.saved ? 1 : a.saved > b.saved ? -1 : 0));

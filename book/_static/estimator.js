@@ -94,16 +94,6 @@
     const [n, d] = F.bytes(dtype);
     return `${Number(n) / Number(d)} B (${dtype})`;
   };
-  const REMEMBERS = {
-    sgd: "SGD without momentum remembers nothing",
-    momentum: "one number for each trained parameter",
-    adam: "two numbers for each trained parameter",
-    adamw: "two numbers for each trained parameter",
-    lion: "one number for each trained parameter",
-    adafactor: "of each matrix one number for a row and one for a column",
-    "adam 8-bit": "two bytes for each trained parameter, and an FP32 scale for each 256; tensors under 4,096 numbers stay in FP32",
-    "lion 8-bit": "one byte for each trained parameter, and an FP32 scale for each 256; tensors under 4,096 numbers stay in FP32",
-  };
 
   function inWords(kind, { sizes, setup, held }) {
     const count = F.parameters(sizes), adapters = setup.rank ? F.loraParameters(sizes, setup.rank) : 0n;
@@ -118,21 +108,22 @@
         return (setup.quantised
           ? `${grouped(count)} parameters: the layers' matrices in ${setup.quantised} with their scales, the rest × ${bytesOf(setup.dtype)}`
           : `${grouped(count)} parameters × ${bytesOf(setup.dtype)}`)
-          + (training && adapters ? `; and ${grouped(adapters)} of LoRA × ${bytesOf(setup.dtype)}` : "") + split;
+          + (training && adapters ? `; and ${grouped(adapters)} of LoRA × ${bytesOf(setup.adapters ?? setup.dtype)}` : "") + split;
       case "gradients":
         return training
-          ? `one for each trained parameter: ${grouped(trained)} × ${bytesOf(setup.gradients ?? setup.dtype)}${split}`
+          ? `one for each trained parameter: ${grouped(trained)} × ${bytesOf(setup.gradients ?? (setup.rank ? setup.adapters : null) ?? setup.dtype)}${split}`
           : "none: they serve training alone";
       case "optimizer_states":
         return training
-          ? REMEMBERS[setup.optimizer]
+          ? data.optimizers[setup.optimizer].remembers
             + (setup.optimizer === "sgd" || setup.optimizer.includes("8-bit") ? ""
-              : `, ${grouped(trained)} parameters, ${bytesOf(setup.states ?? setup.dtype)} each number`)
+              : `, ${grouped(trained)} parameters, ${bytesOf(setup.states ?? (setup.rank ? setup.adapters : null) ?? setup.dtype)} each number`)
             + (setup.master_weights && F.width(setup.dtype) < 4n ? "; and an FP32 copy of each" : "") + split
           : "none: they serve training alone";
       case "activations": {
         if (!training) return "none is kept: one layer's at a time, not counted here";
-        const layer = F.layerActivations(sizes, setup.batch, setup.length, computed, setup.attention, setup.rank, F.usesAutocast(setup));
+        const layer = F.layerActivations(sizes, setup.batch, setup.length, computed,
+          { ...setup, autocast: F.usesAutocast(setup), adapters: F.usesAutocast(setup) ? computed : setup.adapters ?? setup.dtype });
         const scores = setup.attention === "eager" ? ", a score for each pair of tokens and head included" : "";
         return (setup.checkpointing
           ? `the inputs of ${layers} layers, and one layer made again: ${grouped(layer)} B${scores}`
@@ -153,8 +144,7 @@
         return `the allocator's, estimated: each tensor of parameters, gradients, states and KV cache up to a multiple of ${data.allocator.kMinBlockSize} B`
           + (setup.load === "to" ? "; a tensor of weights from 10 MiB up also keeps what is left of its 2 MiB, up to 1 MiB" : "");
       default: {
-        const [low, high] = data.context.map((n) => (n / GiB).toFixed(2));
-        return `published, not estimated: ${low} to ${high} GiB were measured on an A100 with PyTorch 2.1; the larger counts`;
+        return "measured, not estimated, on an H200 with PyTorch 2.11, after products and attention";
       }
     }
   }
@@ -163,21 +153,35 @@
 
   let shown = null, before = null; // the result, and what its changes are told from
 
+  const moment = (held, name) => held.moments.find(([known]) => known === name)[1];
+  const PARTS = { held: ["held at rest", "parameters"], peak: ["at the peak, on top", "activations"],
+    margin: ["margin of the allocator", "rounding"], context: ["CUDA context", "context"] };
+
+  function showMoments({ held }) {
+    $("e-moments").replaceChildren(...held.moments.map(([name, nbytes]) => {
+      const row = element("tr", "", { class: name === held.peakAt ? "total" : "" });
+      row.append(element("th", name === held.peakAt ? `${name} (the peak)` : name, { scope: "row" }),
+        element("td", grouped(nbytes)));
+      return row;
+    }));
+  }
+
   function showBar({ held, card }, all) {
+    const rest = moment(held, "at rest");
+    const sizes = { held: rest, peak: held.peak - rest, margin: held.margin, context: held.context };
     const capacity = BigInt(data.cards[card]), scale = all > capacity ? all : capacity;
-    const bar = $("e-bar"), parts = KINDS.filter((kind) => held[kind]);
+    const bar = $("e-bar"), parts = Object.keys(PARTS).filter((part) => sizes[part]);
     bar.replaceChildren(...parts.map((kind) => {
-      const part = element("span", "", { "data-kind": kind, title: data.kinds[kind].name });
-      part.style.width = `${percent(held[kind] * 100n, scale) / 100}%`;
-      part.style.background = data.kinds[kind].color;
-      part.addEventListener("mouseenter", () => explain(kind));
+      const part = element("span", "", { "data-part": kind, title: PARTS[kind][0] });
+      part.style.width = `${percent(sizes[kind] * 100n, scale) / 100}%`;
+      part.style.background = data.kinds[PARTS[kind][1]].color;
       return part;
     }));
     const limit = element("span", "", { class: "limit" });
     limit.style.left = `${percent(capacity * 100n, scale) / 100}%`;
     bar.append(limit);
     bar.setAttribute("aria-label", `Stacked bar of ${short(all)} on one GPU: ` + parts.map((kind) =>
-      `${data.kinds[kind].name} ${short(held[kind])}, ${percent(held[kind], all)} %`).join("; ")
+      `${PARTS[kind][0]} ${short(sizes[kind])}, ${percent(sizes[kind], all)} %`).join("; ")
       + `. The card has ${gib(capacity)} GiB.`);
     $("e-scale").textContent = `${card}: ${gib(capacity)} GiB`;
     $("e-scale").style.setProperty("--at", limit.style.left);
@@ -247,11 +251,12 @@
   }
 
   function summary({ setup, card, held }) {
-    const all = F.total(held), capacity = BigInt(data.cards[card]);
+    const all = held.needed, capacity = BigInt(data.cards[card]);
     const model = control("model").value === "own" ? "your dimensions" : control("model").value;
     const gpus = setup.gpus > 1n ? ` on each of ${grouped(setup.gpus)} GPUs` : "";
     return `${short(all)}${gpus}, estimated, for ${setup.task} with ${model}: `
-      + `${all <= capacity ? "fits on" : "does not fit on"} ${card} with its ${gib(capacity)} GiB.`;
+      + `${all <= capacity ? "fits on" : "does not fit on"} ${card} with its ${gib(capacity)} GiB. `
+      + `${short(moment(held, "at rest"))} stay from step to step; the peak is ${short(held.peak)} (${held.peakAt}).`;
   }
 
   let speaking;
@@ -280,16 +285,17 @@
       say(now.refused[0].message);
       return;
     }
-    if (!typing) before = shown && shown.held;
+    if (!typing) before = shown?.held;
     shown = now;
-    const all = F.total(now.held);
+    const all = now.held.needed;
     for (const name of SIZES.slice(1, -1)) { // what follows from the others
       control(name).placeholder = now.sizes[name] ? String(now.sizes[name]) : "none";
     }
     $("e-headline").textContent = summary(now);
     say(summary(now));
     showBar(now, all);
-    showTable(now, all);
+    showMoments(now);
+    showTable(now, F.total(now.held));
     showLevers(now, all);
     showCards(now, all);
     if ($("e-formula").dataset.kind) explain($("e-formula").dataset.kind);

@@ -16,8 +16,8 @@ expandable segments grow by pages of 2 or 20 MiB, large blocks can be kept whole
 and long unused ones given back.
 
 Not modelled: ``Tensor.record_stream``, private pools of CUDA graphs. Where cudaMalloc
-places a segment is the driver's affair: here each new one lies above all earlier
-ones, and a card's free memory is never in pieces for the driver.
+places a segment is the driver's affair, see `every_byte.allocator.placement`; a card's
+free memory is never in pieces for the driver.
 """
 
 import sys
@@ -37,6 +37,7 @@ from every_byte.allocator.config import (
     kSmallSize,
 )
 from every_byte.allocator.history import Frame, MemoryHistory
+from every_byte.allocator.placement import Placement, Upwards
 from every_byte.units import binary
 
 _NO_BOUND = 2**50  # addresses of an expandable segment on a card without bounds
@@ -187,6 +188,7 @@ class CachingAllocator:
             PyTorch's defaults if empty.
         context: bytes of the card that the process holds beside PyTorch's memory,
             as a CUDA context does.
+        placement: where the driver places segments; above all earlier ones if None.
 
     Raises:
         TypeError, ValueError: `capacity` or `context` is no whole number of bytes,
@@ -194,7 +196,13 @@ class CachingAllocator:
             replayed, or needs a capacity.
     """
 
-    def __init__(self, capacity: int | None = None, alloc_conf: str = "", context: int = 0) -> None:
+    def __init__(
+        self,
+        capacity: int | None = None,
+        alloc_conf: str = "",
+        context: int = 0,
+        placement: Placement | None = None,
+    ) -> None:
         self.capacity = None if capacity is None else _checked(capacity, "capacity")
         self.context = _checked(context, "context")
         if self.capacity is not None and self.context > self.capacity:
@@ -216,7 +224,8 @@ class CachingAllocator:
         self._segments: dict[int, _Block] = {}  # address: first block
         self._live: dict[int, _Block | None] = {}  # handle: block; None for no bytes
         self._next_handle = 1
-        self._next_address = kRoundLarge
+        self._placement = placement or Upwards()
+        self._ranges = Upwards()  # of addresses for expandable segments
         self._allocated, self._reserved, self._requested = _Stat(), _Stat(), _Stat()
 
     # The names of torch.cuda
@@ -228,10 +237,14 @@ class CachingAllocator:
         that it was first reserved for, and no other.
 
         Raises:
-            TypeError, ValueError: `nbytes` is no whole number, or negative.
+            TypeError, ValueError: `nbytes` or `stream` is no whole number, or negative.
             OutOfMemoryError: it does not fit within `capacity`; nothing changed
                 but that free segments were given back, as PyTorch does.
         """
+        if isinstance(stream, bool) or not isinstance(stream, int):
+            raise TypeError(f"stream is {stream!r}: expected a whole number from 0 up (int)")
+        if stream < 0:
+            raise ValueError(f"stream is {stream}: expected a whole number from 0 up")
         block = self._allocate(nbytes, stream) if _checked(nbytes, "nbytes") else None
         handle, self._next_handle = self._next_handle, self._next_handle + 1
         self._live[handle] = block
@@ -435,10 +448,9 @@ class CachingAllocator:
         return block
 
     def _place(self, size: int) -> int:
-        """Where a new segment begins: above all earlier ones."""
-        address, self._next_address = self._next_address, self._next_address + size
-        self._next_address = _round_up(self._next_address, kRoundLarge)
-        return address
+        """Where a new segment begins."""
+        expandable = self.config.expandable_segments
+        return (self._ranges if expandable else self._placement).place(size)
 
     def _fits(self, size: int) -> bool:
         return self.capacity is None or size <= self.mem_get_info()[0]
@@ -457,6 +469,7 @@ class CachingAllocator:
         """Give back a segment that is one free block: one cudaFree."""
         block.pool.free.remove(block)
         del self._segments[block.address]
+        self._placement.give_back(block.address, block.size)
         self._take(-block.size, "segment_free", block.address, block.address, block.pool)
 
     def _release_unsplittable(self, size: int, pool: _Pool) -> bool:

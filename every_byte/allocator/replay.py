@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from every_byte.allocator import CachingAllocator
+from every_byte.allocator.placement import Upwards
 
 _TAKEN = ("segment_alloc", "segment_map")
 _GIVEN_BACK = ("segment_free", "segment_unmap")
@@ -44,8 +45,9 @@ class _Replayed(CachingAllocator):
     """Puts its segments where the trace's lie, and tells which it takes and gives back."""
 
     def __init__(self, alloc_conf: str) -> None:
-        super().__init__(alloc_conf=alloc_conf)
-        self._next_address = 1 << 60  # of a segment that the trace does not have
+        nowhere = Upwards(1 << 60)  # for segments that the trace does not have
+        super().__init__(alloc_conf=alloc_conf, placement=nowhere)
+        self._ranges = nowhere
         self.place: int | None = None
         self.did: list[tuple[str, int, int]] = []
 

@@ -10,6 +10,7 @@ from every_byte.commands import DONE, NO, Refused, Subparsers, print_json, subco
 from every_byte.data import cards
 from every_byte.estimate import CHOICES, Memory, Setup, dimensions, known_models, memory
 from every_byte.estimate.fit import levers
+from every_byte.kinds import FIELDS
 from every_byte.units import GB, grouped
 
 SHOWN = 5  # levers, of all that there are
@@ -52,7 +53,7 @@ def _attributes(described: type) -> dict[str, str]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the parts and their sum; with a card, whether it fits and what would help."""
+    """Print the parts and the peak; with a card, whether it fits and what would help."""
     try:
         sizes = dimensions(options.model)
         setup = Setup(**{field.name: getattr(options, field.name) for field in fields(Setup)})
@@ -61,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
         raise Refused(error) from None
     card = None if options.card is None else _card(options.card)
     capacity = None if card is None else cards()[card].memory
-    fits = None if capacity is None else found.total <= capacity
+    fits = None if capacity is None else found.needed <= capacity
     helps = levers(sizes, setup)
     if options.json:
         print_json(
@@ -70,6 +71,10 @@ def run(options: argparse.Namespace) -> int:
                 "setup": {field.name: getattr(setup, field.name) for field in fields(setup)},
                 "parts": _parts(found),
                 "total": found.total,
+                "held": found.held,
+                "peak": found.peak,
+                "peak_at": found.peak_at,
+                "needed": found.needed,
                 "card": card,
                 "capacity": capacity,
                 "fits": fits,
@@ -80,9 +85,11 @@ def run(options: argparse.Namespace) -> int:
     for name, nbytes in _parts(found).items():
         if nbytes:
             print(_line(name.replace("_", " "), nbytes))
-    print(_line("total", found.total))
+    print(_line("held between steps", found.held))
+    print(_line(f"peak, {found.peak_at}", found.peak))
+    print(_line("a card needs, with CUDA context", found.needed))
     if capacity is not None:
-        print(f"\n{card}: {_room(found.total, capacity)}")
+        print(f"\n{card}: {_room(found.needed, capacity)}")
     if helps:
         print("\nwhat saves memory, one at a time:")
     for lever in helps[:SHOWN]:
@@ -91,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _parts(found: Memory) -> dict[str, Any]:
-    return {field.name: getattr(found, field.name) for field in fields(found)}
+    return {name: getattr(found, name) for name in FIELDS}
 
 
 def _card(name: str) -> str:
@@ -105,8 +112,8 @@ def _line(name: str, nbytes: int) -> str:
     return f"{name:<34}{nbytes / GB:>10.3f} GB {grouped(nbytes):>20} B"
 
 
-def _room(total: int, capacity: int) -> str:
-    left = capacity - total
+def _room(needed: int, capacity: int) -> str:
+    left = capacity - needed
     says = "it fits" if left >= 0 else "it does not fit"
     rest = "are left" if left >= 0 else "are missing"
     return f"{says}, {abs(left) / GB:.3f} GB of {capacity / GB:.3f} GB {rest}"

@@ -32,6 +32,7 @@ def add(subparsers: Subparsers) -> None:
     parser.add_argument("arguments", nargs="*", help="of the script")
     parser.add_argument("-m", dest="module", action="store_true", help="SCRIPT is a module")
     parser.add_argument("--card", required=True, help='such as "RTX 4090"')
+    parser.add_argument("--torch", help='the PyTorch whose rules the card follows, such as "2.11"')
     parser.add_argument(
         "--steps", type=int, default=3, help="optimizer steps to run; 0: to the script's end"
     )
@@ -70,7 +71,8 @@ def run(options: argparse.Namespace) -> int:
 
     status, fits = DONE, True
     with ExitStack() as stack:
-        gpu = stack.enter_context(as_cuda(options.card, values=options.values))
+        card = as_cuda(options.card, values=options.values, torch_version=options.torch)
+        gpu = stack.enter_context(card)
         if options.snapshot:
             gpu.record_memory_history()
         watch = Watch(gpu, options.steps)

@@ -9,10 +9,27 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A GPU: the "GB" that it is sold with, and the bytes that it has."""
+    """A GPU.
+
+    Attributes:
+        sold: the "GB" that it is sold with.
+        memory: bytes that it has.
+        compute_capability: such as ``"9.0"``.
+        multiprocessors: how many it has.
+        measured: with what its kernels' allocations were measured; empty if they were not.
+    """
 
     sold: int
     memory: int
+    compute_capability: str
+    multiprocessors: int
+    measured: str = ""
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """The compute capability as two numbers."""
+        major, minor = self.compute_capability.split(".")
+        return int(major), int(minor)
 
 
 def _read(name: str) -> dict[str, Any]:

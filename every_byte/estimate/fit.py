@@ -6,7 +6,9 @@ All by the formulas of `every_byte.estimate`, in bytes.
 from dataclasses import dataclass, replace
 from typing import Any
 
-from every_byte.estimate import Dimensions, Setup, memory
+from every_byte.estimate.architecture import Dimensions
+from every_byte.estimate.checks import check_whole
+from every_byte.estimate.setup import Setup, memory
 
 MOST_GPUS = 1024  # the largest number in the ZeRO paper's table 1
 
@@ -16,11 +18,15 @@ def gpus_needed(sizes: Dimensions, setup: Setup, capacity: int) -> int | None:
 
     None if more than `MOST_GPUS` do not: each of them holds its own activations,
     logits, KV cache and CUDA context whole.
+
+    Raises:
+        ValueError: `capacity` is no whole number, or negative.
     """
+    check_whole("capacity", capacity)
 
     def fits(gpus: int) -> bool:
         sharded = replace(setup, gpus=gpus, sharding="ZeRO 3")
-        return memory(sizes, sharded).total <= capacity
+        return memory(sizes, sharded).needed <= capacity
 
     if fits(1):
         return 1
@@ -40,10 +46,11 @@ LEVERS: dict[str, dict[str, Any]] = {
     "8-bit Adam": {"optimizer": "adam 8-bit"},
     "Adafactor": {"optimizer": "adafactor"},
     "SGD without momentum": {"optimizer": "sgd"},
+    "fused optimizer step": {"implementation": "fused"},
     "LoRA of rank 16": {"rank": 16},
     "QLoRA: LoRA of rank 16 on NF4": {"rank": 16, "quantised": "nf4 double"},
     "checkpointing": {"checkpointing": True},
-    "fused attention": {"attention": "efficient"},
+    "fused attention": {"attention": "sdpa"},
     "weights in INT8": {"quantised": "int8"},
     "weights in NF4, double quantised": {"quantised": "nf4 double"},
     "KV cache in FP8": {"cache_dtype": "fp8"},
@@ -56,7 +63,7 @@ MORE_GPUS = "twice the GPUs, ZeRO 3"
 
 @dataclass(frozen=True, slots=True)
 class Lever:
-    """A change to a setup, and the bytes that it saves on one GPU."""
+    """A change to a setup, and the bytes of the peak that it saves on one GPU."""
 
     name: str
     setup: Setup
@@ -73,7 +80,7 @@ def levers(sizes: Dimensions, setup: Setup) -> list[Lever]:
     for name, what in HALVES.items():
         changes[name] = {what: -(-getattr(setup, what) // 2)}
     changes[MORE_GPUS] = {"gpus": 2 * setup.gpus, "sharding": "ZeRO 3"}
-    now, found = memory(sizes, setup).total, []
+    now, found = memory(sizes, setup).needed, []
     for name, change in changes.items():
         training = setup.task == "training"
         if training and "quantised" in change and not change.get("rank", setup.rank):
@@ -82,8 +89,11 @@ def levers(sizes: Dimensions, setup: Setup) -> list[Lever]:
             continue  # LoRA is a way to train, and there already
         if "attention" in change and setup.attention != "eager":
             continue  # it is fused already
-        changed = replace(setup, **change)
-        saved = now - memory(sizes, changed).total
+        try:
+            changed = replace(setup, **change)
+            saved = now - memory(sizes, changed).needed
+        except ValueError:
+            continue  # this model cannot do it
         if saved > 0:
             found.append(Lever(name, changed, saved))
     return sorted(found, key=lambda lever: -lever.saved)

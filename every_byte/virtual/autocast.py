@@ -13,7 +13,7 @@ Source: ``aten/src/ATen/autocast_mode.h`` and ``autocast_mode.cpp``. Not replaye
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any
 from unittest import mock
 
@@ -187,17 +187,41 @@ def _register() -> tuple[torch.library.Library, ...]:
     return every, aten
 
 
+def has_cuda() -> bool:
+    """Whether "cuda" is a real device beside the virtual GPU; not within ``as_cuda``."""
+    return torch.cuda.is_available()
+
+
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
     """Let ``torch.autocast("meta")`` and ``GradScaler("meta")`` do as CUDA's do.
 
+    Asked for "cuda", where there is none, they do so, too: they would switch themselves off.
     Casts of parameters are cached as there. A scaled optimizer step takes the branch
     in which no gradient is infinite, since meta tensors have no values to look at.
     """
     _register()
 
     def asked_of_the_stand_in(known: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args: known(*(_STAND_IN if arg == "meta" else arg for arg in args))
+        # "cuda" only where asked for by name or by default: there is none beside this GPU.
+        names = ("meta",) if has_cuda() else ("meta", "cuda")
+        default = ("cuda",)  # of is_autocast_enabled
+        return lambda *args: known(*(_STAND_IN if arg in names else arg for arg in args or default))
+
+    def made_for_this_gpu(init: Callable[..., None], what: str, name: str) -> Callable[..., None]:
+        @wraps(init)
+        def initialized(made: Any, *args: Any, **kwargs: Any) -> None:
+            kind = args[0] if args else kwargs.pop(name, "cuda")
+            if kind == "cuda":
+                if has_cuda():
+                    raise RuntimeError(
+                        f'{what}("cuda") is of the CUDA device, but a virtual GPU is in use: '
+                        f"say {what}(gpu.device.type), or close() the virtual one"
+                    )
+                kind = "meta"
+            init(made, kind, *args[1:], **kwargs)
+
+        return initialized
 
     def clear_cache() -> None:
         _casts.clear()
@@ -219,6 +243,9 @@ def cuda_autocast() -> Iterator[None]:
         ):
             replaced = asked_of_the_stand_in(getattr(module, name))
             stack.enter_context(mock.patch.object(module, name, replaced))
+        for made, name in ((torch.autocast, "device_type"), (torch.amp.GradScaler, "device")):
+            init = made_for_this_gpu(made.__init__, made.__name__, name)
+            stack.enter_context(mock.patch.object(made, "__init__", init))
         stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", clear_cache))
         stack.enter_context(mock.patch.object(torch.amp.GradScaler, "_maybe_opt_step", step))
         yield

@@ -2,28 +2,26 @@
 
 import os
 import re
-import sys
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from itertools import count
 from typing import Any, Literal
-from unittest import mock
 
 import torch
-from torch.utils import _foreach_utils
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from every_byte.allocator import CachingAllocator
+from every_byte.allocator import CachingAllocator, Downwards
 from every_byte.tracker import in_backward, untracked
 from every_byte.units import KiB, binary
-from every_byte.virtual import kernels
+from every_byte.virtual import kernels, patches
 from every_byte.virtual.autocast import autocast_key, cuda_autocast
+from every_byte.virtual.rules import CUBLASLT_WORKSPACE, Rules
 from every_byte.virtual.values import Values, has_masks, index
-from every_byte.virtual.without_dynamo import without_dynamo
 
 # The default of every NVIDIA chip but Hopper and newer, fixed for all of them:
 # 2 buffers of 4096 KiB and 8 of 16 KiB.
@@ -68,6 +66,8 @@ class VirtualMemory(CachingAllocator):
     Args:
         name: what the card calls itself.
         capacity, alloc_conf, context: see `every_byte.allocator.CachingAllocator`.
+        rules: of the card that it plays; without, only what all cards have in common.
+        note: what its figures are, for people.
         values: what happens where a program reads an unknown value; see
             `every_byte.virtual.values.Values`.
     """
@@ -89,11 +89,15 @@ class VirtualMemory(CachingAllocator):
         capacity: int | None = None,
         alloc_conf: str = "",
         context: int = 0,
+        rules: Rules | None = None,
+        note: str = "no CUDA device in use, figures are replayed",
         values: Literal["assume", "refuse"] = "refuse",
     ) -> None:
-        super().__init__(capacity, alloc_conf, context)
         self.values = Values(values)
-        self.name = name
+        placement = None if rules is None else Downwards()
+        super().__init__(capacity, alloc_conf, context, placement)
+        self.name, self.rules, self._note = name, rules, note
+        self.default_workspace: int | None = None if rules is None else rules.cublas_workspace
         self.device = torch.device("meta")
         self._streams = count(1)  # numbers for those that a program makes
         self._thread = _Thread()
@@ -103,10 +107,11 @@ class VirtualMemory(CachingAllocator):
         self._cublas_handles = count(1)
         # of (cuBLAS handle, stream): the block; handle 0 is the autograd thread's
         self._workspaces: dict[tuple[int, int], int] = {}
+        self._cublaslt_workspace: int | None = None  # the block, where it has one of its own
 
     def __str__(self) -> str:
         size = "" if self.capacity is None else f", {binary(self.capacity)}"
-        return f"{self.name}{size}: no CUDA device in use, figures are replayed"
+        return f"{self.name}{size}: {self._note}"
 
     def new_stream(self) -> int:
         """A number for a stream that a program makes."""
@@ -145,10 +150,16 @@ class VirtualMemory(CachingAllocator):
     def kernel(
         self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[..., Any] | None:
-        """What allocates in an operation's place as CUDA's kernel does."""
+        """What allocates in an operation's place as CUDA's kernel does.
+
+        Raises:
+            NotImplementedError: a parameter is copied that bitsandbytes quantises.
+        """
+        if operation is torch.ops.aten._to_copy.default:
+            patches.refuse_quantised(args[0])
         if has_masks(operation, args):
             return index
-        kernel = kernels.KERNELS.get(operation)
+        kernel = kernels.kernel_of(operation, self.rules)
         if kernel is None:
             return None
         tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
@@ -156,16 +167,38 @@ class VirtualMemory(CachingAllocator):
             return None  # the host has its own
         return self.values.beside(operation, kernel)
 
-    def computed(self, operation: Any, result: Any) -> None:
-        """Take cuBLAS's workspace at the first matrix product of each handle and stream."""
-        if operation.overloadpacket not in self._matrix_products:
-            return
+    def computed(
+        self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        """Take what an operation borrows, and cuBLAS's workspaces at the first products."""
         if not any(isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves(result)):
             return
+        held = []
+        if self.rules is not None:
+            with untracked():
+                sizes = kernels.temporaries(operation, args, kwargs, self.rules)
+            held = [self.malloc(size) for size in sizes]
+        if operation.overloadpacket in self._matrix_products:
+            held += self._take_workspaces(operation, args)
+        while held:
+            self.free(held.pop())
+
+    def _take_workspaces(self, operation: Any, args: tuple[Any, ...]) -> list[int]:
+        """What a product takes for cuBLAS, after its result's block; what goes back after it."""
         key = self._cublas_handle(), self.stream
-        if key not in self._workspaces:  # after the result's block
-            config = os.environ.get("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
-            self._workspaces[key] = self.malloc(cublas_workspace_size(config))
+        if key not in self._workspaces:
+            config = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+            size = self.default_workspace
+            if config is not None or size is None:
+                size = cublas_workspace_size(config or CUBLAS_WORKSPACE)
+            self._workspaces[key] = self.malloc(size)
+        if self.rules is not None and kernels.by_cublaslt(operation, args):
+            if self.rules.cublaslt_workspace == "temporary":
+                return [self.malloc(CUBLASLT_WORKSPACE)]
+            # One for the process, not for each thread, as measured with 2.11.
+            if self.rules.cublaslt_workspace == "own" and self._cublaslt_workspace is None:
+                self._cublaslt_workspace = self.malloc(CUBLASLT_WORKSPACE)
+        return []
 
     def _cublas_handle(self) -> int:
         """This thread's: another's that has ended, or a new one.
@@ -186,25 +219,30 @@ class VirtualMemory(CachingAllocator):
         """Free cuBLAS's workspaces; the next product of each thread takes its own again."""
         while self._workspaces:
             self.free(self._workspaces.popitem()[1])
+        if self._cublaslt_workspace is not None:
+            self.free(self._cublaslt_workspace)
+            self._cublaslt_workspace = None
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Let PyTorch treat the ``meta`` device as it treats CUDA."""
+        """Let PyTorch treat the ``meta`` device as it treats CUDA.
+
+        Raises:
+            RuntimeError: PyTorch lacks a name that this needs.
+        """
+        patches.check()
+        # PyTorch's optimizers and meta kernels import it at their first use (1 s, 165 MB):
+        # here, where no operation is looked at.
+        import_module("torch._dynamo")
         with ExitStack() as stack:
-            # PyTorch's optimizers choose their algorithm by the kind of device: let
-            # them choose for this one as they do for CUDA.
-            for kind in ("foreach", "fused"):
-                name = f"_get_{kind}_kernels_supported_devices"
-                devices = [*getattr(_foreach_utils, name)(), "meta"]
-                for module in (_foreach_utils, sys.modules[torch.optim.Optimizer.__module__]):
-                    answer = mock.patch.object(module, name, devices.copy)
-                    stack.enter_context(answer)
-            stack.enter_context(_swapping_parameters())
+            stack.enter_context(patches.optimizers_as_on_cuda())
+            stack.enter_context(patches.modules_move_as_on_cuda())
+            stack.enter_context(patches.nothing_is_compiled())
+            stack.enter_context(patches.four_bits_are_refused())
             stack.enter_context(cuda_autocast())
             stack.enter_context(self.values.running())
             stack.enter_context(self.in_thread())
-            stack.enter_context(without_dynamo())
-            stack.enter_context(kernels.registered())
+            stack.enter_context(kernels.registered(self.rules))
             yield
 
     @contextmanager
@@ -212,30 +250,3 @@ class VirtualMemory(CachingAllocator):
         """Let autocast's kernels be called, and values be kept."""
         with autocast_key(), self.values.seeing():
             yield
-
-
-@contextmanager
-def _swapping_parameters() -> Iterator[None]:
-    """Let ``.to()`` keep a module's Parameters, and what is tied, as it does on CUDA.
-
-    Within a device PyTorch does so by ``param.data = ``; on the way from the host to
-    ``meta`` only if told to swap them.
-    """
-    future = torch.__future__
-    apply = torch.nn.Module._apply
-    swaps = future.get_swap_module_params_on_conversion()
-
-    def applied(module: Any, fn: Any, recurse: bool = True) -> Any:
-        before = future.get_swap_module_params_on_conversion()
-        with torch._C.DisableTorchFunction():  # also where meta tensors say they are CUDA's
-            comes = any(p is not None and not p.is_meta for p in module._parameters.values())
-        with untracked():
-            comes = comes and fn(torch.empty(0)).is_meta
-        future.set_swap_module_params_on_conversion(swaps or comes)
-        try:
-            return apply(module, fn, recurse)
-        finally:
-            future.set_swap_module_params_on_conversion(before)
-
-    with mock.patch.object(torch.nn.Module, "_apply", applied):
-        yield

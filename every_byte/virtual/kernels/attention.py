@@ -1,22 +1,18 @@
-"""Operations that CUDA computes with kernels of its own, for their allocations alone.
+"""Attention, dropout and softmax, as every CUDA card from 8.0 on does them.
 
-On PyTorch's ``meta`` device some operations take another path than on CUDA:
-attention is computed with its whole matrix, dropout in four steps. Here they
-take CUDA's, as PyTorch 2.14 has it on cards of compute capability 8.0, 8.6,
-8.9 and 12.x: `COMPOSITES` choose the kernel, `KERNELS` allocate what it does.
+On PyTorch's ``meta`` device they take another path than on CUDA: attention is
+computed with its whole matrix, dropout in four steps. Here they take CUDA's, as
+PyTorch 2.14 has it on cards of compute capability 8.0, 8.6, 8.9 and 12.x:
+`COMPOSITES` choose the kernel, `KERNELS` allocate what it does.
 
 Covered: what each kernel returns, what autograd keeps of it, in which layout,
-and flash attention's temporaries. Not covered: temporaries of other kernels
-(memory-efficient attention in half precision, splits of flash attention over
-few heads, sorting for an embedding's gradient, partial sums of a layer norm's),
-`torch.nn.functional.rms_norm`, which is one kernel on CUDA, and nested tensors.
-Hopper's cards and Blackwell's of 10.x prefer cuDNN's attention, which returns as
-many bytes as flash attention, but for 8 less of its two random states.
+and flash attention's temporaries. Not covered: splits of flash attention over few
+heads, and nested tensors. cuDNN's attention, which Hopper's cards and Blackwell's of
+10.x prefer, is in `every_byte.virtual.kernels.cudnn_attention`.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -304,26 +300,3 @@ KERNELS: dict[Any, Callable[..., Any]] = {
     **COMPOSITES,  # in inference mode they arrive whole
 }
 """Operations on ``meta`` tensors, and what allocates as CUDA's kernel does."""
-
-_are_registered = False
-
-
-@contextmanager
-def registered() -> Iterator[None]:
-    """Let `COMPOSITES` on ``meta`` tensors be made as on CUDA; within itself without effect.
-
-    Autograd then finds the kernels' own operations, with PyTorch's formulas for
-    their gradients. What `KERNELS` allocate is for the one who accounts to ask for.
-    """
-    global _are_registered
-    if _are_registered:
-        yield
-        return
-    with torch.library._scoped_library("aten", "IMPL") as library:
-        for operation, function in COMPOSITES.items():
-            library.impl(operation, function, "AutogradMeta")
-        _are_registered = True
-        try:
-            yield
-        finally:
-            _are_registered = False

@@ -1,0 +1,208 @@
+"""Training and inference runs that were measured on a card, carried out on a virtual GPU.
+
+Those of transformers whose course does not depend on values: ``meta`` tensors have none.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from every_byte.gpu import VirtualGPU
+from helpers.models import CAUSAL_SDPA
+
+FIGURES = (
+    "memory_allocated",
+    "memory_reserved",
+    "max_memory_allocated",
+    "max_memory_reserved",
+)
+Look = Callable[[str], None]
+_NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+_LLAMA_1B: dict[str, Any] = {
+    **{"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64},
+    **{"vocab_size": 128256, "tie_word_embeddings": True, "rope_theta": 500000.0},
+    **_NO_TOKENS,
+}
+_LLAMA_8B = _LLAMA_1B | {
+    **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+    **{"head_dim": 128, "tie_word_embeddings": False},
+}
+
+
+def _model(gpu: VirtualGPU, kind: str, settings: dict[str, Any], dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    how = {} if kind == "mamba" else {"attn_implementation": CAUSAL_SDPA}
+    with gpu.device:
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, **settings), dtype=dtype, **how
+        )
+
+
+def _training(
+    kind: str,
+    settings: dict[str, Any],
+    gpu: VirtualGPU,
+    look: Look,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    batch: int = 1,
+    length: int = 1024,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    accumulate: int = 1,
+    clip: bool = False,
+    reentrant: bool | None = None,
+    trained: Callable[[Any], None] | None = None,
+) -> None:
+    model = _model(gpu, kind, settings, dtype)
+    if trained is not None:
+        trained(model)
+    tokens = torch.zeros(batch, length, dtype=torch.int64).to(gpu.device)
+    model.train()
+    if reentrant is not None:
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
+    steps = optimizer([p for p in model.parameters() if p.requires_grad])
+    look("loaded")
+    for number in range(2):
+        for _ in range(accumulate):
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+            look(f"{number} forward")
+            loss.backward()
+            look(f"{number} backward")
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        steps.step()
+        look(f"{number} step")
+        steps.zero_grad()
+        del loss
+        look(f"{number} zeroed")
+
+
+def _inference(
+    kind: str,
+    settings: dict[str, Any],
+    gpu: VirtualGPU,
+    look: Look,
+    *,
+    length: int,
+    decode: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    model = _model(gpu, kind, settings, dtype).eval()
+    tokens = torch.zeros(1, length, dtype=torch.int64).to(gpu.device)
+    look("loaded")
+    with torch.inference_mode():
+        out = model(tokens, use_cache=True)
+        look("prefill")
+        past, following = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        del out
+        look("cache")
+        for _ in range(decode):
+            out = model(following, past_key_values=past, use_cache=True)
+            following, past = out.logits[:, -1:].argmax(-1), out.past_key_values
+            del out
+        look("decoded")
+
+
+def _embedding_and_norms(gpu: VirtualGPU, look: Look) -> None:
+    with gpu.device:
+        model = nn.Sequential(
+            nn.Embedding(50000, 1024),
+            nn.LayerNorm(1024),
+            nn.Linear(1024, 4096),
+            nn.GELU(),
+            nn.Linear(4096, 1024),
+            nn.RMSNorm(1024),
+        )
+    tokens = torch.zeros(16, 512, dtype=torch.int64).to(gpu.device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    look("loaded")
+    for number in range(2):
+        loss = model(tokens).float().pow(2).mean()
+        look(f"{number} forward")
+        loss.backward()
+        look(f"{number} backward")
+        optimizer.step()
+        look(f"{number} step")
+        optimizer.zero_grad()
+        del loss
+        look(f"{number} zeroed")
+
+
+def _last_layer_only(model: Any) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for part in (model.lm_head, model.model.layers[-1]):
+        for parameter in part.parameters():
+            parameter.requires_grad_(True)
+
+
+_llama = partial(_training, "llama", _LLAMA_1B)
+_two_layers = {"num_hidden_layers": 2, **_NO_TOKENS}
+_adamw, _fp32 = torch.optim.AdamW, torch.float32
+WORKLOADS: dict[str, Callable[[VirtualGPU, Look], None]] = {
+    "llama1b-bf16": _llama,
+    "llama1b-bf16-ckpt": partial(_llama, length=2048, reentrant=False),
+    "llama1b-bf16-ckpt-reentrant": partial(_llama, length=2048, reentrant=True),
+    "llama1b-fp32": partial(_llama, dtype=_fp32),
+    "llama1b-bf16-accumulate-clip": partial(_llama, accumulate=3, clip=True),
+    "llama1b-bf16-adamw-fused": partial(_llama, optimizer=partial(_adamw, fused=True)),
+    "llama1b-bf16-adamw-forloop": partial(_llama, optimizer=partial(_adamw, foreach=False)),
+    "llama1b-bf16-sgd": partial(_llama, optimizer=partial(torch.optim.SGD, lr=0.1)),
+    "llama1b-bf16-rmsprop": partial(_llama, optimizer=torch.optim.RMSprop),
+    "llama1b-bf16-frozen": partial(_llama, trained=_last_layer_only),
+    "llama1b-infer-bf16": partial(_inference, "llama", _LLAMA_1B, length=2048, decode=32),
+    "llama1b-infer-fp32": partial(
+        _inference, "llama", _LLAMA_1B, length=1024, decode=8, dtype=_fp32
+    ),
+    "llama8b-infer-bf16": partial(_inference, "llama", _LLAMA_8B, length=4096, decode=8),
+    "gpt2-bf16-dropout": partial(_training, "gpt2", _NO_TOKENS, batch=4),
+    "gpt2-fp32-dropout": partial(_training, "gpt2", _NO_TOKENS, batch=4, dtype=_fp32),
+    "gpt2-infer-fp16": partial(
+        _inference, "gpt2", _NO_TOKENS, length=512, decode=16, dtype=torch.float16
+    ),
+    "qwen3-2l": partial(_training, "qwen3", _two_layers, length=2048),
+    "phi3-2l": partial(_training, "phi3", _two_layers),
+    "embedding-layernorm": _embedding_and_norms,
+    "mamba-4l": partial(
+        _training, "mamba", _two_layers | {"num_hidden_layers": 4}, length=256, dtype=_fp32
+    ),
+}
+"""The runs by the names under which they were measured: each on a GPU that is open."""
+
+
+@contextmanager
+def _workspaces() -> Iterator[None]:
+    """cuBLAS's workspaces as they were set where it was measured."""
+    with mock.patch.dict("os.environ", {"CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8"}):
+        yield
+
+
+def replayed(name: str, card: str, torch_version: str, left_over: int) -> dict[str, list[int]]:
+    """What a run shows at its checkpoints: `FIGURES`, in bytes.
+
+    Args:
+        name: one of `WORKLOADS`.
+        card, torch_version: where it was measured.
+        left_over: bytes that were allocated before it began, and stayed so.
+    """
+    found: dict[str, list[int]] = {}
+    gpu = VirtualGPU(card, torch=torch_version)
+
+    def look(checkpoint: str) -> None:
+        found[checkpoint] = [getattr(gpu, figure)() for figure in FIGURES]
+        gpu.reset_peak_memory_stats()
+
+    with _workspaces(), gpu:
+        before = torch.empty(left_over, dtype=torch.uint8, device=gpu.device)
+        WORKLOADS[name](gpu, look)
+        del before
+    return found

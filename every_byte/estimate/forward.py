@@ -1,0 +1,223 @@
+"""What a forward pass leaves: activations for backward, logits, keys and values."""
+
+import math
+
+from every_byte.estimate.architecture import Dimensions
+from every_byte.estimate.checks import check_batch, check_choice, check_flag, check_whole, refuse
+from every_byte.estimate.weights import bytes_per_parameter, computed_width
+
+ATTENTION = ("eager", "flash", "efficient")
+"""Kinds of attention: as a matrix of all scores, or by one of two fused kernels."""
+
+
+def attention_kernel(sizes: Dimensions, dtype: str, attention: str) -> str:
+    """What transformers' ``sdpa`` comes to; other kinds are themselves.
+
+    In FP16 and BF16 flash attention (or cuDNN's, which keeps as much). In FP32
+    memory-efficient attention, but with grouped heads PyTorch's plain ``math``: no
+    fused kernel takes ``enable_gqa`` in FP32 (torch 2.11,
+    ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``; transformers 5.17,
+    ``integrations/sdpa_attention.py``).
+    """
+    if attention != "sdpa":
+        return attention
+    if computed_width(dtype) == 2:
+        return "flash"
+    grouped = sizes.num_key_value_heads < sizes.num_attention_heads
+    return "math" if grouped or dtype == "fp64" else "efficient"
+
+
+def layer_activations(
+    sizes: Dimensions,
+    batch: int,
+    length: int,
+    dtype: str = "fp32",
+    attention: str = "eager",
+    rank: int = 0,
+    autocast: bool = False,
+    dropout: bool = False,
+    adapters: str | None = None,
+    lora_dropout: bool = False,
+) -> int:
+    """Bytes that autograd keeps of one decoder layer from forward to backward.
+
+    Counted from what transformers' layers save, tensor by tensor; the same way of
+    counting as in Korthikanti et al. 2022 (arXiv 2205.05198). Eager attention
+    keeps a matrix of `length` x `length` for each head; flash attention (FP16 and
+    BF16) and memory-efficient attention (FP32 too) one number for each row of it,
+    and their random state: see `every_byte.virtual.kernels`.
+
+    Args:
+        sizes: of the model.
+        batch: texts.
+        length: tokens of each.
+        dtype: what the model computes in.
+        attention: one of `ATTENTION`, or ``sdpa`` (see `attention_kernel`).
+        rank: of LoRA, if not 0: each matrix keeps what its first factor gives, and
+            frozen norms keep less.
+        autocast: of FP32 weights to `dtype`: norms and what runs between the layers
+            stay in FP32, and each matrix keeps its own copy of what it reads.
+        dropout: GPT-2's, of its scores, residuals and embedding: a byte each, and
+            the scores once more.
+        adapters: dtype of LoRA's factors, `dtype` if None. In another one each of
+            them keeps its own copy of what it reads, as PEFT's do
+            (``peft/tuners/lora/layer.py``, ``_cast_input_dtype``).
+        lora_dropout: of what LoRA's factors read: a copy and a byte for each number.
+
+    Raises:
+        ValueError: impossible sizes, an unknown dtype or kind of attention, or
+            dropout where the architecture has none.
+    """
+    check_batch(batch, length)
+    check_choice("attention", attention, (*ATTENTION, "sdpa"))
+    attention = attention_kernel(sizes, dtype, attention)
+    check_whole("rank", rank, 0, "0 for no LoRA")
+    check_flag("autocast", autocast)
+    check_flag("dropout", dropout)
+    check_flag("lora_dropout", lora_dropout)
+    if dropout and not sizes.has("dropout"):
+        raise refuse("dropout", dropout, f"False, as {sizes.model_type} has none")
+    b = computed_width(dtype)
+    half = b < 4  # then norms and softmax are computed in FP32 (not so GPT-2's)
+    h, heads = sizes.hidden_size, sizes.num_attention_heads
+    queries, keys = heads * sizes.head_dim, sizes.num_key_value_heads * sizes.head_dim
+    experts = max(1, sizes.num_experts_per_tok)
+    once = 0  # for the whole batch
+    gated, wide = sizes.has("gated"), 4 if autocast else b
+    readers = (1 if sizes.model_type == "gpt2" else 3) + 1 + gated if autocast else 2
+    in_fp32 = autocast or not sizes.has("layer norm")  # the softmax
+    scores = b + 4 * half if in_fp32 and half else b if half or not in_fp32 else 4
+    token = 2 * (_norm_input(sizes, wide) + _norm_rest(sizes, wide, rank)) + readers * b * h
+    if sizes.has("query and key norms"):
+        token += ((4 if half else b) + (0 if rank else b)) * (queries + keys)
+        token += 4 * (heads + sizes.num_key_value_heads)
+    if attention == "eager":
+        # Query, output, and keys and values repeated for all heads: a copy, unless
+        # one head of one sequence can be looked at many times over. Autocast copies
+        # the keys, which rotation has made FP32.
+        single = batch == sizes.num_key_value_heads == 1
+        repeated = (queries + keys if autocast else 2 * keys) if single else 2 * queries
+        token += b * (2 * queries + repeated) + heads * length * scores
+        token += heads * length * (1 + b) if dropout else 0
+    elif attention == "math":
+        # Scaled query and key, repeated, and value, repeated; softmax; output
+        # (aten/src/ATen/native/transformers/attention.cpp, _attention_math).
+        token += b * (4 * queries + heads * length)
+    else:
+        token += 2 * b * (queries + keys)
+        rows = batch * length
+        if attention == "flash":
+            once += 24 if rows else 0
+        else:
+            rows = batch * 32 * math.ceil(length / 32)
+            once += 16 if rows and not dropout else 0  # with dropout it is on the host
+        once += 4 * heads * rows
+    token += 2 * h if dropout else 0
+    if gated:  # gate, its SiLU, up, their product
+        token += experts * 4 * b * sizes.intermediate_size
+    else:  # input, half of it, tanh, 1 + tanh, their product; autocast's power is in FP32
+        token += (5 * b + 6 * autocast) * sizes.intermediate_size
+    if rank:
+        token += _adapters_keep(sizes, rank, b, computed_width(adapters or dtype), lora_dropout)
+    return batch * length * token + once
+
+
+def _adapters_keep(sizes: Dimensions, rank: int, b: int, width: int, dropout: bool) -> int:
+    """Bytes for each token that LoRA keeps beside the frozen layers, or instead of them."""
+    h, i, gated = sizes.hidden_size, sizes.intermediate_size, sizes.has("gated")
+    queries = sizes.num_attention_heads * sizes.head_dim
+    dense = not sizes.num_local_experts  # experts are not adapted, see `is_matrix`
+    qkv = 1 if sizes.model_type == "gpt2" else 3
+    matrices = qkv + 1 + (2 + gated) * dense
+    kept = matrices * rank * width
+    if width == b and not dropout:
+        return kept
+    read = qkv * h + queries + ((1 + gated) * h + i) * dense  # numbers that are read
+    shared = h + (h + i) * dense  # what the frozen layers' inputs were counted for
+    return kept + read * (width + dropout) - b * shared
+
+
+def _norm_input(sizes: Dimensions, b: int) -> int:
+    """Bytes for each token of a norm's input, in FP32 but GPT-2's, and of its statistics."""
+    if sizes.has("layer norm"):
+        return b * sizes.hidden_size + 2 * 4  # mean and deviation
+    return max(4, b) * sizes.hidden_size + 4  # deviation
+
+
+def _norm_rest(sizes: Dimensions, b: int, rank: int) -> int:
+    """Bytes for each token of the normalised input, which the norm's own gradient needs."""
+    return 0 if rank or sizes.has("layer norm") else b * sizes.hidden_size
+
+
+def activations(
+    sizes: Dimensions,
+    batch: int,
+    length: int,
+    dtype: str = "fp32",
+    attention: str = "eager",
+    checkpointing: int = 0,
+    rank: int = 0,
+    autocast: bool = False,
+    dropout: bool = False,
+    adapters: str | None = None,
+    lora_dropout: bool = False,
+) -> int:
+    """Bytes that autograd keeps of the whole model but for the logits.
+
+    With `checkpointing` of each so many layers: the inputs of these groups, and
+    at the peak one group's activations, made again. With LoRA of a `rank`: no
+    input of the head, and none of the first norm, before which nothing is trained.
+
+    Raises:
+        ValueError: impossible sizes, an unknown dtype or kind of attention, or
+            dropout where the architecture has none.
+    """
+    layer = layer_activations(
+        sizes,
+        batch,
+        length,
+        dtype,
+        attention,
+        rank,
+        autocast,
+        dropout,
+        adapters,
+        lora_dropout,
+    )
+    if not isinstance(checkpointing, int) or checkpointing < 0:
+        raise refuse("checkpointing", checkpointing, "a number of layers, 0 for none")
+    b, h, layers = computed_width(dtype), sizes.hidden_size, sizes.num_hidden_layers
+    wide = 4 if autocast else b
+    norm = _norm_input(sizes, wide)
+    last = batch * length * (norm + _norm_rest(sizes, wide, rank) + (0 if rank else b * h))
+    if not sizes.has("learned positions"):
+        last += 2 * wide * length * sizes.head_dim  # the rotary embedding's cos and sin
+    last += batch * length * h if dropout else 0  # of the embedding
+    if checkpointing:
+        inputs = math.ceil(layers / checkpointing) * batch * length * h * wide
+        return last + inputs + min(checkpointing, layers) * layer
+    return last + layers * layer - (batch * length * norm if rank and layers else 0)
+
+
+def logits(sizes: Dimensions, batch: int, length: int, dtype: str = "fp32") -> int:
+    """Bytes of the scores of all words at `length` positions.
+
+    Raises:
+        ValueError: impossible sizes, or an unknown dtype.
+    """
+    check_batch(batch, length)
+    return batch * length * sizes.vocab_size * computed_width(dtype)
+
+
+def kv_cache(sizes: Dimensions, batch: int, length: int, dtype: str = "bf16") -> int:
+    """Bytes of the keys and values of `length` positions in all layers.
+
+    Two tensors for each layer, of the key-value heads only: grouped-query
+    attention (arXiv 2305.13245) divides them by heads / key-value heads.
+
+    Raises:
+        ValueError: impossible sizes, or an unknown dtype.
+    """
+    check_batch(batch, length)
+    position = 2 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim
+    return math.ceil(batch * length * position * bytes_per_parameter(dtype))

@@ -1,0 +1,612 @@
+"""What is done with a model, and what one GPU holds of it, by kind."""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+from every_byte.allocator.config import (
+    kLargeBuffer,
+    kMinBlockSize,
+    kMinLargeAlloc,
+    kRoundLarge,
+    kSmallSize,
+)
+from every_byte.estimate.architecture import (
+    Dimensions,
+    is_matrix,
+    parameters,
+    shape_counts,
+    tensor_counts,
+)
+from every_byte.estimate.checks import check_batch, check_choice, check_flag, check_whole, refuse
+from every_byte.estimate.forward import (
+    ATTENTION,
+    activations,
+    attention_kernel,
+    kv_cache,
+    layer_activations,
+    logits,
+)
+from every_byte.estimate.optimizers import (
+    IMPLEMENTATIONS,
+    OPTIMIZERS,
+    step_temporaries,
+    stored_states,
+)
+from every_byte.estimate.weights import (
+    QUANTISED,
+    adapters,
+    bytes_per_parameter,
+    computed_width,
+    stored,
+    stored_weights,
+    total_bytes,
+)
+from every_byte.kinds import FIELDS
+
+CONTEXT = 726_466_560
+"""The CUDA context, in bytes: measured on an H200 with PyTorch 2.11 (CUDA 13.0), after
+products, attention and cuDNN, with CUDA's modules loaded as they are needed (the default).
+Published for an A100 with PyTorch 2.1: 0.47 GiB, and 0.92 GiB with all modules loaded
+(Bekman, Machine Learning Engineering, https://github.com/stas00/ml-engineering)."""
+
+
+def block(nbytes: int, own_segment: bool = False) -> int:
+    """Bytes of the allocator's block for a request.
+
+    A multiple of 512 B. A request from 10 MiB up that no free block serves gets a
+    segment of its own, a multiple of 2 MiB, and keeps what is left of it up to
+    1 MiB (`every_byte.allocator`). Where smaller requests leave such a rest is not
+    told by a formula: replay them.
+
+    Args:
+        nbytes: the request.
+        own_segment: whether no free block serves it.
+
+    Raises:
+        ValueError: `nbytes` is no whole number, or negative.
+    """
+    check_whole("nbytes", nbytes)
+    size = nbytes + -nbytes % kMinBlockSize
+    rest = -size % kRoundLarge
+    return size + rest if own_segment and size >= kMinLargeAlloc and rest <= kSmallSize else size
+
+
+def shared_segments(tensors: Counter[int]) -> int:
+    """Bytes that blocks of 1 to 10 MiB keep beyond their size, where they share 20 MiB.
+
+    A block that leaves 1 MiB or less of its segment keeps it (`every_byte.allocator`):
+    half a MiB in 20, taken over many. Which blocks do is for a replay to tell.
+    """
+    shared = sum(n * count for n, count in tensors.items() if kSmallSize < n < kMinLargeAlloc)
+    return shared * kSmallSize // (2 * kLargeBuffer)
+
+
+# What ZeRO's stages split over the GPUs (Rajbhandari et al. 2020, arXiv 1910.02054, section 5).
+SHARDING = {
+    "none": (),
+    "ZeRO 1": ("optimizer_states",),
+    "ZeRO 2": ("optimizer_states", "gradients"),
+    "ZeRO 3": ("optimizer_states", "gradients", "parameters"),
+}
+
+
+def shard(nbytes: int, gpus: int) -> int:
+    """One GPU's part of bytes that are split evenly, in whole bytes: rounded up.
+
+    Raises:
+        ValueError: `gpus` is no whole number, or below 1; or `nbytes` is none, or
+            negative.
+    """
+    check_whole("nbytes", nbytes)
+    check_whole("gpus", gpus, 1)
+    return -(-nbytes // gpus)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What a model takes on one GPU, by kind, in bytes; `total` is their sum.
+
+    Cast weights are the copies that autocast makes. Rounding is the
+    allocator's, of parameters, gradients, optimizer states and KV cache.
+    Moments: what is allocated at each, in bytes, without the CUDA context; the
+    largest is the peak. Margin: how much more blocks may keep of segments that they
+    share, see `shared_segments`.
+    """
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer_states: int = 0
+    activations: int = 0
+    logits: int = 0
+    kv_cache: int = 0
+    cast_weights: int = 0
+    rounding: int = 0
+    context: int = 0
+    moments: tuple[tuple[str, int], ...] = field(default=(), kw_only=True)
+    margin: int = field(default=0, kw_only=True)
+
+    @property
+    def total(self) -> int:
+        """The sum of all kinds, in bytes."""
+        return sum(getattr(self, kind) for kind in FIELDS)
+
+    @property
+    def held(self) -> int:
+        """What stays from step to step, in bytes: no activations, gradients set to None."""
+        return dict(self.moments)["at rest"]
+
+    @property
+    def peak(self) -> int:
+        """The largest moment, in bytes, without the CUDA context."""
+        return max((nbytes for _, nbytes in self.moments), default=0)
+
+    @property
+    def peak_at(self) -> str:
+        """The moment at which it peaks; of equal ones the first."""
+        return max(self.moments, key=lambda moment: moment[1])[0]
+
+    @property
+    def needed(self) -> int:
+        """What a card must have, in bytes: the peak, its margin and the CUDA context."""
+        return self.peak + self.margin + self.context
+
+
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "task": ("training", "inference"),
+    "amp": (None, "bf16", "fp16"),
+    "quantised": (None, *QUANTISED),
+    "optimizer": tuple(OPTIMIZERS),
+    "attention": (*ATTENTION, "sdpa"),
+    "implementation": IMPLEMENTATIONS,
+    "adapters": (None, "fp32", "fp16", "bf16"),
+    "sharding": tuple(SHARDING),
+    "load": ("to", "device_map"),
+}
+"""What there is to choose from for a `Setup`, beside dtypes and numbers."""
+
+
+FLAGS = (
+    "master_weights",
+    "checkpointing",
+    "dropout",
+    "lora_dropout",
+    "accumulation",
+    "all_logits",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What is done with a model, and how.
+
+    Choices are those of `CHOICES`.
+
+    Attributes:
+        task: training or inference.
+        dtype: of the weights, and of what is computed without autocast.
+        gradients: their dtype; the weights' if None.
+        states: dtype of the optimizer's states; the weights' if None.
+        master_weights: the optimizer keeps an FP32 copy of weights in fewer bits
+            (Micikevicius et al. 2018; the ZeRO paper counts it with the states).
+        amp: the dtype that autocast computes in, None for no autocast. It is counted
+            where weights are in FP32.
+        quantised: how the blocks' matrices are stored, if not in `dtype`.
+        optimizer: whose states are kept.
+        rank: LoRA's; only its factors are trained. 0 trains the model itself.
+        batch: sequences on each GPU.
+        length: tokens of each.
+        attention: eager, one of the fused kernels, or ``sdpa``, transformers' default.
+        dropout: GPT-2's, of which transformers' default is 0.1.
+        implementation: how the optimizer makes its step, see `IMPLEMENTATIONS`.
+        adapters: dtype of LoRA's factors; the weights' if None. PEFT makes them FP32.
+        lora_dropout: whether what LoRA's factors read is dropped out.
+        accumulation: whether gradients of earlier batches are there in forward.
+        all_logits: whether prefill gives the logits of all positions, as a plain
+            forward does, or of the last one only, as generating does.
+        checkpointing: whether layers' activations are made again in backward.
+        cache_dtype: the KV cache's; the weights' if None.
+        gpus: how many, each with a batch of its own.
+        sharding: what is split over them, by `SHARDING`.
+        load: how the weights got onto the GPU. ``to``: tensor by tensor, each from
+            10 MiB up into a segment of its own; ``device_map``: from one block of
+            the size of all (transformers' ``caching_allocator_warmup``).
+
+    Raises:
+        ValueError: an unknown choice, an impossible number, or weights that are
+            both quantised and trained.
+    """
+
+    task: str = "training"
+    dtype: str = "fp32"
+    gradients: str | None = None
+    states: str | None = None
+    master_weights: bool = False
+    amp: str | None = None
+    quantised: str | None = None
+    optimizer: str = "adam"
+    rank: int = 0
+    batch: int = 1
+    length: int = 0
+    attention: str = "eager"
+    checkpointing: bool = False
+    cache_dtype: str | None = None
+    gpus: int = 1
+    sharding: str = "none"
+    load: str = "to"
+    dropout: bool = False
+    implementation: str = "foreach"
+    adapters: str | None = "fp32"
+    lora_dropout: bool = False
+    accumulation: bool = False
+    all_logits: bool = False
+
+    def __post_init__(self) -> None:
+        for what, known in CHOICES.items():
+            check_choice(what, getattr(self, what), known)
+        for dtype in (self.dtype, self.gradients, self.states):
+            computed_width(self.dtype if dtype is None else dtype)
+        bytes_per_parameter(self.dtype if self.cache_dtype is None else self.cache_dtype)
+        for what in FLAGS:
+            check_flag(what, getattr(self, what))
+        check_batch(self.batch, self.length)
+        check_whole("rank", self.rank, 0, "0 for no LoRA")
+        shard(0, self.gpus)
+        if self.task == "training" and self.quantised and not self.rank:
+            raise refuse(
+                "rank", 0, "1 or more, for quantised weights are not trained; LoRA's factors are"
+            )
+
+
+WORKSPACE = 8_519_680
+"""What cuBLAS takes for each thread that multiplies matrices, in bytes: PyTorch's default
+``:4096:2:16:8`` (``aten/src/ATen/cuda/CublasHandlePool.cpp``). From Hopper on it is 32 MiB."""
+
+
+LT_WORKSPACE = 2**20
+"""What cuBLASLt keeps from its first product with a bias on, in bytes (torch 2.11, measured)."""
+
+
+def training_moments(
+    sizes: Dimensions,
+    setup: Setup,
+    at_rest: int,
+    gradients: int,
+    kept: int,
+    again: int,
+    one: int,
+    step: int,
+) -> tuple[tuple[str, int], ...]:
+    """What is allocated at the points of a training step at which it may peak, in bytes.
+
+    The loss is transformers' (``loss/loss_utils.py``, ForCausalLMLoss): logits in FP32
+    beside those of the model, and their log-probabilities, which stay.
+
+    Args:
+        sizes: of the model.
+        setup: what is done.
+        at_rest: parameters, states and workspaces.
+        gradients: of all trained parameters.
+        kept: for backward, but the log-probabilities.
+        again: activations that a checkpoint makes again in backward.
+        one: activations of one layer.
+        step: what the optimizer takes for the moment.
+    """
+    tokens, width = setup.batch * setup.length, computed_width(setup.dtype)
+    autocast = setup.amp is not None and setup.dtype == "fp32"
+    b = 2 if autocast else width
+    scores = block(tokens * sizes.vocab_size * b, own_segment=True)
+    upcast = block(tokens * sizes.vocab_size * max(4, b), own_segment=True)
+    forward = at_rest + kept + gradients * setup.accumulation
+    forward += gathered(sizes, setup)
+    # The embedding's own gradient is dense (aten/src/ATen/native/cuda/Embedding.cu).
+    # Tied, the head's is there as well, and their sum is a third tensor
+    # (torch/csrc/autograd/input_buffer.cpp).
+    gradient_width = computed_width(setup.gradients or setup.dtype)
+    embedding = (
+        0
+        if setup.rank
+        else block(sizes.vocab_size * sizes.hidden_size * gradient_width, own_segment=True)
+    )
+    extra = 2 * sizes.tie_word_embeddings + setup.accumulation
+    head = 0 if setup.rank else sizes.vocab_size * sizes.hidden_size * b
+    layer = layer_temporaries(sizes, setup, b)
+    # Of the first layer and of the embedding there are none yet, but of a tied head.
+    outside = sum(parameters(replace(sizes, num_hidden_layers=0)).values())
+    whole = sum(parameters(sizes).values())
+    of_layers = gradients * (whole - outside) // whole
+    done = gradients - of_layers // max(1, sizes.num_hidden_layers)
+    done -= 0 if sizes.tie_word_embeddings else embedding
+    return (
+        ("at rest", at_rest),
+        ("end of forward: the loss", forward + 2 * upcast + (scores if b < 4 else 0)),
+        ("start of backward: the loss", forward + 3 * upcast),
+        ("backward: the head", forward + scores + head + tokens * sizes.hidden_size * b),
+        ("backward: the last layer", forward + again + head + layer),
+        ("backward: the first layer", at_rest + done + one + layer),
+        ("end of backward: the embedding", at_rest + gradients + extra * embedding),
+        ("optimizer step", at_rest + gradients + step),
+    )
+
+
+def gathered(sizes: Dimensions, setup: Setup) -> int:
+    """Bytes of the parameters that ZeRO 3 has gathered at a time, in the weights' dtype.
+
+    Two layers, one that computes and one that is fetched ahead; and what stands
+    outside of the layers, which FSDP's root keeps
+    (``torch/distributed/fsdp/_fully_shard``, ``reshard_after_forward``).
+    """
+    if setup.gpus == 1 or "parameters" not in SHARDING[setup.sharding]:
+        return 0
+    none = replace(sizes, num_hidden_layers=0)
+    width = computed_width(setup.dtype)
+    outside = sum(parameters(none).values())
+    layer = sum(parameters(replace(sizes, num_hidden_layers=1)).values()) - outside
+    return width * (outside + min(2, sizes.num_hidden_layers) * layer)
+
+
+def layer_temporaries(sizes: Dimensions, setup: Setup, b: int) -> int:
+    """Bytes that a layer's backward takes for the moment, its MLP's or its attention's.
+
+    Of the MLP the gradients of the product and its two factors. Of attention as a
+    matrix those of the scores, before and after the softmax, in the softmax's dtype;
+    what was kept for the MLP, and the scores' copy in fewer bits, is gone by then.
+    """
+    tokens, experts = setup.batch * setup.length, max(1, sizes.num_experts_per_tok)
+    computed = {2: "bf16", 4: "fp32", 8: "fp64"}[b]
+    kernel = attention_kernel(sizes, computed, setup.attention)
+    autocast = setup.amp is not None and setup.dtype == "fp32"
+    powers = 4 * (autocast and not sizes.has("gated"))  # of GPT-2's GELU, in FP32
+    token = (3 * b + powers) * experts * sizes.intermediate_size
+    if kernel in ("eager", "math"):
+        softmax = b if sizes.has("layer norm") and not autocast else max(4, b)
+        scores = 2 * softmax - (b if softmax > b else 0)
+        mlp = (4 if sizes.has("gated") else 5) * b * experts * sizes.intermediate_size
+        mlp += 7 * b * sizes.hidden_size  # norms and what linear layers read
+        token = max(token, sizes.num_attention_heads * setup.length * scores - mlp)
+    return tokens * token
+
+
+def inference_moments(sizes: Dimensions, setup: Setup, at_rest: int) -> tuple[tuple[str, int], ...]:
+    """What is allocated while a prompt of `length` is read, and while more is generated."""
+    b, h = computed_width(setup.dtype), sizes.hidden_size
+    tokens, rows = setup.batch * setup.length, setup.batch
+    experts = max(1, sizes.num_experts_per_tok)
+    scored = tokens if setup.all_logits else rows
+    scores = block(scored * sizes.vocab_size * b, own_segment=True)
+    # Gate, up and their product; the layer's input and the normalised one.
+    mlp = tokens * (3 * b * experts * sizes.intermediate_size + 2 * b * h)
+    if attention_kernel(sizes, setup.dtype, setup.attention) in ("eager", "math"):
+        attention = tokens * sizes.num_attention_heads * setup.length * (b + max(4, b))
+        mlp = max(mlp, attention)
+    cache = kv_cache(sizes, *(setup.batch, setup.length), setup.cache_dtype or setup.dtype)
+    grown = cache // max(1, sizes.num_hidden_layers)  # a layer's, made anew with one token more
+    return (
+        ("at rest", at_rest),
+        ("prefill: a layer", at_rest + mlp),
+        ("prefill: the logits", at_rest + scores + tokens * b * h),
+        ("decoding", at_rest + grown + rows * sizes.vocab_size * b),
+    )
+
+
+def check_together(sizes: Dimensions, setup: Setup) -> None:
+    """Refuse what this model cannot do.
+
+    Raises:
+        ValueError: more tokens than learned positions, a rank above a matrix's own,
+            flash attention in FP32.
+    """
+    if sizes.has("learned positions") and setup.length > sizes.max_position_embeddings:
+        most = f"at most the {sizes.max_position_embeddings} positions that the model has learned"
+        raise refuse("length", setup.length, most)
+    if setup.task == "training":
+        narrow = sizes.hidden_size
+        if setup.rank > narrow:
+            raise refuse("rank", setup.rank, f"at most hidden_size {narrow}")
+        computed = setup.amp if setup.amp and setup.dtype == "fp32" else setup.dtype
+        if setup.attention == "flash" and computed_width(computed) != 2:
+            raise refuse(
+                "attention", "flash", f"another one, for flash is for fp16 and bf16, not {computed}"
+            )
+
+
+def memory(sizes: Dimensions, setup: Setup) -> Memory:
+    """What one GPU holds, its allocator's rounding and the CUDA context included.
+
+    Training: between forward and backward, with the gradients and the states of
+    a step before. Of the logits also the log-probabilities that the cross-entropy
+    keeps, under autocast in FP32 as well. Inference: between two steps of
+    generating, with a cache of `length` positions and the logits of one.
+    `Memory.moments` says what is allocated at which point of a step.
+
+    Of what is sharded a GPU holds one flat tensor, its part in whole bytes,
+    rounded up.
+
+    Not in it: buffers, and what communication needs.
+
+    Raises:
+        ValueError: the model cannot do it, see `check_together`.
+    """
+    check_together(sizes, setup)
+    return assemble(sizes, setup)
+
+
+def assemble(sizes: Dimensions, setup: Setup, every: int | None = None) -> Memory:
+    """The same for what need not go together, with checkpoints of so many layers."""
+    dtype, work = setup.dtype, (setup.batch, setup.length)
+    tensors = {"parameters": stored_weights(sizes, dtype, setup.quantised)}
+    held, margin = {"context": CONTEXT, "rounding": 0}, 0
+    if setup.task == "training":
+        trained = adapters(sizes, setup.rank) if setup.rank else shape_counts(sizes)
+        own_dtype = (setup.adapters or dtype) if setup.rank else dtype
+        if setup.rank:
+            tensors["parameters"] += stored(trained, own_dtype)
+        states = setup.states or own_dtype
+        tensors["gradients"] = stored(trained, setup.gradients or own_dtype)
+        tensors["optimizer_states"] = stored_states(trained, setup.optimizer, states)
+        if setup.master_weights and computed_width(own_dtype) < 4:
+            tensors["optimizer_states"] += stored(trained, "fp32")
+        autocast = setup.amp is not None and dtype == "fp32"
+        computed = setup.amp if setup.amp and autocast else dtype
+        groups = int(setup.checkpointing) if every is None else every
+        read = computed if autocast else own_dtype
+        held["activations"] = kept = activations(
+            sizes,
+            *work,
+            dtype=computed,
+            attention=setup.attention,
+            checkpointing=groups,
+            rank=setup.rank,
+            autocast=autocast,
+            dropout=setup.dropout,
+            adapters=read,
+            lora_dropout=setup.lora_dropout,
+        )
+        for width in (sizes.hidden_size, sizes.intermediate_size):
+            # Most of them are of one of these sizes, or small multiples.
+            size = width * setup.batch * setup.length * computed_width(computed)
+            if kSmallSize < size < kMinLargeAlloc:
+                rest = shared_segments(Counter({size: -(-kept // size)}))
+                kept, margin = kept + rest, margin + rest
+                break
+        if setup.attention == "eager":  # the mask, transformers' masking_utils.py
+            kept += setup.batch * setup.length**2 * computed_width(dtype)
+        layer = layer_activations(
+            sizes,
+            *work,
+            dtype=computed,
+            attention=setup.attention,
+            rank=setup.rank,
+            autocast=autocast,
+            dropout=setup.dropout,
+            adapters=read,
+            lora_dropout=setup.lora_dropout,
+        )
+        again = min(groups, sizes.num_hidden_layers) * layer
+        held["logits"] = 2 * logits(sizes, *work, computed)
+        if autocast:
+            held["logits"] += logits(sizes, *work, "fp32")
+            held["cast_weights"] = total_bytes(_cast_weights(sizes, setup, computed))
+    else:
+        held["logits"] = logits(sizes, setup.batch, 1, dtype)
+        held["kv_cache"] = kv_cache(sizes, *work, setup.cache_dtype or dtype)
+        caches = 2 * sizes.num_hidden_layers
+        if caches:
+            held["rounding"] = caches * block(-(-held["kv_cache"] // caches)) - held["kv_cache"]
+    rounded, shared = {}, {}
+    for kind, some in tensors.items():
+        nbytes, own = total_bytes(some), kind == "parameters" and setup.load == "to"
+        if setup.gpus > 1 and kind in SHARDING[setup.sharding]:
+            nbytes = shard(nbytes, setup.gpus)
+            some, own = Counter({nbytes: 1}), False
+        held[kind] = nbytes
+        blocks = sum(block(n, own) * count for n, count in some.items())
+        held["rounding"] += blocks - nbytes
+        rounded[kind] = sum(
+            block(n, own or kind != "parameters") * count for n, count in some.items()
+        )
+        shared[kind] = shared_segments(some)
+    biased = sizes.has("biases") or sizes.has("query, key and value biases")
+    rest = WORKSPACE + LT_WORKSPACE * biased
+    if setup.task == "inference":
+        rest += rounded["parameters"] + shared["parameters"] + held["kv_cache"]
+        moments = inference_moments(sizes, setup, rest)
+    else:
+        moments = training_moments(
+            sizes,
+            setup,
+            at_rest=rest
+            + WORKSPACE
+            + sum(rounded[kind] + shared[kind] for kind in ("parameters", "optimizer_states")),
+            gradients=rounded["gradients"] + shared["gradients"],
+            kept=kept + held.get("cast_weights", 0) - again,
+            again=again,
+            one=layer if sizes.num_hidden_layers else 0,
+            step=step_temporaries(trained, setup.optimizer, states, setup.implementation)
+            + shared["gradients"],
+        )
+    return Memory(**held, moments=moments, margin=margin + sum(shared.values()))
+
+
+def _cast_weights(sizes: Dimensions, setup: Setup, dtype: str) -> Counter[int]:
+    """The matrices of linear layers, LoRA's included, of which autocast keeps a copy, by bytes.
+
+    Of a tied embedding as well, for the head; not of quantised matrices, whose
+    values are made anew each time. Biases are cast too, but not kept for backward.
+    """
+    cast: Counter[tuple[int, ...]] = Counter()
+    for (part, shape), count in tensor_counts(sizes).items():
+        tied = sizes.tie_word_embeddings and part == "embedding"
+        if part in ("attention", "mlp", "router", "head") and len(shape) == 2:
+            if not (setup.quantised and is_matrix(sizes, part, shape)):
+                cast[shape] += count
+        elif tied and shape[0] == sizes.vocab_size:
+            cast[shape] += 1
+    if setup.rank:
+        cast += adapters(sizes, setup.rank)
+    return stored(cast, dtype)
+
+
+def training(
+    sizes: Dimensions,
+    optimizer: str = "adam",
+    dtype: str = "fp32",
+    batch: int = 1,
+    length: int = 0,
+    attention: str = "eager",
+    checkpointing: int = 0,
+    dropout: bool = False,
+    gpus: int = 1,
+    sharding: str = "none",
+) -> Memory:
+    """What a training step holds between forward and backward, its states included.
+
+    Parameters, gradients and states in `dtype`; of the logits also the
+    log-probabilities that the cross-entropy keeps. On one of `gpus`, each with a
+    batch of its own. Not in it: the optimizer's temporaries, workspaces, rounding
+    and the CUDA context.
+
+    Raises:
+        ValueError: impossible sizes, an unknown dtype, optimizer, attention or
+            sharding, or dropout where the architecture has none.
+    """
+    setup = Setup(
+        task="training",
+        optimizer=optimizer,
+        dtype=dtype,
+        batch=batch,
+        length=length,
+        attention=attention,
+        checkpointing=checkpointing > 0,
+        dropout=dropout,
+        gpus=gpus,
+        sharding=sharding,
+    )
+    return replace(assemble(sizes, setup, checkpointing), rounding=0, context=0)
+
+
+def inference(
+    sizes: Dimensions,
+    dtype: str = "bf16",
+    batch: int = 1,
+    length: int = 0,
+    quantised: str | None = None,
+    cache_dtype: str | None = None,
+) -> Memory:
+    """What generating with a cache of `length` positions holds between two steps.
+
+    The parameters, perhaps quantised, the KV cache (in `dtype` unless
+    `cache_dtype` says otherwise), and the logits of one position. Not in it:
+    rounding and the CUDA context.
+
+    Raises:
+        ValueError: impossible sizes, or an unknown dtype or quantisation.
+    """
+    setup = Setup(
+        task="inference",
+        dtype=dtype,
+        batch=batch,
+        length=length,
+        quantised=quantised,
+        cache_dtype=cache_dtype,
+    )
+    return replace(assemble(sizes, setup), rounding=0, context=0)

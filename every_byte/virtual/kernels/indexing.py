@@ -1,0 +1,165 @@
+"""Sorting, scanning and indexing: what CUDA's kernels and cub's algorithms borrow.
+
+cub's storage depends on how many numbers a block takes at once, which its
+authors tuned for each card; here are their choices for compute capability 9.0
+(CUDA 13), of which some were read off measured storages. On other cards it is the
+order of magnitude.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+_ALIGNMENT = 256  # of each part of cub's storage
+_SORT_TILE = {(8, 8): 4608, (4, 8): 5376}  # bytes of a key and of its value: keys in a block
+_SCAN_TILE = {4: 1920, 8: 896}  # bytes of a number: numbers in a block
+_SELECT_TILE = 2048  # not pinned down by what was measured: 1,024 or more
+_ONE_BLOCK = 2304  # keys that a single block sorts, without storage
+_SMALL_SORT = 4096  # numbers that PyTorch sorts without cub
+_WITHOUT_SORTING = 3072  # indices: embedding_dense_backward_cuda in native/cuda/Embedding.cu
+_ROWS = 10  # NROWS_PER_THREAD in native/cuda/EmbeddingBackwardKernel.cu
+
+
+def _aligned(*parts: int) -> int:
+    """Bytes of a storage of several parts, as ``cub::AliasTemporaries`` lays them out."""
+    return sum(-(-part // _ALIGNMENT) * _ALIGNMENT for part in parts) + _ALIGNMENT - 1
+
+
+def sort_storage(number: int, key: int, value: int, bits: int | None = None) -> int:
+    """Bytes that ``cub::DeviceRadixSort`` of pairs takes for `number` keys.
+
+    Copies of keys and values; for each byte of a key 256 counts of 8 B; for each block
+    256 counts of 4 B.
+
+    Args:
+        number: of keys.
+        key, value: bytes of each.
+        bits: of a key that are looked at; all if None.
+    """
+    if number <= _ONE_BLOCK:
+        return 1
+    blocks = -(-number // _SORT_TILE.get((key, value), 4608))
+    passes = key if bits is None else -(-bits // 8)
+    return _aligned(key * number, value * number, passes * 256 * 8, blocks * 256 * 4) + _ALIGNMENT
+
+
+def scan_storage(number: int, width: int = 8, tile: int | None = None) -> int:
+    """Bytes that ``cub::DeviceScan`` takes: a state for each block, and for 32 before.
+
+    Args:
+        number: of numbers.
+        width: bytes of a number.
+        tile: numbers in a block, if it is no scan.
+    """
+    blocks = -(-number // (tile or _SCAN_TILE.get(width, 896)))
+    return _aligned((32 + blocks) * 2 * max(width, 4)) + _ALIGNMENT
+
+
+def _embedding_dense_backward(
+    grad_output: Tensor,
+    indices: Tensor,
+    num_weights: int,
+    padding_idx: int,
+    scale_grad_by_freq: bool,
+) -> Tensor:
+    number, width = indices.numel(), grad_output.size(-1)
+
+    def result() -> Tensor:
+        return grad_output.new_empty(num_weights, width)
+
+    def numbers(many: int) -> Tensor:
+        return indices.new_empty(many)
+
+    def storage(nbytes: int) -> None:
+        indices.new_empty(nbytes, dtype=torch.uint8)  # and gone again
+
+    if number <= _WITHOUT_SORTING and not scale_grad_by_freq:
+        return result()
+    itself = indices.element_size()
+    held = [numbers(number), numbers(number)]  # sorted, and where each was
+    places = numbers(number)
+    storage(sort_storage(number, itself, itself))
+    del places
+    made = result()
+    held += [numbers(number), indices.new_empty((), dtype=torch.int64)]  # segments; how many
+    keys = numbers(number)
+    storage(scan_storage(number, tile=_SELECT_TILE))
+    del keys
+    segments = min(number, num_weights)
+    held += [numbers(segments), numbers(segments)]
+    storage(scan_storage(segments))
+    partial = segments + number // _ROWS
+    held += [indices.new_empty((), dtype=torch.int64), numbers(partial)]
+    exact = torch.float64 if grad_output.dtype is torch.float64 else torch.float32
+    held.append(grad_output.new_empty(partial, width, dtype=exact))
+    while held:
+        held.pop()
+    return made
+
+
+def temporaries(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
+    """Bytes that an operation takes after its results, in order; None if it is not of these."""
+    packet = operation.overloadpacket
+    if packet in (aten.sort, aten.argsort) and isinstance(args[0], Tensor):
+        # Keys and indices in native/cuda/Sort.cpp; rows of many are sorted by segments,
+        # whose storage is not replayed.
+        tensor = args[0]
+        held = [8 * tensor.numel()]
+        if tensor.dim() == 1 and tensor.numel() > _SMALL_SORT:
+            held.append(sort_storage(tensor.numel(), tensor.element_size(), 8))
+        return held
+    if packet is aten.cumsum:
+        # cumsum_cuda_kernel in native/cuda/ScanKernels.cpp: a whole tensor by cub, rows not.
+        tensor, dim = args[0], args[1]
+        wanted = kwargs.get("dtype") or (
+            tensor.dtype if tensor.is_floating_point() else torch.int64
+        )
+        held = [] if wanted is tensor.dtype else [tensor.numel() * wanted.itemsize]
+        if tensor.dim() and tensor.numel() == tensor.size(dim):
+            held.append(scan_storage(tensor.numel(), wanted.itemsize))
+        return held
+    if packet is aten.roll and len(args) > 2 and len(args[2]) > 1:
+        return [args[0].nbytes]  # between two dimensions: roll_cuda in native/cuda/TensorShape.cu
+    if packet is aten.randperm and isinstance(args[0], int):
+        return _of_a_permutation(args[0])
+    if operation is aten.index_put_.default and len(args) > 3 and args[3]:
+        return None
+    if operation in (aten.pow.Scalar,):
+        return [8]  # the number on the left, as FP64 or a whole number
+    return None
+
+
+def _of_a_permutation(number: int) -> list[int]:
+    # randperm_out_cuda in native/cuda/Randperm.cu: keys of so many bits that few are equal.
+    if number < 2:
+        return []
+    collisions = math.log(0.9) * 12
+    bits = min(64, math.ceil(math.log2(number - (6 * number**2 + 1) / collisions)))
+    key = 4 if bits <= 32 else 8
+    keys = key * number
+    return [8 * number, keys, keys, sort_storage(number, key, 8, bits)]
+
+
+def _foreach_norm(
+    tensors: list[Tensor], ord: float = 2, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    # foreach_tensor_norm_cuda in native/cuda/ForeachReduceOp.cu: a partial sum for each
+    # 65,536 numbers, as many for each tensor as the largest has.
+    first = tensors[0]
+    chunks = max(-(-t.numel() // 65536) for t in tensors)
+    exact = max(dtype or first.dtype, torch.float32, key=lambda d: d.itemsize)
+    partial = first.new_empty(len(tensors) * chunks, dtype=exact)
+    made = [t.new_empty((), dtype=dtype or t.dtype) for t in tensors]
+    del partial
+    return made
+
+
+KERNELS: dict[Any, Callable[..., Any]] = {
+    aten.embedding_dense_backward.default: _embedding_dense_backward,
+    aten._foreach_norm.Scalar: _foreach_norm,
+}

@@ -1,0 +1,109 @@
+"""Softmax, norms and losses: what one card's kernels allocate beside their results."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from every_byte.virtual.rules import Rules
+
+aten = torch.ops.aten
+
+
+def temporaries(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
+    """Bytes that an operation takes after its results, in order; None if it is not of these."""
+    packet = operation.overloadpacket
+    if packet is aten._softmax_backward_data:
+        # grad * output: softmax_backward_cuda_out in native/cuda/SoftMax.cu.
+        grad, output = args[:2]
+        return [math.prod(grad.shape) * torch.result_type(grad, output).itemsize]
+    if packet is aten._safe_softmax:
+        # Where a row is all -inf: a truth for each number and each row, and a zero
+        # (_safe_softmax in native/transformers/attention.cpp).
+        scores, dim = args[:2]
+        return [scores.numel(), scores.numel() // scores.size(dim), scores.element_size()]
+    return None
+
+
+def _rms_norm(
+    rules: Rules,
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    # rms_norm_symint in native/layer_norm.cpp: one kernel on CUDA since 2.9
+    # (pytorch#153666), for a weight of the input's type.
+    if rules.version >= (2, 9) and (weight is None or weight.dtype == input.dtype):
+        return _fused_rms_norm(rules, input, normalized_shape, weight, eps)[0]
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    composed: Tensor = aten.rms_norm.default._op_dk(key, input, normalized_shape, weight, eps)
+    return composed
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """``_fused_rms_norm`` and its gradient, which have no kernels of their own on ``meta``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, normalized_shape: list[int], weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        # _fused_rms_norm_cuda in native/cuda/layer_norm_kernel.cu: one FP32 number for a row.
+        rows = input.shape[: input.dim() - len(normalized_shape)]
+        exact = torch.float64 if input.dtype is torch.float64 else torch.float32
+        result = torch.empty_like(input, memory_format=torch.contiguous_format)
+        rstd = input.new_empty((*rows, *(1 for _ in normalized_shape)), dtype=exact)
+        ctx.save_for_backward(input, rstd, weight)
+        ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
+        return result, rstd
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        input, _, weight = ctx.saved_tensors
+        of_weight = weight is not None and ctx.needs_input_grad[2]
+        return (
+            torch.empty_like(input, memory_format=torch.contiguous_format),
+            None,
+            torch.empty_like(weight) if of_weight else None,
+        )
+
+
+def _fused_rms_norm(
+    rules: Rules,
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Any:
+    return _FusedRMSNorm.apply(input, list(normalized_shape), weight)
+
+
+def _native_layer_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # layer_norm_cuda in native/cuda/layer_norm_kernel.cu: it reads what is contiguous.
+    copy = input.contiguous()
+    result = torch.empty_like(copy)
+    rows = input.shape[: input.dim() - len(normalized_shape)]
+    exact = torch.float64 if input.dtype is torch.float64 else torch.float32
+    mean, rstd = (
+        input.new_empty((*rows, *(1 for _ in normalized_shape)), dtype=exact) for _ in range(2)
+    )
+    del copy
+    return result, mean, rstd
+
+
+COMPOSITES: dict[Any, Callable[..., Any]] = {
+    aten.rms_norm.default: _rms_norm,
+    **({aten._fused_rms_norm.default: _fused_rms_norm} if hasattr(aten, "_fused_rms_norm") else {}),
+}
+KERNELS: dict[Any, Callable[..., Any]] = {
+    aten.native_layer_norm.default: _native_layer_norm,
+}

@@ -1,0 +1,50 @@
+"""What matrix products borrow beside cuBLAS's workspace: copies of operands it cannot read.
+
+cuBLAS reads a matrix along its rows or its columns; others are copied before
+(``prepare_matrix_for_cublas`` in ``aten/src/ATen/native/cuda/Blas.cpp``).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from every_byte.virtual.rules import Rules
+
+aten = torch.ops.aten
+
+# Where an operation's matrices stand among its arguments.
+_MATRICES = {aten.mm: (0, 1), aten.addmm: (1, 2), aten._addmm_activation: (1, 2)}
+
+
+def _readable(matrix: Tensor) -> bool:
+    (rows, columns), (down, along) = matrix.shape, matrix.stride()
+    return (down == 1 and along >= max(1, rows)) or (along == 1 and down >= max(1, columns))
+
+
+def product_temporaries(operation: Any, args: tuple[Any, ...], rules: Rules) -> list[int] | None:
+    """Bytes of the copies of a product's operands; None if it is no product."""
+    places = _MATRICES.get(operation.overloadpacket)
+    if places is None or "dtype" in operation._overloadname:
+        return None
+    matrices = [args[place] for place in places]
+    return [m.nbytes for m in matrices if m.numel() and not _readable(m)]
+
+
+def by_cublaslt(operation: Any, args: tuple[Any, ...]) -> bool:
+    """Whether cuBLASLt carries out a product: one with a bias for each column.
+
+    ``isInputCompliesAddmmCudaLt`` in ``aten/src/ATen/native/cuda/Blas.cpp``.
+    """
+    if operation.overloadpacket in (aten._scaled_mm, aten._int_mm):
+        return True
+    if operation.overloadpacket not in (aten.addmm, aten._addmm_activation):
+        return False
+    bias, _, second = args[:3]
+    return (
+        bias.dim() == 1
+        and bias.is_contiguous()
+        and bias.size(0) == second.size(1)
+        and bias.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        and min(second.shape) > 1
+    )

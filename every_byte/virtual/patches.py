@@ -1,0 +1,379 @@
+"""PyTorch's private names that this package uses, in one table, and what it changes while open.
+
+PyTorch may rename a private name in any version. `PRIVATE_NAMES` says for each what it is
+for, what breaks without it, and with which versions it was tried. A test holds the table
+against the code, so a new version of PyTorch is checked by reading its failures.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from importlib import import_module
+from typing import Any, Literal, cast
+from unittest import mock
+
+import torch
+from torch.optim import optimizer  # deleted from torch.optim, but a module
+from torch.utils import _foreach_utils
+
+from every_byte.tracker import is_tracked, untracked
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    """A name of PyTorch's that its documentation does not promise.
+
+    Attributes:
+        name: dotted, as it is reached from ``torch``.
+        purpose: what it is used for.
+        without: what breaks without it.
+        needed_by: the virtual GPU, `every_byte.one_of`, or the CUDA device.
+        checked: PyTorch's versions that the tests have passed with.
+    """
+
+    name: str
+    purpose: str
+    without: str
+    needed_by: Literal["virtual", "ranks", "cuda"] = "virtual"
+    checked: tuple[str, ...] = ("2.8", "2.14")
+
+
+PRIVATE_NAMES = (
+    # The tracker
+    PrivateName(
+        "torch.utils._python_dispatch.TorchDispatchMode",
+        "sees each operation, with its arguments and results",
+        "nothing is accounted for",
+    ),
+    PrivateName(
+        "torch.utils._python_dispatch.TorchDispatchMode._should_skip_dynamo",
+        "keeps the import of the tracker from importing torch._dynamo",
+        "nothing but time and RAM",
+    ),
+    PrivateName(
+        "torch.utils._python_dispatch.is_traceable_wrapper_subclass",
+        "finds the parts of a DTensor, for breakdown()",
+        "a DTensor's bytes count as activations",
+    ),
+    PrivateName(
+        "torch.utils._python_dispatch.is_traceable_wrapper_subclass_type",
+        "leaves a DTensor's operations to be seen on its parts",
+        "a DTensor counts as a whole",
+    ),
+    PrivateName(
+        "torch.utils._pytree.tree_leaves",
+        "finds the tensors in results and arguments",
+        "nothing is accounted for",
+    ),
+    PrivateName(
+        "torch.utils._device._device_constructors",
+        "is filled before torch.tensor is replaced",
+        "torch.tensor() pays no heed to a device context",
+        checked=("2.14",),
+    ),
+    PrivateName(
+        "torch.UntypedStorage._cdata",
+        "tells whether two tensors share a storage",
+        "views count twice",
+    ),
+    PrivateName(
+        "torch.ops.aten.add.Tensor._can_decompose",
+        "tells composite operations from kernels",
+        "a timeline has steps within kernels",
+    ),
+    PrivateName(
+        "torch.ops.aten.add.Tensor._op_dk",
+        "carries out a composite operation as C++ composes it",
+        "in inference mode temporaries are not seen",
+    ),
+    PrivateName(
+        "torch._C.DispatchKey",
+        "names the dispatcher's keys",
+        "autocast and inference mode are not replayed",
+    ),
+    PrivateName(
+        "torch._C._dispatch_has_kernel_for_dispatch_key",
+        "asks which operators the installed version has for a key",
+        "operators that a version lacks raise at open()",
+    ),
+    PrivateName(
+        "torch._C._current_graph_task_id",
+        "tells whether backward runs in this thread",
+        "temporaries count as activations, backward takes no workspace of its own",
+    ),
+    # Autocast
+    PrivateName(
+        "torch._C._is_autocast_available",
+        'lets torch.autocast("meta") be asked for',
+        "autocast is refused",
+    ),
+    PrivateName(
+        "torch._C._IncludeDispatchKeyGuard",
+        "lets operations come to autocast's kernels, in each thread",
+        "autocast casts nothing",
+    ),
+    PrivateName(
+        "torch._C._ExcludeDispatchKeyGuard",
+        "keeps autocast's kernels from calling themselves",
+        "autocast recurses without end",
+    ),
+    PrivateName(
+        "torch._C.DispatchKeySet",
+        "makes a set of one key, for the guard",
+        "autocast recurses without end",
+    ),
+    PrivateName(
+        "torch.ops.aten.add.Tensor._schema",
+        "tells an operator's arguments by name",
+        "autocast cannot ask for a result in FP32",
+    ),
+    PrivateName(
+        "torch.Tensor._is_view",
+        "tells what autocast keeps a cast of",
+        "casts of views are kept, unlike on CUDA",
+    ),
+    PrivateName(
+        "torch.amp.GradScaler._maybe_opt_step",
+        "takes the step though an infinity cannot be looked for",
+        "GradScaler raises at step()",
+    ),
+    # Kernels
+    PrivateName(
+        "torch._C._get_sdp_priority_order",
+        "tells in which order CUDA tries attention's kernels",
+        "attention is not replayed",
+    ),
+    PrivateName(
+        "torch.library._scoped_library",
+        "registers kernels for as long as a GPU is open",
+        "composite operations are made as on the host",
+    ),
+    # While a virtual GPU is open
+    PrivateName(
+        "torch.utils._foreach_utils",
+        "holds the kinds of device for optimizers' foreach and fused kernels",
+        "optimizers loop over tensors, with other temporaries than on CUDA",
+    ),
+    PrivateName(
+        "torch.utils._foreach_utils._get_foreach_kernels_supported_devices",
+        "puts meta among the devices for foreach",
+        "optimizers loop over tensors, with other temporaries than on CUDA",
+    ),
+    PrivateName(
+        "torch.utils._foreach_utils._get_fused_kernels_supported_devices",
+        "puts meta among the devices for fused",
+        "fused=True is refused",
+    ),
+    PrivateName(
+        "torch._dynamo",
+        "is imported before a GPU is open, since optimizers and meta kernels import it later",
+        "the first step takes a second longer",
+        checked=("2.14",),
+    ),
+    PrivateName(
+        "torch.nn.Module._apply",
+        "lets .to() keep a module's Parameters on the way to meta",
+        "optimizers made before .to() hold the host's Parameters",
+    ),
+    PrivateName(
+        "torch.Tensor._make_subclass",
+        "shows bitsandbytes' 4-bit parameters, where they are made",
+        "a 4-bit model takes what it takes in FP32, without a word",
+        checked=("2.14",),
+    ),
+    # One of many GPUs
+    PrivateName(
+        "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup",
+        "labels what FSDP gathers, and lets it train on meta",
+        "gathered parameters count as activations",
+        "ranks",
+    ),
+    PrivateName(
+        "torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup"
+        "._validate_no_meta_params",
+        "is left out: meta is the virtual GPU's device",
+        "FSDP refuses to train",
+        "ranks",
+    ),
+    PrivateName(
+        "torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam",
+        "looks again for its part of a parameter, in reset_sharded_param, and keeps it in "
+        "_sharded_param_data",
+        "FSDP gathers from a model made in untracked(), which is refused",
+        "ranks",
+        checked=("2.14",),
+    ),
+    PrivateName(
+        "torch.distributed.tensor._sharding_prop.ShardingPropagator",
+        "tries operations on fake tensors of the whole's size",
+        "their bytes count",
+        "ranks",
+    ),
+    PrivateName(
+        "torch.distributed.tensor._sharding_prop.ShardingPropagator"
+        "._propagate_tensor_meta_non_cached",
+        "is where they are tried: on no GPU",
+        "their bytes count",
+        "ranks",
+    ),
+    PrivateName(
+        "torch.testing._internal.distributed.fake_pg.FakeStore",
+        "pretends the other processes",
+        "one_of() cannot open a process group",
+        "ranks",
+    ),
+    # A CUDA device
+    PrivateName(
+        "torch.cuda.memory._snapshot",
+        "is GPU.snapshot() there",
+        "no snapshot of a CUDA device",
+        "cuda",
+    ),
+    PrivateName(
+        "torch.cuda.memory._record_memory_history",
+        "is GPU.record_memory_history() there",
+        "no history of a CUDA device",
+        "cuda",
+    ),
+    PrivateName(
+        "torch._C._cuda_clearCublasWorkspaces",
+        "is GPU.clear_cublas_workspaces() there",
+        "workspaces of a CUDA device stay",
+        "cuda",
+    ),
+)
+
+
+def find(name: str) -> Any:
+    """What a dotted name of PyTorch's stands for.
+
+    Raises:
+        AttributeError, ImportError: the installed PyTorch has no such name.
+    """
+    head, *parts = name.split(".")
+    found, path = import_module(head), head
+    for part in parts:
+        path += f".{part}"
+        found = getattr(found, part) if hasattr(found, part) else import_module(path)
+    return found
+
+
+def check() -> None:
+    """See that PyTorch has the names that a virtual GPU needs.
+
+    Raises:
+        RuntimeError: it lacks one.
+    """
+    for private in PRIVATE_NAMES:
+        if private.needed_by != "virtual":
+            continue
+        try:
+            find(private.name)
+        except (AttributeError, ImportError):
+            raise RuntimeError(
+                f"PyTorch {torch.__version__} has no {private.name}, which {private.purpose}: "
+                f"without it {private.without}; install a version of PyTorch that it was checked "
+                f"with, {' or '.join(private.checked)}"
+            ) from None
+
+
+@contextmanager
+def optimizers_as_on_cuda() -> Iterator[None]:
+    """Let optimizers choose their algorithm for ``meta`` as they do for CUDA."""
+    with ExitStack() as stack:
+        for name in (
+            "_get_foreach_kernels_supported_devices",
+            "_get_fused_kernels_supported_devices",
+        ):
+            devices = [*getattr(_foreach_utils, name)(), "meta"]
+            for module in (_foreach_utils, optimizer):
+                stack.enter_context(mock.patch.object(module, name, devices.copy))
+        yield
+
+
+@contextmanager
+def modules_move_as_on_cuda() -> Iterator[None]:
+    """Let ``.to()`` keep a module's Parameters, and what is tied, as it does on CUDA.
+
+    Within a device PyTorch does so by ``param.data = ``; on the way from the host to
+    ``meta`` only if told to swap them.
+    """
+    future = torch.__future__
+    apply = torch.nn.Module._apply
+    swaps = future.get_swap_module_params_on_conversion()
+
+    def applied(module: Any, fn: Any, recurse: bool = True) -> Any:
+        before = future.get_swap_module_params_on_conversion()
+        own = list(module.parameters(recurse=False))
+        comes = not all(parameter.is_meta for parameter in own)
+        with untracked():
+            comes = comes and fn(torch.empty(0)).is_meta
+        for parameter in own if comes else ():
+            refuse_quantised(parameter)
+        future.set_swap_module_params_on_conversion(swaps or comes)
+        try:
+            return apply(module, fn, recurse)
+        finally:
+            future.set_swap_module_params_on_conversion(before)
+
+    with mock.patch.object(torch.nn.Module, "_apply", applied):
+        yield
+
+
+def refuse_quantised(parameter: object) -> None:
+    """Refuse a parameter of bitsandbytes' that is about to leave the host.
+
+    Raises:
+        NotImplementedError: it is such a parameter.
+    """
+    kind = type(parameter)
+    if kind.__module__.startswith("bitsandbytes.") and not cast(torch.Tensor, parameter).is_meta:
+        raise NotImplementedError(
+            f"a {kind.__name__} comes from the host, which bitsandbytes quantises on its way to a "
+            "CUDA device: that is not replayed; every_byte.estimate tells what such weights take"
+        )
+
+
+@contextmanager
+def four_bits_are_refused() -> Iterator[None]:
+    """Refuse bitsandbytes' 4-bit parameters that lie on ``meta`` before they are quantised.
+
+    There bitsandbytes never quantises them, as it does on the way to a CUDA device: a model
+    that transformers loads in 4 bits would take what it takes in FP32.
+    """
+    make = torch.Tensor._make_subclass
+
+    def made(cls: type, data: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if cls.__name__ == "Params4bit" and data.is_meta and data.is_floating_point():
+            if is_tracked():
+                raise NotImplementedError(
+                    f"a Params4bit of {data.dtype} on a virtual GPU: bitsandbytes quantises none "
+                    "there, so its bytes would be wrong; load the model in untracked() on the host"
+                )
+        return make(cls, data, *args, **kwargs)
+
+    with mock.patch.object(torch.Tensor, "_make_subclass", made):
+        yield
+
+
+@contextmanager
+def nothing_is_compiled() -> Iterator[None]:
+    """Let ``torch.compile`` give back what it is given, and say so.
+
+    Inductor's kernels are made for a device with values; what they borrow is not replayed.
+    """
+
+    @wraps(torch.compile)
+    def compile(model: Any = None, **options: Any) -> Any:
+        if model is None:
+            return lambda decorated: compile(decorated, **options)
+        warnings.warn(
+            "torch.compile does nothing on a virtual GPU: the figures are those of eager mode",
+            stacklevel=2,
+        )
+        return model
+
+    with mock.patch.object(torch, "compile", compile):
+        yield

@@ -1,0 +1,45 @@
+"""Where segments lie: upwards, or as the driver does, and what follows for what is reserved."""
+
+from every_byte.allocator import CachingAllocator, Downwards
+from every_byte.units import MiB
+
+G = Downwards.GRANULE
+
+
+def test_granules_are_taken_from_the_top_down() -> None:
+    placement = Downwards()
+    places = [placement.place(size * MiB) for size in (32, 64, 502)]
+    assert places == [placement.TOP - G, placement.TOP - 3 * G, placement.TOP - 19 * G]
+
+
+def test_what_is_left_of_a_granule_is_filled_upwards() -> None:
+    placement = Downwards()
+    places = [placement.place(size * MiB) for size in (20, 2, 10, 2)]
+    begin = placement.TOP - G
+    assert places == [begin, begin + 20 * MiB, begin + 22 * MiB, begin - G]
+
+
+def test_freed_segments_are_filled_upwards_and_join() -> None:
+    placement = Downwards()
+    first, second = placement.place(32 * MiB), placement.place(32 * MiB)
+    placement.give_back(first, 32 * MiB)
+    placement.give_back(second, 32 * MiB)
+    assert placement.place(20 * MiB) == second
+    assert placement.place(40 * MiB) == second + 20 * MiB
+
+
+def test_of_equal_free_blocks_the_one_with_the_lowest_address_is_taken() -> None:
+    """So the placement decides which of two segments stays whole."""
+    taken = []
+    for placement in (None, Downwards()):
+        card = CachingAllocator(placement=placement)
+        held = [card.malloc(64 * MiB) for _ in range(2)]
+        for handle in held:
+            card.free(handle)
+        card.malloc(64 * MiB)
+        first = [s for s in card.memory_snapshot() if s["allocated_size"]]
+        taken.append([s["address"] for s in card.memory_snapshot()].index(first[0]["address"]))
+        card.empty_cache()
+        card.malloc(64 * MiB)
+        assert card.memory_reserved() == 128 * MiB
+    assert taken == [0, 0]
