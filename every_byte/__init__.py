@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from every_byte.allocator import CachingAllocator, OutOfMemoryError, replay_trace
     from every_byte.gpu import GPU, CudaGPU, VirtualGPU, open_gpu
     from every_byte.ranks import one_of
+    from every_byte.script import as_cuda
     from every_byte.tracker import KINDS, Breakdown, Timeline, untracked
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "OutOfMemoryError",
     "Timeline",
     "VirtualGPU",
+    "as_cuda",
     "estimate",
     "one_of",
     "open_gpu",
@@ -37,6 +39,7 @@ _HOMES = {
     "every_byte.gpu": ("GPU", "CudaGPU", "VirtualGPU", "open_gpu"),
     "every_byte.tracker": ("KINDS", "Breakdown", "Timeline", "untracked"),
     "every_byte.ranks": ("one_of",),
+    "every_byte.script": ("as_cuda",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -129,6 +129,14 @@ class GPU(Generic[_Memory]):
         self._accounted()
         return self._tracker.breakdown(model, *optimizers)
 
+    def pass_unseen(self) -> None:
+        """Let tensors of the device that nobody saw made be on no GPU, and refuse none."""
+        self._tracker.passes_unseen = True
+
+    def accounts_for(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's bytes are among those that are counted."""
+        return self._tracker.accounts_for(tensor)
+
     def record(
         self,
         model: torch.nn.Module | None = None,
@@ -292,6 +300,9 @@ class VirtualGPU(GPU[VirtualMemory]):
         alloc_conf: settings as in ``PYTORCH_ALLOC_CONF``, which itself is not read;
             see `every_byte.allocator.config`.
         context: bytes that the process holds beside PyTorch's, as a CUDA context does.
+        values: what happens where a program reads a value that depends on weights or
+            activations: "refuse" is an error, "assume" goes on with what is assumed;
+            see `every_byte.virtual.values`.
         torch: the version of PyTorch whose rules the card follows, such as ``"2.11"``;
             the installed one if None. Its operators are the installed version's all the same.
 
@@ -312,6 +323,7 @@ class VirtualGPU(GPU[VirtualMemory]):
         alloc_conf: str = "",
         context: int = 0,
         torch: str | None = None,
+        values: Literal["assume", "refuse"] = "refuse",
     ) -> None:
         for what, value in (("card", card), ("name", name), ("alloc_conf", alloc_conf)):
             if not isinstance(value, str) and (value is not None or what == "alloc_conf"):
@@ -322,7 +334,9 @@ class VirtualGPU(GPU[VirtualMemory]):
                     f"torch is {torch!r}, but there is no card whose rules it could change: "
                     'name one, such as VirtualGPU("RTX 4090", torch="2.11")'
                 )
-            memory = VirtualMemory(name or "Virtual GPU", capacity, alloc_conf, context)
+            memory = VirtualMemory(
+                name or "Virtual GPU", capacity, alloc_conf, context, values=values
+            )
         else:
             if card not in cards():
                 raise ValueError(f"card is {card!r}: expected one of {', '.join(cards())}")
@@ -335,7 +349,7 @@ class VirtualGPU(GPU[VirtualMemory]):
                 if known.measured
                 else "no CUDA device in use, figures are by PyTorch's source, not measured"
             )
-            memory = VirtualMemory(name or card, capacity, alloc_conf, context, rules, note)
+            memory = VirtualMemory(name or card, capacity, alloc_conf, context, rules, note, values)
         super().__init__(memory)
 
     @property

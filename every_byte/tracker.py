@@ -256,6 +256,7 @@ _ONLY_SHAPES = frozenset(
     for name in (
         *"empty_like full_like ones_like zeros_like rand_like randn_like randint_like".split(),
         *"new_empty new_empty_strided new_full new_ones new_zeros".split(),
+        *("detach_", "lift_fresh"),  # by torch.tensor before anyone can know its result
     )
 )
 """Operations that take shape, dtype and device of what they are given, and no more."""
@@ -283,6 +284,7 @@ class Tracker(TorchDispatchMode):
     def __init__(self, memory: DeviceMemory) -> None:
         super().__init__()
         self.memory = memory
+        self.passes_unseen = False  # whether tensors that nobody saw made are on no GPU
         self._now = _Now()
         self._storages: dict[int, _Storage] = {}  # address of the StorageImpl: what it is
         self._recording: _Recording | None = None
@@ -354,6 +356,8 @@ class Tracker(TorchDispatchMode):
         if any(map(is_traceable_wrapper_subclass_type, types)):
             return NotImplemented  # such as DTensor: seen is what it does with its parts
         if self.memory.is_replayed:
+            if self.passes_unseen and self._are_unseen(func, args):
+                return func(*args, **kwargs)
             self._check_known(func, args, kwargs)
         if (kernel := self.memory.kernel(func, args, kwargs)) is not None:
             self._sample()
@@ -407,7 +411,8 @@ class Tracker(TorchDispatchMode):
         Raises:
             TypeError: `model` is no module, or one of `optimizers` no optimizer.
         """
-        roles = self._roles(model, optimizers)
+        with torch._C.DisableTorchFunction():  # every tensor tells its own device
+            roles = self._roles(model, optimizers)
         counts: Counter[str] = Counter()
         for storage in list(self._storages.values()):  # they may die meanwhile
             counts[roles.get(storage, storage.kind)] += storage.nbytes
@@ -439,7 +444,8 @@ class Tracker(TorchDispatchMode):
 
         def look(stepping: object = None, *_: object) -> None:
             looked_at = tuple(o for o in optimizers if stepping in (None, o))
-            recording.roles |= self._roles(model, looked_at)
+            with torch._C.DisableTorchFunction():
+                recording.roles |= self._roles(model, looked_at)
 
         look()
         self._sample()
@@ -484,6 +490,17 @@ class Tracker(TorchDispatchMode):
             note("gradients", *(p.grad for p in model.parameters()))
             note("parameters", *model.parameters())
         return roles
+
+    def _are_unseen(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Whether an operation's tensors on the device are none that is accounted for."""
+        if func.overloadpacket in _ONLY_SHAPES:
+            return False
+        there = [t for t in _tensors(args) if t.device == self.memory.device]
+        return bool(there) and not any(map(self.accounts_for, there))
+
+    def accounts_for(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's storage was seen made, and is counted."""
+        return tensor.untyped_storage()._cdata in self._storages
 
     def _check_known(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse to compute with what is on the device, but was never seen made there.

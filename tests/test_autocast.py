@@ -431,8 +431,7 @@ def test_a_scaled_step_is_replayed_as_if_no_gradient_were_infinite(gpu: VirtualG
     optimizer.state.clear()
     # What lasts: the scale and the growth tracker, a block of 512 B each.
     assert gpu.memory_allocated() - before == 2 * 512 + 2 * WORKSPACE
-    with pytest.raises(RuntimeError, match="meta"):
-        scaler.get_scale()
+    assert scaler.get_scale() == 65536.0  # one of the numbers whose values are known
 
 
 def test_real_gradients_are_still_looked_at(gpu: VirtualGPU) -> None:

@@ -31,6 +31,8 @@ FLOORS = {
         {"virtual"},
         {"gpu"},
         {"ranks"},
+        {"script"},
+        {"report"},
         {"commands"},
         {"cli"},
         {"__main__"},

@@ -187,6 +187,11 @@ def _register() -> tuple[torch.library.Library, ...]:
     return every, aten
 
 
+def has_cuda() -> bool:
+    """Whether "cuda" is a real device beside the virtual GPU; not within ``as_cuda``."""
+    return torch.cuda.is_available()
+
+
 @contextmanager
 def cuda_autocast() -> Iterator[None]:
     """Let ``torch.autocast("meta")`` and ``GradScaler("meta")`` do as CUDA's do.
@@ -199,7 +204,7 @@ def cuda_autocast() -> Iterator[None]:
 
     def asked_of_the_stand_in(known: Callable[..., Any]) -> Callable[..., Any]:
         # "cuda" only where asked for by name or by default: there is none beside this GPU.
-        names = ("meta",) if torch.cuda.is_available() else ("meta", "cuda")
+        names = ("meta",) if has_cuda() else ("meta", "cuda")
         default = ("cuda",)  # of is_autocast_enabled
         return lambda *args: known(*(_STAND_IN if arg in names else arg for arg in args or default))
 
@@ -208,7 +213,7 @@ def cuda_autocast() -> Iterator[None]:
         def initialized(made: Any, *args: Any, **kwargs: Any) -> None:
             kind = args[0] if args else kwargs.pop(name, "cuda")
             if kind == "cuda":
-                if torch.cuda.is_available():
+                if has_cuda():
                     raise RuntimeError(
                         f'{what}("cuda") is of the CUDA device, but a virtual GPU is in use: '
                         f"say {what}(gpu.device.type), or close() the virtual one"

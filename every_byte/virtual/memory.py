@@ -6,10 +6,10 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -21,6 +21,7 @@ from every_byte.units import KiB, binary
 from every_byte.virtual import kernels, patches
 from every_byte.virtual.autocast import autocast_key, cuda_autocast
 from every_byte.virtual.rules import CUBLASLT_WORKSPACE, Rules
+from every_byte.virtual.values import Values, has_masks, index
 
 # The default of every NVIDIA chip but Hopper and newer, fixed for all of them:
 # 2 buffers of 4096 KiB and 8 of 16 KiB.
@@ -67,6 +68,8 @@ class VirtualMemory(CachingAllocator):
         capacity, alloc_conf, context: see `every_byte.allocator.CachingAllocator`.
         rules: of the card that it plays; without, only what all cards have in common.
         note: what its figures are, for people.
+        values: what happens where a program reads an unknown value; see
+            `every_byte.virtual.values.Values`.
     """
 
     is_replayed = True
@@ -88,7 +91,9 @@ class VirtualMemory(CachingAllocator):
         context: int = 0,
         rules: Rules | None = None,
         note: str = "no CUDA device in use, figures are replayed",
+        values: Literal["assume", "refuse"] = "refuse",
     ) -> None:
+        self.values = Values(values)
         placement = None if rules is None else Downwards()
         super().__init__(capacity, alloc_conf, context, placement)
         self.name, self.rules, self._note = name, rules, note
@@ -152,11 +157,15 @@ class VirtualMemory(CachingAllocator):
         """
         if operation is torch.ops.aten._to_copy.default:
             patches.refuse_quantised(args[0])
+        if has_masks(operation, args):
+            return index
         kernel = kernels.kernel_of(operation, self.rules)
         if kernel is None:
             return None
         tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
-        return kernel if any(t.is_meta for t in tensors) else None  # the host has its own
+        if not any(t.is_meta for t in tensors):
+            return None  # the host has its own
+        return self.values.beside(operation, kernel)
 
     def computed(
         self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
@@ -231,10 +240,13 @@ class VirtualMemory(CachingAllocator):
             stack.enter_context(patches.nothing_is_compiled())
             stack.enter_context(patches.four_bits_are_refused())
             stack.enter_context(cuda_autocast())
+            stack.enter_context(self.values.running())
             stack.enter_context(self.in_thread())
             stack.enter_context(kernels.registered(self.rules))
             yield
 
-    def in_thread(self) -> AbstractContextManager[object]:
-        """Let autocast's kernels be called."""
-        return autocast_key()
+    @contextmanager
+    def in_thread(self) -> Iterator[None]:
+        """Let autocast's kernels be called, and values be kept."""
+        with autocast_key(), self.values.seeing():
+            yield

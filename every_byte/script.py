@@ -1,0 +1,396 @@
+"""An unchanged CUDA script on a virtual card: ``with every_byte.as_cuda("RTX 4090"):``.
+
+Inside, "cuda" is a `every_byte.gpu.VirtualGPU`: a ``TorchFunctionMode`` turns the device
+into the ``meta`` device that is accounted for, and lets its tensors answer as CUDA's do;
+`every_byte.virtual.cuda_names` answers for ``torch.cuda``. A tensor that the script itself
+puts on "meta" is on no card. All is as before once the context ends.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext, _device_constructors
+from torch.utils._pytree import tree_map_only
+
+from every_byte.estimate import CONTEXT
+from every_byte.gpu import VirtualGPU
+from every_byte.tracker import untracked
+from every_byte.virtual import autocast
+from every_byte.virtual.cuda_names import cuda_names, index_of
+
+_CUDA, _META = torch.device("cuda", 0), torch.device("meta")
+_CARD = torch.device("meta", 0)  # the card as a context; PyTorch's tensors drop the 0
+_plain = torch._C.DisableTorchFunction  # what holds inside is PyTorch's own answer
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, str):
+        if not device.startswith("cuda"):
+            return False
+        if device != "cuda" and not device.startswith("cuda:"):
+            return False
+        device = torch.device(device)
+    if isinstance(device, torch.device) and device.type == "cuda":
+        index_of(device)
+        return True
+    return False
+
+
+def _is_meta(device: Any) -> bool:
+    """Whether the script itself asks for "meta"."""
+    return device == "meta" or (isinstance(device, torch.device) and device == _META)
+
+
+class _AsCuda(TorchFunctionMode):
+    """Puts the virtual card in the place of the device "cuda"."""
+
+    def __init__(self, gpu: VirtualGPU) -> None:
+        super().__init__()
+        self.gpu = gpu
+
+    def is_ours(self, tensor: Any) -> bool:
+        """Whether a tensor lies on the virtual card; the script's own meta tensors don't."""
+        with _plain():
+            return bool(tensor.is_meta) and self.gpu.accounts_for(tensor)
+
+    def is_on_no_card(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one of the script's own meta tensors."""
+        with _plain():
+            return bool(tensor.is_meta) and not self.gpu.accounts_for(tensor)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            return handler(self, func, args, kwargs)
+        device = kwargs.get("device")
+        if device is not None:
+            if _is_cuda(device) or type(device) is int:
+                index_of(device)
+                kwargs = {**kwargs, "device": _META}
+                kwargs.pop("pin_memory", None)
+                kwargs.pop("generator", None)
+            elif _is_meta(device):
+                with untracked():
+                    return func(*args, **kwargs)
+        elif args and isinstance(args[0], Tensor) and self.is_on_no_card(args[0]):
+            with untracked():
+                return func(*args, **kwargs)
+        elif args and any(map(_is_cuda, args)):
+            args = tuple(_META if _is_cuda(arg) else arg for arg in args)
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        if kwargs.get("generator") is not None and isinstance(kwargs["generator"], _Generator):
+            kwargs = {**kwargs, "generator": None}
+        return func(*args, **kwargs)
+
+
+# How the card's tensors answer
+
+
+def _device(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    return _CUDA if mode.is_ours(args[0]) else func(*args)
+
+
+def _answered(on_cuda: Any) -> Callable[..., Any]:
+    return lambda mode, func, args, kwargs: (
+        on_cuda if mode.is_ours(args[0]) else func(*args, **kwargs)
+    )
+
+
+def _left_alone(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
+def _to(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    target = kwargs.get("device", args[1] if len(args) > 1 else None)
+    if type(target) is int:
+        index_of(target)
+        target = _CUDA
+    if not (_is_cuda(target) or _is_meta(target)):
+        return func(*args, **kwargs)
+    with _plain():
+        comes_from_meta = args[0].is_meta
+    if _is_meta(target):
+        if not mode.is_ours(args[0]):
+            with untracked():
+                return func(*args, **kwargs)
+        with untracked(), _plain():
+            return torch.empty_like(args[0], device=_META)
+    if comes_from_meta and not mode.is_ours(args[0]):
+        raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": _META}
+    else:
+        args = (args[0], _META, *args[2:])
+    return func(*args, **kwargs)
+
+
+def _cuda(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    index_of(kwargs.get("device", args[1] if len(args) > 1 else None))
+    return _to(mode, Tensor.to, (args[0], _CUDA), {})
+
+
+def _repr(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    tensor = args[0]
+    if not mode.is_ours(tensor):
+        return func(*args, **kwargs)
+    with _plain():
+        known = mode.gpu.memory.values.known(tensor)
+        if known is None and tensor.dim() == 0 and tensor.is_floating_point():
+            known = torch.full((), math.nan, dtype=tensor.dtype, device="cpu")
+        if known is None:
+            return func(*args, **kwargs).replace("device='meta'", "device='cuda:0'")
+        grad = ""
+        if tensor.grad_fn is not None:
+            grad = f", grad_fn=<{type(tensor.grad_fn).__name__}>"
+        elif tensor.requires_grad:
+            grad = ", requires_grad=True"
+        return f"{repr(known)[:-1]}, device='cuda:0'{grad})"
+
+
+def _format(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    if mode.is_ours(args[0]) and args[0].dim() == 0:
+        return format(args[0].item(), args[1])
+    return func(*args, **kwargs)
+
+
+def _hooked(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    tensor, hook = args
+    return func(tensor, _in_backward(mode, hook))
+
+
+def _in_backward(mode: _AsCuda, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the program's that autograd calls; there PyTorch has put modes away."""
+
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if any(m is mode for m in torch.overrides._get_current_function_mode_stack()):
+            return function(*args, **kwargs)
+        with mode:
+            return function(*args, **kwargs)
+
+    return called
+
+
+def _data_ptr(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    if not mode.is_ours(args[0]):
+        return func(*args, **kwargs)
+    with _plain():
+        tensor = args[0]
+        if not tensor.numel():
+            return 0
+        offset = tensor.storage_offset() * tensor.element_size()
+        return tensor.untyped_storage()._cdata + offset
+
+
+def _reduce_ex(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    if not mode.is_ours(args[0]):
+        return func(*args, **kwargs)
+    host = args[0].detach().cpu().requires_grad_(args[0].requires_grad)
+    return host.__reduce_ex__(*args[1:])
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    Tensor.device.__get__: _device,
+    Tensor.is_cuda.__get__: _answered(True),  # type: ignore[attr-defined]
+    Tensor.is_meta.__get__: _answered(False),  # type: ignore[attr-defined]
+    Tensor.get_device: _answered(0),
+    Tensor.to: _to,
+    Tensor.cuda: _cuda,
+    Tensor.__repr__: _repr,
+    Tensor.__format__: _format,
+    Tensor.register_hook: _hooked,
+    Tensor.register_post_accumulate_grad_hook: _hooked,
+    Tensor.data_ptr: _data_ptr,
+    Tensor.__reduce_ex__: _reduce_ex,
+    torch.device: _left_alone,
+    torch._C._nn._parse_to: _left_alone,
+    Tensor.pin_memory: lambda mode, func, args, kwargs: args[0],
+    Tensor.is_pinned: lambda *_: False,
+}
+
+
+class _Generator(torch._C.Generator):
+    """A generator that says it is on the card; random numbers are drawn on the host."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return _CUDA
+
+
+class _Generators(type):
+    def __call__(cls, device: Any = "cpu") -> Any:
+        return _Generator("cpu") if _is_cuda(device) else torch._C.Generator(device)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, torch._C.Generator)
+
+
+class _AnyGenerator(metaclass=_Generators):
+    """``torch.Generator``, of the virtual card too."""
+
+
+@contextmanager
+def _patched(mode: _AsCuda) -> Iterator[None]:
+    """What is no function of tensors, and so is not seen by a ``TorchFunctionMode``."""
+
+    def autocast_of(known: Callable[..., Any]) -> Callable[..., Any]:
+        # Without an argument, autocast's functions ask for CUDA's.
+        def asked(*args: Any) -> Any:
+            if not args or isinstance(args[0], bool):
+                args = ("meta", *args)
+            return known(*("meta" if _is_cuda(arg) else arg for arg in args))
+
+        return asked
+
+    def from_data(make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*args: Any, **kwargs: Any) -> Any:
+            if _is_meta(kwargs.get("device", torch.utils._device.CURRENT_DEVICE)):
+                with untracked():
+                    return make(*args, **kwargs)
+            return make(*args, **kwargs)
+
+        return made
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        where = kwargs.get("map_location", args[1] if len(args) > 1 else None)
+        if not _is_cuda(where):
+            return load_others(*args, **kwargs)
+        loaded = load_others(*args[:1], *args[2:], **{**kwargs, "map_location": "cpu"})
+        return tree_map_only(Tensor, lambda tensor: tensor.to(_CUDA), loaded)
+
+    def grouped(*args: Any, **kwargs: Any) -> Any:
+        groups = group_others(*args, **kwargs)
+        return {
+            (_CUDA if device == _META else device, dtype): group
+            for (device, dtype), group in groups.items()
+        }
+
+    def compile(model: Any = None, **_: Any) -> Any:
+        warnings.warn(
+            "torch.compile: the virtual card runs it eagerly; compiled, peaks may be lower",
+            stacklevel=2,
+        )
+        return model if model is not None else lambda function: function
+
+    def entered(context: Any, device: Any) -> None:
+        make_context(context, device)
+        if _is_cuda(device):
+            context.device = _CARD
+
+    def within(context: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if _is_meta(context.device):
+            with untracked():
+                return function_of(context, func, types, args, kwargs)
+        return function_of(context, func, types, args, kwargs)
+
+    def address(storage: Any) -> int:
+        if storage.device.type == "meta":
+            return storage._cdata if storage.nbytes() else 0
+        return address_of_others(storage)
+
+    def saved_by(hooks: Any, pack: Any, unpack: Any) -> None:
+        make_hooks(hooks, _in_backward(mode, pack), _in_backward(mode, unpack))
+
+    make_hooks = torch.autograd.graph.saved_tensors_hooks.__init__
+    apply = _in_backward(mode, torch.autograd.function.BackwardCFunction.apply)
+    group_others = torch._C._group_tensors_by_device_and_dtype
+    load_others, make_context = torch.load, DeviceContext.__init__
+    function_of = DeviceContext.__torch_function__
+    address_of_others = torch.UntypedStorage.data_ptr
+    _device_constructors()
+    with ExitStack() as stack:
+        for owner, name in (
+            *((torch, f"{verb}_autocast_enabled") for verb in ("is", "set")),
+            *((torch, f"{verb}_autocast_dtype") for verb in ("get", "set")),
+            (torch._C, "_is_autocast_available"),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, autocast_of(getattr(owner, name))))
+        for name in ("tensor", "as_tensor", "asarray"):
+            stack.enter_context(mock.patch.object(torch, name, from_data(getattr(torch, name))))
+        patches: tuple[tuple[Any, str, Any], ...] = (
+            (Tensor, "record_stream", lambda tensor, stream: None),
+            (Tensor, "pin_memory", lambda tensor, device=None: tensor),
+            (torch._C, "_group_tensors_by_device_and_dtype", grouped),
+            (torch, "load", load),
+            (torch, "compile", compile),
+            (torch, "Generator", _AnyGenerator),
+            (DeviceContext, "__init__", entered),
+            (DeviceContext, "__torch_function__", within),
+            (torch.UntypedStorage, "data_ptr", address),
+            (torch.autograd.graph.saved_tensors_hooks, "__init__", saved_by),
+            (torch.autograd.function.BackwardCFunction, "apply", apply),
+        )
+        for owner, name, patch in patches:
+            stack.enter_context(mock.patch.object(owner, name, patch))
+        yield
+
+
+@contextmanager
+def as_cuda(
+    card: str | None = None,
+    capacity: int | None = None,
+    *,
+    values: Literal["assume", "refuse"] = "assume",
+    alloc_conf: str = "",
+    context: int | None = None,
+    torch_version: str | None = None,
+) -> Iterator[VirtualGPU]:
+    """Let the device "cuda" be a virtual card, while the context lasts; gives the card.
+
+    Args:
+        card: such as "RTX 4090"; see `every_byte.data.cards`.
+        capacity: bytes that it has; the card's if None.
+        values: what happens where the program reads a value that depends on weights or
+            activations; "assume" goes on, and ``gpu.memory.values.assumptions`` lists it.
+        alloc_conf: as of `every_byte.gpu.VirtualGPU`.
+        context: bytes that the process holds beside PyTorch's; if None, a CUDA context's on
+            a card that is named (`every_byte.estimate.CONTEXT`), and nothing without one.
+        torch_version: whose rules the card follows, such as "2.11"; the installed one's if None.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong.
+        RuntimeError: another one is under way.
+    """
+    if any(isinstance(m, _AsCuda) for m in torch.overrides._get_current_function_mode_stack()):
+        raise RuntimeError("as_cuda() is in use already: leave it before it is entered again")
+    if context is None:
+        context = 0 if card is None else CONTEXT
+    gpu = VirtualGPU(
+        card,
+        capacity,
+        values=values,
+        alloc_conf=alloc_conf,
+        context=context,
+        torch=torch_version,
+    )
+    gpu.pass_unseen()
+    gpu.device = torch.device("cuda")
+    mode = _AsCuda(gpu)
+    in_thread = gpu.memory.in_thread
+
+    @contextmanager
+    def in_each_thread() -> Iterator[None]:
+        with in_thread(), mode:
+            yield
+
+    with ExitStack() as stack:
+        # "cuda" is the virtual card, even beside a real one.
+        stack.enter_context(mock.patch.object(autocast, "has_cuda", lambda: False))
+        stack.enter_context(gpu)
+        stack.enter_context(cuda_names(gpu))
+        stack.enter_context(_patched(mode))
+        stack.enter_context(mock.patch.object(gpu.memory, "in_thread", in_each_thread))
+        stack.enter_context(mode)
+        yield gpu

@@ -1,0 +1,344 @@
+"""What ``torch.cuda`` and ``torch.accelerator`` answer for a virtual card.
+
+`cuda_names` puts answers in the place of PyTorch's functions, under their names, and
+takes them away again. A card that computes nothing is never busy: streams and events
+are ready at once, and time between events is 0 ms. Which stream memory is taken on
+is kept, since the caching allocator asks for it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+from unittest import mock
+
+import torch
+
+CAPABILITY = (8, 0)
+"""Of the card whose kernels are replayed (`every_byte.virtual.kernels`)."""
+
+
+Card: TypeAlias = Any  # an every_byte.gpu.VirtualGPU, which stands above this module
+
+
+def index_of(device: Any) -> int:
+    """The number of a device as programs name it: None, 0, "cuda", "cuda:0", or a device.
+
+    Raises:
+        RuntimeError: there is no such card, in CUDA's words.
+    """
+    if device is None:
+        return 0
+    if isinstance(device, str):
+        device = torch.device(device)
+    index = device if isinstance(device, int) else device.index
+    if index not in (None, 0, -1):
+        raise RuntimeError(
+            "CUDA error: invalid device ordinal\n"
+            f"(the virtual machine has one card, cuda:0; asked for was cuda:{index})"
+        )
+    return 0
+
+
+class Stream:
+    """A stream of the virtual card: `stream_id` says which memory it takes."""
+
+    def __init__(self, device: Any = None, priority: int = 0, **kwargs: Any) -> None:
+        index_of(device)
+        self.device = torch.device("cuda", 0)
+        self.priority = priority
+        memory = _card().memory
+        self.stream_id = kwargs["stream_id"] if "stream_id" in kwargs else memory.new_stream()
+        self.cuda_stream = self.stream_id
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream) and other.stream_id == self.stream_id
+
+    def __hash__(self) -> int:
+        return hash(self.stream_id)
+
+    def __enter__(self) -> "Stream":
+        memory = _card().memory
+        self._before, memory.stream = memory.stream, self.stream_id
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _card().memory.stream = self._before
+
+    def record_event(self, event: Any = None) -> "Event":
+        """An event that has happened."""
+        return event if event is not None else Event()
+
+    def query(self) -> bool:
+        """Whether all is done: it is."""
+        return True
+
+    def is_capturing(self) -> bool:
+        """Whether it captures a CUDA graph: none is."""
+        return False
+
+    def synchronize(self, *_: object) -> None:
+        """Wait for nothing."""
+
+    wait_event = wait_stream = synchronize
+
+
+class DeviceGuard:
+    """``torch.cuda.device``: there is one card, which is chosen already."""
+
+    def __init__(self, device: Any = None) -> None:
+        self.idx = index_of(device)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+class DeviceOfTensor(DeviceGuard):
+    """``torch.cuda.device_of``."""
+
+    def __init__(self, obj: Any) -> None:
+        super().__init__()
+
+
+class Event:
+    """An event of the virtual card, which happens at once."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        """Happen."""
+
+    wait = synchronize = record
+
+    def query(self) -> bool:
+        """Whether it has happened: it has."""
+        return True
+
+    def elapsed_time(self, end_event: Any) -> float:
+        """Milliseconds until another: nothing is computed, so none."""
+        return 0.0
+
+
+_cards: list[Card] = []  # in use; the last one answers
+
+
+def _card() -> Card:
+    return _cards[-1]
+
+
+def memory_stats(card: Card) -> OrderedDict[str, Any]:
+    """As ``torch.cuda.memory_stats``, of what the replay knows; what it does not count is 0."""
+    stats: dict[str, Any] = {}
+    for kind in (
+        *("allocation", "segment", "active", "inactive_split"),
+        *("allocated_bytes", "reserved_bytes", "active_bytes", "inactive_split_bytes"),
+        "requested_bytes",
+    ):
+        for pool in ("all", "small_pool", "large_pool"):
+            for what in ("current", "peak", "allocated", "freed"):
+                stats[f"{kind}.{pool}.{what}"] = 0
+    for kind in ("oversize_allocations", "oversize_segments"):
+        for what in ("current", "peak", "allocated", "freed"):
+            stats[f"{kind}.{what}"] = 0
+    for name in ("num_alloc_retries", "num_ooms", "num_sync_all_streams"):
+        stats[name] = 0
+    stats["num_device_alloc"] = stats["num_device_free"] = stats["max_split_size"] = 0
+    for kind in ("allocated_bytes", "active_bytes"):
+        stats[f"{kind}.all.current"] = card.memory_allocated()
+        stats[f"{kind}.all.peak"] = card.max_memory_allocated()
+    stats["reserved_bytes.all.current"] = card.memory_reserved()
+    stats["reserved_bytes.all.peak"] = card.max_memory_reserved()
+    stats["requested_bytes.all.current"] = card.memory.memory_requested()
+    for segment in card.memory_snapshot():
+        pool = f"{segment['segment_type']}_pool"
+        for of in ("all", pool):
+            stats[f"segment.{of}.current"] += 1
+            for block in segment["blocks"]:
+                kind = "allocation" if block["state"].startswith("active") else "inactive_split"
+                stats[f"{kind}.{of}.current"] += 1
+        stats[f"reserved_bytes.{pool}.current"] += segment["total_size"]
+        stats[f"allocated_bytes.{pool}.current"] += segment["allocated_size"]
+        stats[f"active_bytes.{pool}.current"] += segment["allocated_size"]
+    return OrderedDict(sorted(stats.items()))
+
+
+def _answers(card: Card) -> dict[str, Callable[..., Any] | type]:
+    """Names of ``torch.cuda``: their answers."""
+    memory = card.memory
+
+    def nothing() -> Callable[..., None]:  # one for each name: torch._dynamo tells them apart
+        return lambda *_, **__: None
+
+    def properties(device: Any = None) -> SimpleNamespace:
+        index_of(device)
+        return SimpleNamespace(
+            name=memory.name,
+            major=CAPABILITY[0],
+            minor=CAPABILITY[1],
+            total_memory=card.mem_get_info()[1],
+            multi_processor_count=108,
+            max_threads_per_multi_processor=2048,
+            warp_size=32,
+            is_integrated=0,
+            is_multi_gpu_board=0,
+            regs_per_multiprocessor=65536,
+            shared_memory_per_block=49152,
+            shared_memory_per_block_optin=166912,
+            shared_memory_per_multiprocessor=167936,
+            L2_cache_size=40 * 2**20,
+            gcnArchName=memory.name,
+            uuid="00000000-0000-0000-0000-000000000000",
+        )
+
+    def of_device(answer: Callable[[], Any]) -> Callable[..., Any]:
+        def asked(device: Any = None, *_: object, **__: object) -> Any:
+            index_of(device)
+            return answer()
+
+        return asked
+
+    @contextmanager
+    def stream(chosen: Any) -> Iterator[None]:
+        before = memory.stream
+        memory.stream = before if chosen is None else chosen.stream_id
+        try:
+            yield
+        finally:
+            memory.stream = before
+
+    def set_stream(chosen: Any) -> None:
+        memory.stream = chosen.stream_id
+
+    def current_stream(device: Any = None) -> Stream:
+        return Stream(stream_id=memory.stream)
+
+    def default_stream(device: Any = None) -> Stream:
+        return Stream(stream_id=0)
+
+    def refuse_fraction(fraction: float, device: Any = None) -> None:
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"Invalid fraction value: {fraction}. Allowed range: 0~1")
+        total = card.mem_get_info()[1]
+        memory.capacity = min(memory.capacity or total, int(total * fraction))
+
+    def record_history(enabled: Any = "all", *_: object, **options: Any) -> None:
+        more = {"max_entries": options["max_entries"]} if "max_entries" in options else {}
+        card.record_memory_history("all" if enabled else None, **more)
+
+    def is_bf16_supported(including_emulation: bool = True) -> bool:
+        return CAPABILITY >= (8, 0)
+
+    return {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "init": nothing(),
+        "_lazy_init": nothing(),
+        "_is_compiled": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": of_device(lambda: None),
+        "device": DeviceGuard,
+        "device_of": DeviceOfTensor,
+        "get_device_name": of_device(lambda: memory.name),
+        "get_device_capability": of_device(lambda: CAPABILITY),
+        "get_device_properties": properties,
+        "get_arch_list": lambda: [f"sm_{CAPABILITY[0]}{CAPABILITY[1]}"],
+        "can_device_access_peer": lambda *_: False,
+        "is_bf16_supported": is_bf16_supported,
+        "is_tf32_supported": lambda: CAPABILITY >= (8, 0),
+        "is_current_stream_capturing": lambda: False,
+        "synchronize": of_device(lambda: None),
+        "ipc_collect": nothing(),
+        "Stream": Stream,
+        "Event": Event,
+        "stream": stream,
+        "set_stream": set_stream,
+        "current_stream": current_stream,
+        "default_stream": default_stream,
+        "utilization": of_device(lambda: 0),
+        "memory_usage": of_device(lambda: 0),
+        # random numbers are drawn on the host
+        "manual_seed": lambda seed: None,
+        "manual_seed_all": lambda seed: None,
+        "seed": nothing(),
+        "seed_all": nothing(),
+        "initial_seed": lambda: torch.initial_seed(),
+        "get_rng_state": lambda device="cuda": torch.zeros(16, dtype=torch.uint8, device="cpu"),
+        "get_rng_state_all": lambda: [torch.zeros(16, dtype=torch.uint8, device="cpu")],
+        "set_rng_state": nothing(),
+        "set_rng_state_all": nothing(),
+        # memory
+        "memory_allocated": of_device(card.memory_allocated),
+        "max_memory_allocated": of_device(card.max_memory_allocated),
+        "memory_reserved": of_device(card.memory_reserved),
+        "max_memory_reserved": of_device(card.max_memory_reserved),
+        "memory_cached": of_device(card.memory_reserved),
+        "max_memory_cached": of_device(card.max_memory_reserved),
+        "reset_peak_memory_stats": of_device(card.reset_peak_memory_stats),
+        "reset_max_memory_allocated": of_device(card.reset_peak_memory_stats),
+        "reset_max_memory_cached": of_device(card.reset_peak_memory_stats),
+        "reset_accumulated_memory_stats": nothing(),
+        "empty_cache": card.empty_cache,
+        "mem_get_info": of_device(card.mem_get_info),
+        "memory_stats": of_device(lambda: memory_stats(card)),
+        "memory_snapshot": lambda *_, **__: card.memory_snapshot(),
+        "set_per_process_memory_fraction": refuse_fraction,
+        "list_gpu_processes": of_device(lambda: f"GPU:0\nprocess: this one, on {memory.name}"),
+        "get_allocator_backend": lambda: "native",
+        "_record_memory_history": record_history,
+        "_snapshot": lambda *_, **__: card.snapshot(),
+        "_dump_snapshot": card.dump_snapshot,
+    }
+
+
+def _again(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """The same answer as a function of its own."""
+    return lambda *args, **kwargs: answer(*args, **kwargs)
+
+
+def _accelerators(card: Card, answers: dict[str, Any]) -> dict[str, Any]:
+    """Names of ``torch.accelerator``: their answers."""
+    same = (
+        *("is_available", "device_count", "synchronize", "current_stream", "set_stream"),
+        *("empty_cache", "memory_allocated", "max_memory_allocated", "memory_reserved"),
+        *("max_memory_reserved", "reset_peak_memory_stats", "memory_stats"),
+        *("reset_accumulated_memory_stats",),
+    )
+    return {
+        **{name: _again(answers[name]) for name in same},
+        "current_accelerator": lambda check_available=False: torch.device("cuda"),
+        "current_device_index": _again(answers["current_device"]),
+        "current_device_idx": _again(answers["current_device"]),
+        "set_device_index": _again(answers["set_device"]),
+        "set_device_idx": _again(answers["set_device"]),
+        "device_index": _again(answers["device"]),
+        "get_memory_info": _again(answers["mem_get_info"]),
+    }
+
+
+@contextmanager
+def cuda_names(card: Card) -> Iterator[None]:
+    """Let a virtual card answer for ``torch.cuda`` and ``torch.accelerator``."""
+    answers = _answers(card)
+    modules: list[tuple[Any, dict[str, Any]]] = [
+        (torch.cuda, answers),
+        (torch.cuda.memory, {name: answers[name] for name in answers if _is_in(name)}),
+        (torch.cuda.random, {name: answers[name] for name in answers if "rng" in name}),
+        (torch.accelerator, _accelerators(card, answers)),
+    ]
+    with ExitStack() as stack:
+        for module, names in modules:
+            for name, answer in names.items():
+                stack.enter_context(mock.patch.object(module, name, answer, create=True))
+        _cards.append(card)
+        stack.callback(_cards.remove, card)
+        yield
+
+
+def _is_in(name: str) -> bool:
+    return hasattr(torch.cuda.memory, name) and name != "is_initialized"

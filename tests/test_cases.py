@@ -1,0 +1,153 @@
+"""What users' scripts do with a GPU: each of these once failed on the virtual one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import every_byte
+
+OPTIMIZERS = (
+    *("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop"),
+    *("Rprop", "ASGD", "Adafactor", "Muon", "LBFGS"),
+)
+
+
+@pytest.fixture(name="gpu")
+def one_card() -> Any:
+    with every_byte.as_cuda("RTX 4090") as gpu:
+        yield gpu
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", requires_grad=True)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_optimizer_takes_two_steps(gpu: every_byte.VirtualGPU, name: str) -> None:
+    model = nn.Linear(64, 64, bias=False).cuda()
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=1e-3)
+    x = torch.randn(4, 64, device="cuda")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(x).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+    assert model.weight.grad is not None
+
+
+@pytest.mark.parametrize("option", ["fused", "capturable", "amsgrad", "foreach"])
+def test_adamws_options(gpu: every_byte.VirtualGPU, option: str) -> None:
+    model = nn.Linear(64, 64).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), **{option: True})
+    model(torch.randn(4, 64, device="cuda")).sum().backward()
+    optimizer.step()
+    per_parameter = {"fused": 3, "capturable": 3, "amsgrad": 3, "foreach": 2}[option]
+    on_card = [
+        t for state in optimizer.state.values() for t in state.values() if getattr(t, "is_cuda", 0)
+    ]
+    assert len(on_card) == 2 * per_parameter
+
+
+RUN: dict[str, Callable[[], Any]] = {
+    "einsum": lambda: (
+        torch.einsum("bij,bjk->bik", random(2, 3, 4), random(2, 4, 5)).sum().backward()
+    ),
+    "one_hot": lambda: F.one_hot(torch.randint(0, 10, (5,), device="cuda")),
+    "multinomial": lambda: torch.multinomial(torch.rand(4, 10, device="cuda"), 2),
+    "any": lambda: bool(torch.rand(4, 4000, device="cuda").any()),
+    "histc": lambda: torch.histc(torch.rand(10, device="cuda"), 5),
+    "searchsorted": lambda: torch.searchsorted(
+        torch.arange(10.0, device="cuda"), torch.rand(5, device="cuda")
+    ),
+    "from_numpy": lambda: torch.from_numpy(torch.ones(4).numpy()).to("cuda"),
+    "transformer": lambda: (
+        nn.Transformer(64, 4, 1, 1, batch_first=True)
+        .cuda()(
+            random(2, 8, 64),
+            random(2, 8, 64),
+            tgt_mask=nn.Transformer.generate_square_subsequent_mask(8, device="cuda"),
+        )
+        .sum()
+        .backward()
+    ),
+    "clip": lambda: nn.utils.clip_grad_norm_([random(9)], 1.0, error_if_nonfinite=True),
+    "distribution": lambda: torch.distributions.Normal(random(3000), 1.0).rsample(),
+    "print": lambda: print(random(4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_what_scripts_call_runs(gpu: every_byte.VirtualGPU, name: str) -> None:
+    RUN[name]()
+
+
+def test_results_that_go_to_the_host_leave_the_card(gpu: every_byte.VirtualGPU) -> None:
+    z = torch.randn(2, 100_000)
+    x = torch.tensor([1.0, 2.0])
+    kept, sizes = [], []
+    for i in range(0, 100_000, 10_000):
+        part = x.view(2, 1).cuda() * z[:, i : i + 10_000].cuda()
+        kept.append(part.max(dim=0)[0].cpu())
+        del part
+        sizes.append(gpu.memory_allocated())
+    assert set(sizes) == {0}
+
+
+def test_activations_that_are_saved_on_the_host(gpu: every_byte.VirtualGPU) -> None:
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(4))).cuda()
+    x = torch.randn(1024, 256, device="cuda")
+    loss = model(x).sum()
+    kept = gpu.memory_allocated()
+    del loss
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):
+        loss = model(x).sum()
+    assert kept - gpu.memory_allocated() >= 3 * 1024 * 256 * 4
+    loss.backward()
+    assert model[0].weight.grad is not None
+    assert model[0].weight.grad.is_cuda
+
+
+def test_a_model_goes_to_the_host_and_back(gpu: every_byte.VirtualGPU) -> None:
+    model = nn.Linear(1000, 1000).cuda()
+    held = gpu.memory_allocated()
+    model.cpu()
+    assert gpu.memory_allocated() == 0
+    model.cuda()
+    assert gpu.memory_allocated() == held
+
+
+def test_accuracy_is_counted(gpu: every_byte.VirtualGPU) -> None:
+    good = 0
+    for _ in range(3):
+        logits = torch.randn(8, 1000, device="cuda")
+        labels = torch.randint(0, 10, (8,)).to("cuda")
+        good += (logits.argmax(1) == labels).sum().item()
+        if torch.isnan(logits).any():
+            raise AssertionError
+    assert 0 <= good <= 24
+    assert len(gpu.memory.values.assumptions) >= 1
+
+
+def test_accelerate_takes_the_card(gpu: every_byte.VirtualGPU) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)
+    try:
+        accelerator = accelerate.Accelerator(mixed_precision="no")
+        assert accelerator.device.type == "cuda"
+        model = nn.Linear(128, 128)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model, optimizer = accelerator.prepare(model, optimizer)
+        accelerator.backward(model(torch.randn(4, 128, device="cuda")).mean())
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        assert gpu.breakdown(model, optimizer.optimizer)["optimizer states"] == 2 * 4 * 129 * 128
+    finally:
+        accelerate.state.AcceleratorState._reset_state(True)
