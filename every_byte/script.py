@@ -312,8 +312,8 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
     _device_constructors()
     with ExitStack() as stack:
         for owner, name in (
-            *((torch, f"{verb}_autocast_enabled") for verb in ("is", "set")),
-            *((torch, f"{verb}_autocast_dtype") for verb in ("get", "set")),
+            *((torch, name) for name in ("is_autocast_enabled", "set_autocast_enabled")),
+            *((torch, name) for name in ("get_autocast_dtype", "set_autocast_dtype")),
             (torch._C, "_is_autocast_available"),
         ):
             stack.enter_context(mock.patch.object(owner, name, autocast_of(getattr(owner, name))))

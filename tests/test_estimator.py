@@ -257,7 +257,7 @@ CONTROLS = [  # each with a value that is not where it starts, and what else is 
     ("card", "T4", ""),
     ("gpus", "5", "sharding=ZeRO+3"),
     ("sharding", "ZeRO 2", "gpus=4"),
-    ("load", "device_map", "model=gpt2-large&dtype=fp32"),
+    ("load", "device_map", "model=gpt2-large&dtype=fp32&length=1024"),
 ]
 
 
@@ -415,7 +415,7 @@ def test_nonsense_gets_a_message_at_its_field(tab: Page, name: str) -> None:
         assert field.get_attribute("aria-invalid") == "true"
         assert error.is_visible()
         assert error.inner_text().startswith(f"{name} is ")
-        assert "Mend the marked field" in tab.inner_text("#e-headline")
+        assert "Fix the marked field" in tab.inner_text("#e-headline")
         assert shown(tab) == right  # of what was chosen before
         change(tab, name, good)
         assert field.get_attribute("aria-invalid") is None
@@ -576,7 +576,7 @@ def test_nothing_is_wider_than_the_screen(tab: Page, width: int) -> None:
 
 
 def test_motion_and_paper(tab: Page) -> None:
-    style = "getComputedStyle(document.querySelector('#e-bar [data-kind]')).transitionDuration"
+    style = "getComputedStyle(document.querySelector('#e-bar [data-part]')).transitionDuration"
     assert tab.evaluate(style) != "0s"
     tab.emulate_media(reduced_motion="reduce")
     assert tab.evaluate(style) == "0s"

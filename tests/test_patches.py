@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,7 @@ def parsed() -> Iterator[ast.Module]:
         yield tree
 
 
+@cache
 def own_names() -> set[str]:
     """The private names that the package itself defines: of functions, classes, attributes."""
     names = set()
@@ -39,7 +41,8 @@ def own_names() -> set[str]:
             case ast.Name(id=name, ctx=ast.Store()):
                 names.add(name)
     # It overrides this one of PyTorch's.
-    return {name for name in names if is_private(name)} - {"_should_skip_dynamo"}
+    ours = {name for name in names if is_private(name)} - {"_should_skip_dynamo"}
+    return ours | {"_every_byte_copy"}  # an attribute that it gives to PyTorch's storages
 
 
 def chain(node: ast.expr, imported: dict[str, str]) -> str:
@@ -75,6 +78,7 @@ def used(tree: ast.Module) -> Iterator[str]:
                 yield f"*.{name}"
 
 
+@cache
 def operators() -> set[str]:
     """Operators are named by their schemas, and called through ``torch.ops``."""
     names = torch._C._dispatch_get_all_op_names()
@@ -82,6 +86,7 @@ def operators() -> set[str]:
     return parts | {part.rstrip("123d") for part in parts}  # named in an f-string, by dimension
 
 
+@cache
 def names_in_use() -> set[str]:
     ours = own_names() | operators() | {"__future__", "_getframe"}
     found = set()
@@ -133,7 +138,7 @@ import torch
 from torch.utils import _pytree as trees
 from torch._subclasses import FakeTensorMode
 torch._C._new_name()
-trees.tree_map
+trees.tree_all
 x._another
 mock.patch.object(x, "_third")
 """
@@ -141,7 +146,7 @@ mock.patch.object(x, "_third")
     assert found >= {
         "torch._subclasses.FakeTensorMode",
         "torch._C._new_name",
-        "torch.utils._pytree.tree_map",
+        "torch.utils._pytree.tree_all",
         "*._another",
         "*._third",
     }

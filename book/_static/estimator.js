@@ -280,8 +280,8 @@
     $("estimator").classList.toggle("stale", now.refused.length > 0);
     if (remember !== undefined) keepAddress(remember);
     if (now.refused.length) {
-      $("e-headline").textContent = "Mend the marked field"
-        + (shown ? ": what stands below is for what you chose before." : ".");
+      $("e-headline").textContent = "Fix the marked field"
+        + (shown ? ". The result below is still for your last valid choice." : ".");
       say(now.refused[0].message);
       return;
     }

@@ -15,8 +15,10 @@ from unittest import mock
 
 import torch
 
-CAPABILITY = (8, 0)
-"""Of the card whose kernels are replayed (`every_byte.virtual.kernels`)."""
+from every_byte.virtual.rules import Rules
+
+# Without a named card the kernels are those of an A100 (`every_byte.virtual.kernels`).
+_A100 = Rules(compute_capability=(8, 0), multiprocessors=108, version=(2, 14))
 
 
 Card: TypeAlias = Any  # an every_byte.gpu.VirtualGPU, which stands above this module
@@ -155,7 +157,7 @@ def memory_stats(card: Card) -> OrderedDict[str, Any]:
     stats["reserved_bytes.all.peak"] = card.max_memory_reserved()
     stats["requested_bytes.all.current"] = card.memory.memory_requested()
     for segment in card.memory_snapshot():
-        pool = f"{segment['segment_type']}_pool"
+        pool = {"small": "small_pool", "large": "large_pool"}[segment["segment_type"]]
         for of in ("all", pool):
             stats[f"segment.{of}.current"] += 1
             for block in segment["blocks"]:
@@ -170,6 +172,8 @@ def memory_stats(card: Card) -> OrderedDict[str, Any]:
 def _answers(card: Card) -> dict[str, Callable[..., Any] | type]:
     """Names of ``torch.cuda``: their answers."""
     memory = card.memory
+    rules = memory.rules or _A100
+    capability = rules.compute_capability
 
     def nothing() -> Callable[..., None]:  # one for each name: torch._dynamo tells them apart
         return lambda *_, **__: None
@@ -178,19 +182,16 @@ def _answers(card: Card) -> dict[str, Callable[..., Any] | type]:
         index_of(device)
         return SimpleNamespace(
             name=memory.name,
-            major=CAPABILITY[0],
-            minor=CAPABILITY[1],
+            major=capability[0],
+            minor=capability[1],
             total_memory=card.mem_get_info()[1],
-            multi_processor_count=108,
-            max_threads_per_multi_processor=2048,
+            multi_processor_count=rules.multiprocessors,
+            max_threads_per_multi_processor=rules.threads,
             warp_size=32,
             is_integrated=0,
             is_multi_gpu_board=0,
             regs_per_multiprocessor=65536,
             shared_memory_per_block=49152,
-            shared_memory_per_block_optin=166912,
-            shared_memory_per_multiprocessor=167936,
-            L2_cache_size=40 * 2**20,
             gcnArchName=memory.name,
             uuid="00000000-0000-0000-0000-000000000000",
         )
@@ -231,7 +232,7 @@ def _answers(card: Card) -> dict[str, Callable[..., Any] | type]:
         card.record_memory_history("all" if enabled else None, **more)
 
     def is_bf16_supported(including_emulation: bool = True) -> bool:
-        return CAPABILITY >= (8, 0)
+        return capability >= (8, 0)
 
     return {
         "is_available": lambda: True,
@@ -245,12 +246,12 @@ def _answers(card: Card) -> dict[str, Callable[..., Any] | type]:
         "device": DeviceGuard,
         "device_of": DeviceOfTensor,
         "get_device_name": of_device(lambda: memory.name),
-        "get_device_capability": of_device(lambda: CAPABILITY),
+        "get_device_capability": of_device(lambda: capability),
         "get_device_properties": properties,
-        "get_arch_list": lambda: [f"sm_{CAPABILITY[0]}{CAPABILITY[1]}"],
+        "get_arch_list": lambda: [f"sm_{capability[0]}{capability[1]}"],
         "can_device_access_peer": lambda *_: False,
         "is_bf16_supported": is_bf16_supported,
-        "is_tf32_supported": lambda: CAPABILITY >= (8, 0),
+        "is_tf32_supported": lambda: capability >= (8, 0),
         "is_current_stream_capturing": lambda: False,
         "synchronize": of_device(lambda: None),
         "ipc_collect": nothing(),

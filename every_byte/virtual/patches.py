@@ -224,6 +224,67 @@ PRIVATE_NAMES = (
         "one_of() cannot open a process group",
         "ranks",
     ),
+    # Values, and an unchanged CUDA script
+    PrivateName(
+        "torch._C.DisableTorchFunction",
+        "asks a tensor for its own device, where meta tensors say that they are CUDA's",
+        "as_cuda() accounts for nothing",
+        checked=("2.14",),
+    ),
+    PrivateName(
+        "torch.utils._python_dispatch._disable_current_modes",
+        "computes known values on the host, out of sight",
+        "the host's copies count, or are computed without end",
+        checked=("2.14",),
+    ),
+    PrivateName(
+        "torch.utils._pytree.tree_map",
+        "puts known values in the tensors' place",
+        "no value is known",
+        checked=("2.14",),
+    ),
+    PrivateName(
+        "torch.utils._pytree.tree_map_only",
+        "puts known values in the tensors' place",
+        "no value is known",
+        checked=("2.14",),
+    ),
+    PrivateName(
+        "torch._C._nn._parse_to",
+        "is left to read the device that a script names",
+        "model.to('cuda') fails in as_cuda()",
+        checked=("2.14",),
+    ),
+    PrivateName(
+        "torch._C._group_tensors_by_device_and_dtype",
+        "groups tensors by the device that they say they are on, for optimizers",
+        "foreach optimizers mix devices in as_cuda()",
+        checked=("2.14",),
+    ),
+    PrivateName(
+        "torch._C.Generator",
+        "is the class of random generators, which a script may make for cuda",
+        "torch.Generator(device='cuda') fails in as_cuda()",
+        checked=("2.14",),
+    ),
+    PrivateName(
+        "torch.overrides._get_current_function_mode_stack",
+        "tells whether as_cuda() is in use already",
+        "two of them map devices twice",
+        checked=("2.14",),
+    ),
+    PrivateName(
+        "torch.cuda._lazy_init",
+        "has nothing to wake in as_cuda(); likewise _is_compiled",
+        "scripts that call it fail in as_cuda()",
+        checked=("2.14",),
+    ),
+    PrivateName(
+        "torch.cuda.memory._dump_snapshot",
+        "writes the virtual card's snapshot in as_cuda()",
+        "a script writes none",
+        checked=("2.14",),
+    ),
     # A CUDA device
     PrivateName(
         "torch.cuda.memory._snapshot",

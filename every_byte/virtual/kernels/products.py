@@ -25,7 +25,7 @@ def _readable(matrix: Tensor) -> bool:
 def product_temporaries(operation: Any, args: tuple[Any, ...], rules: Rules) -> list[int] | None:
     """Bytes of the copies of a product's operands; None if it is no product."""
     places = _MATRICES.get(operation.overloadpacket)
-    if places is None or "dtype" in operation._overloadname:
+    if places is None or "dtype" in str(operation):
         return None
     matrices = [args[place] for place in places]
     return [m.nbytes for m in matrices if m.numel() and not _readable(m)]
