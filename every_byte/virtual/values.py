@@ -588,8 +588,14 @@ def _made(values: Values, tensor: Tensor, host: Any, origin: str | None) -> Any:
     return tree_map(make, host)
 
 
-def _sized(what: str, largest: Callable[..., Any]) -> Callable[..., Any]:
-    """Answer with the host's result where all is known, else with the `largest` one."""
+_LARGEST = "the largest result that there can be"
+_ZEROS = "a result as if the unknown numbers were 0; it can be larger"
+
+
+def _sized(
+    what: str, assumed: Callable[..., Any], assumption: str = _LARGEST
+) -> Callable[..., Any]:
+    """Answer with the host's result where all is known, else with an `assumed` one."""
 
     def answer(values: Values, func: Any, args: Any, kwargs: Any) -> Any:
         if not any(t.is_meta for t in _tensors(args)):
@@ -598,9 +604,9 @@ def _sized(what: str, largest: Callable[..., Any]) -> Callable[..., Any]:
         if known and not origin:
             host = func(*tree_map(_value, args), **tree_map(_value, kwargs))
             return _made(values, args[0], host, None)
-        values._read(what, origin or "", "the largest result that there can be")
+        values._read(what, origin or "", assumption)
         made_by = origin or values._origin(func)
-        return _made(values, args[0], largest(func, *args, **kwargs), made_by)
+        return _made(values, args[0], assumed(func, *args, **kwargs), made_by)
 
     return answer
 
@@ -637,7 +643,7 @@ def _repeat_interleave(values: Values, func: Any, args: Any, kwargs: Any) -> Any
     return _repeated(values, func, args, kwargs)
 
 
-_repeated = _sized("repeat_interleave()", _with_zeros)
+_repeated = _sized("repeat_interleave()", _with_zeros, _ZEROS)
 
 
 def _masked_select(values: Values, func: Any, args: Any, kwargs: Any) -> Any:
@@ -649,7 +655,7 @@ def _masked_select(values: Values, func: Any, args: Any, kwargs: Any) -> Any:
     if known and not origin:
         count = int(_value(mask).expand(shape).sum())
     else:
-        values._read("masked_select()", origin or "", "the largest result that there can be")
+        values._read("masked_select()", origin or "", _LARGEST)
         count = math.prod(shape)
     result = torch.empty(count, dtype=tensor.dtype, device="meta")
     if known and not origin and _is_small(result) and _known((tensor,))[0]:
@@ -687,7 +693,7 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
     "aten::_unique2": _sized("unique()", _all_different),
     "aten::unique_dim": _sized("unique()", _all_different),
     "aten::unique_consecutive": _sized("unique_consecutive()", _all_different),
-    "aten::bincount": _sized("bincount()", _with_zeros),
+    "aten::bincount": _sized("bincount()", _with_zeros, _ZEROS),
     "aten::repeat_interleave": _repeat_interleave,
     "aten::masked_select": _masked_select,
     "aten::isin": _isin,
