@@ -136,7 +136,7 @@ table(
 )
 
 # %% [markdown]
-# What is missing to 100 % are norms, and the routers of Mixtral. A head of 0 % is tied to the embedding. We come to both.
+# The norms make up the rest, and in Mixtral the routers. A head of 0 % is tied to the embedding. We come to both.
 
 # %% [markdown]
 # ## Measure
@@ -182,7 +182,7 @@ table(
 #
 # ### One tensor, two names
 #
-# The embedding turns tokens into vectors, the head turns vectors into scores for tokens. Both are matrices of vocabulary by hidden size, and small models often use *one* for both: they are **tied**. A tied matrix takes memory once. Who adds up the tensors by name counts it twice.
+# The embedding turns tokens into vectors, the head turns vectors into scores for tokens. Both are matrices of vocabulary by hidden size, and small models often use *one* for both: they are **tied**. A tied matrix takes memory once. If you add up the tensors by name, you count it twice.
 
 
 # %%

@@ -40,7 +40,7 @@ print(versions("torch", "transformers", "bitsandbytes"))
 # %% [markdown]
 # ## A model of one billion parameters
 #
-# The source article {cite}`hoperj2024` reckons with a model of one billion parameters: 4 GB of them in FP32, 4 GB of gradients, 8 GB of Adam's states. 16 GB in all. It stays a thought there. Here it becomes a model.
+# The source article {cite}`hoperj2024` uses a model of one billion parameters as its example: 4 GB of them in FP32, 4 GB of gradients, 8 GB of Adam's states. 16 GB in all. The article only calculates it. Here we build it.
 #
 # We take a transformer like Llama and choose its sizes so that it comes to a billion.
 

@@ -490,7 +490,7 @@ table(
 # %% [markdown]
 # ### When gradients live
 #
-# Else gradients are alive from backward to `zero_grad()`. Two habits keep them for longer:
+# Otherwise the gradients live from backward until `zero_grad()`. Two habits keep them for longer:
 #
 # - `zero_grad(set_to_none=False)` fills them with zeros instead of dropping them. They are there in the next forward too.
 # - **Gradient accumulation** adds up the gradients of small batches and steps once. They are there in all forwards but the first. Yet the activations are those of one small batch.

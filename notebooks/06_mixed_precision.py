@@ -343,7 +343,7 @@ on_cpu = on_gpu | {"fp16": torch.float32}
 assert computed == (on_gpu if device.type == "cuda" else on_cpu), computed
 
 # %% [markdown]
-# On a CPU, Accelerate takes `mixed_precision="fp16"` and trains in FP32, without a word: no autocast, no scaler. Only on a GPU it does what it is asked for. What is asked for is not always what runs: look.
+# On a CPU, Accelerate takes `mixed_precision="fp16"` and trains in FP32, without a word: no autocast, no scaler. It only does what you ask on a GPU. Check what really runs.
 #
 # Accelerate chooses its device by itself, and does not know the virtual one. So for the bytes we do by hand what `prepare` does to a model: forward runs under autocast, its result becomes FP32, and the loss is computed outside.
 
@@ -829,7 +829,7 @@ table(
 # %% [markdown]
 # *Activations* and *peak* are in GB, the columns before them in bytes per parameter.
 #
-# By default all 18 never meet. `zero_grad()` drops the gradients, so at the end of forward there are parameters, states and cast weights, 14 bytes. Backward frees a layer's cast weight while it makes its gradient: two bytes go, four come. It ends at 16. Only who keeps the gradients, to accumulate them or with `set_to_none=False`, meets all 18.
+# By default you never see all 18 at once. `zero_grad()` drops the gradients, so at the end of forward there are parameters, states and cast weights, 14 bytes. Backward frees a layer's cast weight while it makes its gradient: two bytes go, four come. It ends at 16. You only reach 18 if you keep the gradients, to accumulate them or with `set_to_none=False`.
 #
 # And the activations? They shrink by a tenth, less than the cast weights take. So for this batch AMP *raises* the peak.
 

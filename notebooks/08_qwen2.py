@@ -207,7 +207,7 @@ for name, d in off.items():
 assert rms["fp16"] < rms["bf16"] < rms["int8"] < rms["nf4"] < spread, rms
 
 # %% [markdown]
-# FP16 comes closest, BF16 follows, each bit less costs. [Number formats](02_precision_formats.ipynb) says why. With random weights this shows that each load works, not how well a quantised model answers.
+# FP16 comes closest, BF16 follows, and each bit you remove costs. [Number formats](02_precision_formats.ipynb) says why. With random weights this shows that each load works, not how well a quantised model answers.
 
 # %% [markdown]
 # ## Compare: the missing 200 MiB
@@ -432,7 +432,7 @@ table(
 figure = timeline(recorded)
 
 # %% [markdown]
-# `half()` frees **at once**, tensor by tensor: there are never two models. The peak over the old model is the first and largest tensor, the embedding. What the peaks exceed the prediction by is rounding, and 256 bytes of buffers.
+# `half()` frees **at once**, tensor by tensor: there are never two models. The peak over the old model is the first and largest tensor, the embedding. The peaks are higher than predicted because of rounding, and 256 bytes of buffers.
 #
 # What is freed stays *reserved* by PyTorch's cache. That is what `nvidia-smi` still shows, until the cache is emptied:
 

@@ -159,7 +159,7 @@ for kind in LASTING:
 #
 # DDP does not send gradients one by one. It collects them in *buckets* of 25 MiB, and sends a bucket when it is full, while backward goes on {cite}`li2020ddp`. Are the buckets the gradients, or a copy?
 #
-# Nobody answers here, so we also say what is to become of a bucket: it stays as it is.
+# Nobody answers here, so we also say what happens to a bucket: it stays as it is.
 
 
 # %%
@@ -582,7 +582,7 @@ table(
 # %% [markdown]
 # Up to 4 GPUs the peak is in the optimizer's step and follows $1/N$: there is Adam's temporary, once more as large as the parameters' part. From 8 on it is in backward, and what does not follow takes over: one layer of the model, and the activations of this GPU's own text.
 #
-# And there is a column more: what PyTorch has *reserved*. FSDP gathers on a CUDA stream of its own, beside the computation, and a block freed on one stream is not given to another {cite}`pytorch-allocator`. So here the cache is larger than the memory in use by gigabytes. Is that lost?
+# There is one more column: what PyTorch has *reserved*. FSDP gathers on a CUDA stream of its own, beside the computation, and a block freed on one stream is not given to another {cite}`pytorch-allocator`. So here the cache is larger than the memory in use by gigabytes. Is that lost?
 
 # %% [markdown]
 # ### Does it fit eight cards of 24 GiB?

@@ -59,7 +59,7 @@ print(versions("torch", "transformers", "accelerate", "bitsandbytes"))
 # <li>Imports: <a href="#import">Failed to import transformers…</a> · <a href="#offload">dispatch_model() got an unexpected keyword argument 'offload_index'</a></li>
 # <li>Arguments that have changed: <a href="#amp">torch.cuda.amp</a> · <a href="#fp16">Accelerator(fp16=True)</a> · <a href="#dtype">torch_dtype</a> · <a href="#bits">load_in_8bit</a> · <a href="#silent">those that say nothing</a></li>
 # <li>Out of memory: <a href="#oom">CUDA out of memory</a> · <a href="#fragmentation">while gigabytes are free</a> · <a href="#snapshot">a snapshot of the memory</a></li>
-# <li>Memory, asked: <a href="#smi">nvidia-smi shows more</a> · <a href="#del">it stays after <code>del</code></a> · <a href="#workspace">the last 8.125 MiB</a> · <a href="#worker">workers and kernels</a> · <a href="#adam">Adam's peak</a> · <a href="#units">GB or GiB</a></li>
+# <li>Ask for memory: <a href="#smi">nvidia-smi shows more</a> · <a href="#del">it stays after <code>del</code></a> · <a href="#workspace">the last 8.125 MiB</a> · <a href="#worker">workers and kernels</a> · <a href="#adam">Adam's peak</a> · <a href="#units">GB or GiB</a></li>
 # <li>Precision, asked: <a href="#which">which dtype was loaded</a> · <a href="#int8">moving an int8 model</a> · <a href="#quarter">why 4 bits are not a quarter</a> · <a href="#half">not implemented for 'Half'</a> · <a href="#nan">NaN losses</a> · <a href="#saves">why AMP does not save memory</a></li>
 # </ul>
 #
@@ -614,7 +614,7 @@ del model, outputs
 card.close()
 
 # %% [markdown]
-# ## Memory, asked
+# ## Ask for memory
 #
 # <a id="smi"></a>
 # ### Why does `nvidia-smi` show more than `memory_allocated()`?
@@ -794,7 +794,7 @@ for move in (int8.cuda, int8.half, lambda: int8.to(torch.bfloat16)):
     told(move)
 
 # %% [markdown]
-# **Cure.** Say both while loading: `device_map={"": 0}` for the card, `dtype=` for what is not quantised. Scripts of before often end in `.to(device)`: leave it out.
+# **Cure.** Say both while loading: `device_map={"": 0}` for the card, `dtype=` for what is not quantised. Older scripts often end with `.to(device)`: leave it out.
 
 # %% [markdown]
 # <a id="quarter"></a>
