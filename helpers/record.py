@@ -26,12 +26,15 @@ from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
 from every_byte.allocator.replay import replay_trace
+from every_byte.data import cards
 from every_byte.gpu import GPU, CudaGPU, VirtualGPU
 from every_byte.tracker import KINDS
+from every_byte.virtual.memory import CUBLAS_WORKSPACE
 from helpers.experiments import EXPERIMENTS, Experiment
 
 FIGURES = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")
@@ -121,21 +124,30 @@ def measure(experiment: Experiment) -> Result:
     return result
 
 
-def replay(name: str, measured: Result, total: int) -> Result:
+def replay(name: str, measured: Result, machine: Mapping[str, Any]) -> Result:
     """The same experiment on a virtual GPU: its checkpoints and messages, or why there are none.
+
+    By the rules of the card and of the version of PyTorch that the record is of, where
+    they are known, and with the cuBLAS workspaces that every record fixes.
 
     Args:
         name: of the experiment.
         measured: what the card measured; under its allocator settings it is replayed.
-        total: the card's memory in bytes.
+        machine: what the record says of the card; see `machine`.
     """
     experiment = EXPERIMENTS[name]
-    gpu = VirtualGPU(alloc_conf=measured["alloc_conf"])
+    card = machine["card"].removeprefix("NVIDIA ")
+    like: Result = {"card": card if card in cards() else None}
+    if like["card"]:
+        like["torch"] = ".".join(machine["versions"]["torch"].split(".")[:2])
+    total: int = machine["memory"]
+    gpu = VirtualGPU(**like, capacity=total, alloc_conf=measured["alloc_conf"])
     if experiment.capacity is not None:
         conf = f"per_process_memory_fraction:{experiment.capacity / total}"
-        gpu = VirtualGPU(capacity=total, alloc_conf=conf, context=measured["outside"])
+        gpu = VirtualGPU(**like, capacity=total, alloc_conf=conf, context=measured["outside"])
     try:
-        rows, messages = _carried_out(experiment, gpu)
+        with mock.patch.dict(os.environ, CUBLAS_WORKSPACE_CONFIG=CUBLAS_WORKSPACE):
+            rows, messages = _carried_out(experiment, gpu)
     except Exception as error:  # what is not replayed is named; the others still are
         said = str(error).strip().partition("\n")[0]
         return {"not_replayed": f"{type(error).__name__}: {said}"}
@@ -320,7 +332,7 @@ def _replay_again(path: Path) -> int:
     again: Result = {"versions": versions(), "experiments": {}}
     for name, result in record["experiments"].items():
         if "skipped" not in result and name in EXPERIMENTS:
-            again["experiments"][name] = replay(name, result, record["machine"]["memory"])
+            again["experiments"][name] = replay(name, result, record["machine"])
     told = summary(record["experiments"], again["experiments"])
     if not _written(replays_of(path), again):
         return 2
@@ -432,7 +444,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"[{number}/{len(names)}] {name} ... ", end="", file=sys.stderr, flush=True)
         try:
             result = measure(EXPERIMENTS[name])
-            replayed["experiments"][name] = replay(name, result, record["machine"]["memory"])
+            replayed["experiments"][name] = replay(name, result, record["machine"])
         except KeyboardInterrupt:
             print(f"interrupted: {out} has what was done before", file=sys.stderr)
             return 130
