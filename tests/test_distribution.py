@@ -111,7 +111,7 @@ def test_the_metadata_knows_version_licence_and_links(installed: Path) -> None:
     assert f"\nversion: {found.version}\n" in citation
     assert found.metadata["License-Expression"] == "MIT"
     assert "Permission is hereby granted" in (found.read_text("licenses/LICENSE") or "")
-    assert found.metadata.get_payload().startswith("# Every Byte")
+    assert found.metadata["Description"].startswith("# Every Byte")
     urls = found.metadata.get_all("Project-URL")
     assert urls == [f"Repository, {ADDRESS}", f"Issues, {ADDRESS}/issues"]
     (script,) = found.entry_points
