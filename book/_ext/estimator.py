@@ -42,6 +42,7 @@ def data() -> dict[str, Any]:
             }
             for name, known in estimate.OPTIMIZERS.items()
         },
+        "sizes": [field.name for field in fields(estimate.Dimensions) if field.type is int],
         "sharding": estimate.SHARDING,
         "choices": estimate.CHOICES,
         "context": estimate.CONTEXT,

@@ -19,38 +19,38 @@ function everyByteFormulas(data) {
   const sum = (tensors) => tensors.reduce((all, [nbytes, count]) => all + nbytes * count, 0n);
   const product = (shape) => shape.reduce((all, size) => all * size, 1n);
   const has = (sizes, trait) => data.traits[sizes.model_type].includes(trait);
+  const refuse = (...why) => { throw new Refusal(...why); };
+  const atLeast = (of, what, from, more = "") => {
+    if (of[what] < from) refuse(what, of[what], `a whole number from ${from} up${more}`);
+  };
+  const ofQkv = (s) => has(s, "biases") || has(s, "query, key and value biases");
+  const inputs = (s) => (s.model_type === "gpt2" ? 1n : 3n); // matrices of attention's input
   const isMatrix = (s, part, shape) => shape.length === 2
     && (part === "attention" || (part === "mlp" && !s.num_local_experts));
 
   // Dimensions
 
   const LEAST = { vocab_size: 1n, hidden_size: 1n, num_attention_heads: 1n };
-  const SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-    "max_position_embeddings", "intermediate_size", "num_key_value_heads", "head_dim",
-    "num_local_experts", "num_experts_per_tok"];
 
   function dimensions(given) {
     const s = { ...given };
-    for (const name of SIZES) s[name] = big(given[name] ?? 0);
+    for (const name of data.sizes) s[name] = big(given[name] ?? 0);
     if (!(s.model_type in data.traits)) {
-      throw new Refusal("model_type", s.model_type, `one of ${Object.keys(data.traits).join(", ")}`);
+      refuse("model_type", s.model_type, `one of ${Object.keys(data.traits).join(", ")}`);
     }
-    for (const name of SIZES) {
-      const least = LEAST[name] ?? 0n;
-      if (s[name] < least) throw new Refusal(name, s[name], `a whole number from ${least} up`);
-    }
+    for (const name of data.sizes) atLeast(s, name, LEAST[name] ?? 0n);
     const heads = s.num_attention_heads;
     s.intermediate_size ||= 4n * s.hidden_size;
     s.num_key_value_heads ||= heads;
     if (!s.head_dim && s.hidden_size % heads) {
-      throw new Refusal("num_attention_heads", heads, `a divisor of hidden_size ${s.hidden_size}`);
+      refuse("num_attention_heads", heads, `a divisor of hidden_size ${s.hidden_size}`);
     }
     s.head_dim ||= s.hidden_size / heads;
     if (heads % s.num_key_value_heads) {
-      throw new Refusal("num_key_value_heads", s.num_key_value_heads, `a divisor of ${heads}`);
+      refuse("num_key_value_heads", s.num_key_value_heads, `a divisor of ${heads}`);
     }
     if (s.num_experts_per_tok > s.num_local_experts) {
-      throw new Refusal("num_experts_per_tok", s.num_experts_per_tok,
+      refuse("num_experts_per_tok", s.num_experts_per_tok,
         `at most num_local_experts ${s.num_local_experts}`);
     }
     return s;
@@ -73,8 +73,7 @@ function everyByteFormulas(data) {
     norm(2n * layers);
     if (s.model_type === "gpt2") linear("attention", h, 3n * h, biases, layers);
     else {
-      const bias = biases || has(s, "query, key and value biases");
-      for (const width of [queries, keys, keys]) linear("attention", h, width, bias, layers);
+      for (const width of [queries, keys, keys]) linear("attention", h, width, ofQkv(s), layers);
     }
     if (has(s, "query and key norms")) add("norm", [s.head_dim], 2n * layers);
     linear("attention", queries, h, biases, layers);
@@ -87,20 +86,21 @@ function everyByteFormulas(data) {
     return found;
   }
 
-  const parameters = (s) => tensors(s).reduce((n, [, shape, count]) => n + count * product(shape), 0n);
+  const shapes = (s) => tensors(s).map(([, shape, count]) => [shape, count]);
+  const numbers = (of) => of.reduce((n, [shape, count]) => n + count * product(shape), 0n);
+  const parameters = (s) => numbers(shapes(s));
 
   const adapters = (s, rank) => tensors(s)
     .filter(([part, shape]) => isMatrix(s, part, shape))
     .flatMap(([, [n, m], count]) => [[[n, rank], count], [[rank, m], count]]);
 
-  const loraParameters = (s, rank) =>
-    adapters(s, rank).reduce((n, [shape, count]) => n + count * product(shape), 0n);
+  const loraParameters = (s, rank) => numbers(adapters(s, rank));
 
   // Bytes of a number, as a fraction
 
   function bytes(dtype) {
     if (!(dtype in data.bytes)) {
-      throw new Refusal("dtype", dtype, `one of ${Object.keys(data.bytes).join(", ")}`);
+      refuse("dtype", dtype, `one of ${Object.keys(data.bytes).join(", ")}`);
     }
     return data.bytes[dtype].map(big);
   }
@@ -108,7 +108,7 @@ function everyByteFormulas(data) {
   function width(dtype) {
     const [n, d] = bytes(dtype);
     if (n < 2n * d) {
-      throw new Refusal("dtype", dtype, "one that is computed in: fp64, fp32, fp16 or bf16");
+      refuse("dtype", dtype, "one that is computed in: fp64, fp32, fp16 or bf16");
     }
     return n / d;
   }
@@ -144,22 +144,19 @@ function everyByteFormulas(data) {
 
   function states(trained, optimizer, dtype) {
     const { store, states: copies, tables } = data.optimizers[optimizer];
-    const [n, d] = bytes(dtype);
     const held = trained.flatMap(([shape, count]) =>
-      STORES[store](shape, n / d, copies).map((nbytes) => [nbytes, count]));
+      STORES[store](shape, width(dtype), copies).map((nbytes) => [nbytes, count]));
     return [[4n * 256n, big(tables)], ...held];
   }
 
   function stepTemporaries(trained, setup, dtype) {
-    const known = data.optimizers[setup.optimizer], [n, d] = bytes(dtype), b = n / d;
-    const counts = trained.map(([shape]) => product(shape));
+    const known = data.optimizers[setup.optimizer], b = width(dtype);
     if (setup.implementation === "fused" && known.fused) return 0n;
     if (setup.implementation === "for-loop") {
       return big(known.temporaries) * b
-        * counts.reduce((a, n, i) => (trained[i][1] && n > a ? n : a), 0n);
+        * trained.reduce((a, [shape, count]) => (count ? most(a, product(shape)) : a), 0n);
     }
-    return known.foreach
-      ? b * trained.reduce((all, [, count], i) => all + count * counts[i], 0n) : 0n;
+    return known.foreach ? b * numbers(trained) : 0n;
   }
 
   const stored = (shapes, dtype) =>
@@ -170,8 +167,8 @@ function everyByteFormulas(data) {
       ["attention", "mlp", "router", "head"].includes(part)
         ? shape.length === 2 && !(setup.quantised && isMatrix(s, part, shape))
         : s.tie_word_embeddings && index === 0);
-    const shapes = cast.map(([, shape, count]) => [shape, count]);
-    return stored(setup.rank ? [...shapes, ...adapters(s, setup.rank)] : shapes, dtype);
+    const own = cast.map(([, shape, count]) => [shape, count]);
+    return stored(setup.rank ? [...own, ...adapters(s, setup.rank)] : own, dtype);
   }
 
   // Activations, logits, KV cache
@@ -186,10 +183,12 @@ function everyByteFormulas(data) {
     return s.num_key_value_heads < s.num_attention_heads || dtype === "fp64" ? "math" : "efficient";
   }
 
+  const hasScores = (...of) => ["eager", "math"].includes(attentionKernel(...of));
+
   // What LoRA keeps for each token beside the frozen layers, or instead of them.
   function adaptersKeep(s, rank, b, own, dropout) {
     const h = s.hidden_size, i = s.intermediate_size, gate = has(s, "gated") ? 1n : 0n;
-    const dense = s.num_local_experts ? 0n : 1n, qkv = s.model_type === "gpt2" ? 1n : 3n;
+    const dense = s.num_local_experts ? 0n : 1n, qkv = inputs(s);
     const kept = (qkv + 1n + (2n + gate) * dense) * rank * own;
     if (own === b && !dropout) return kept;
     const read = qkv * h + s.num_attention_heads * s.head_dim + ((1n + gate) * h + i) * dense;
@@ -200,13 +199,13 @@ function everyByteFormulas(data) {
     const { rank, autocast, dropout, adapters, lora_dropout } = asked;
     const attention = attentionKernel(s, dtype, asked.attention);
     if (dropout && !has(s, "dropout")) {
-      throw new Refusal("dropout", true, `False, as ${s.model_type} has none`);
+      refuse("dropout", true, `False, as ${s.model_type} has none`);
     }
     const b = width(dtype), half = b < 4n, h = s.hidden_size, heads = s.num_attention_heads;
     const queries = heads * s.head_dim, keys = s.num_key_value_heads * s.head_dim;
     const experts = s.num_experts_per_tok || 1n, gated = has(s, "gated");
     const wide = autocast ? 4n : b;
-    const readers = autocast ? (s.model_type === "gpt2" ? 1n : 3n) + (gated ? 2n : 1n) : 2n;
+    const readers = autocast ? inputs(s) + (gated ? 2n : 1n) : 2n;
     const inFP32 = autocast || !has(s, "layer norm"); // the softmax
     const scores = inFP32 && half ? b + 4n : half || !inFP32 ? b : 4n;
     let fixed = 0n; // for the whole batch
@@ -259,9 +258,7 @@ function everyByteFormulas(data) {
     const up = (n, multiple) => ceil(n, big(multiple)) * big(multiple);
     const size = up(nbytes, data.allocator.kMinBlockSize);
     const segment = up(size, data.allocator.kRoundLarge);
-    const keeps = ownSegment && size >= data.allocator.kMinLargeAlloc
-      && segment - size <= data.allocator.kSmallSize;
-    return keeps ? segment : size;
+    return ownSegment && size >= KEPT[1] && segment - size <= KEPT[0] ? segment : size;
   }
 
   const KEPT = [data.allocator.kSmallSize, data.allocator.kMinLargeAlloc].map(big);
@@ -283,21 +280,17 @@ function everyByteFormulas(data) {
     for (const [what, known] of Object.entries(data.choices)) {
       if (!known.includes(setup[what])) {
         const none = known.includes(null) ? "None or " : "";
-        throw new Refusal(what, setup[what], `${none}one of ${known.filter(Boolean).join(", ")}`);
+        refuse(what, setup[what], `${none}one of ${known.filter(Boolean).join(", ")}`);
       }
     }
     for (const name of data.flags) setup[name] = Boolean(setup[name]);
     for (const dtype of [setup.dtype, setup.gradients, setup.states]) width(dtype ?? setup.dtype);
     bytes(setup.cache_dtype ?? setup.dtype);
-    for (const what of ["batch", "length"]) {
-      if (setup[what] < 0n) throw new Refusal(what, setup[what], "a whole number from 0 up");
-    }
-    if (setup.rank < 0n) {
-      throw new Refusal("rank", setup.rank, "a whole number from 0 up, 0 for no LoRA");
-    }
-    if (setup.gpus < 1n) throw new Refusal("gpus", setup.gpus, "a whole number from 1 up");
+    for (const what of ["batch", "length"]) atLeast(setup, what, 0n);
+    atLeast(setup, "rank", 0n, ", 0 for no LoRA");
+    atLeast(setup, "gpus", 1n);
     if (setup.task === "training" && setup.quantised && !setup.rank) {
-      throw new Refusal("rank", 0n,
+      refuse("rank", 0n,
         "1 or more, for quantised weights are not trained; LoRA's factors are");
     }
     return setup;
@@ -307,16 +300,16 @@ function everyByteFormulas(data) {
 
   function checkTogether(s, setup) {
     if (has(s, "learned positions") && setup.length > s.max_position_embeddings) {
-      throw new Refusal("length", setup.length,
+      refuse("length", setup.length,
         `at most the ${s.max_position_embeddings} positions that the model has learned`);
     }
     if (setup.task !== "training") return;
     if (setup.rank > s.hidden_size) {
-      throw new Refusal("rank", setup.rank, `at most hidden_size ${s.hidden_size}`);
+      refuse("rank", setup.rank, `at most hidden_size ${s.hidden_size}`);
     }
     const computed = usesAutocast(setup) ? setup.amp : setup.dtype;
     if (setup.attention === "flash" && width(computed) !== 2n) {
-      throw new Refusal("attention", "flash",
+      refuse("attention", "flash",
         `another one, for flash is for fp16 and bf16, not ${computed}`);
     }
   }
@@ -324,11 +317,11 @@ function everyByteFormulas(data) {
   const most = (a, b) => (a > b ? a : b);
 
   function layerTemporaries(s, setup, b) {
-    const experts = most(1n, s.num_experts_per_tok), gated = has(s, "gated");
+    const experts = s.num_experts_per_tok || 1n, gated = has(s, "gated");
     const computed = { 2: "bf16", 4: "fp32", 8: "fp64" }[b], i = experts * s.intermediate_size;
     const autocast = usesAutocast(setup);
     let token = (3n * b + (autocast && !gated ? 4n : 0n)) * i;
-    if (["eager", "math"].includes(attentionKernel(s, computed, setup.attention))) {
+    if (hasScores(s, computed, setup.attention)) {
       const softmax = has(s, "layer norm") && !autocast ? b : most(4n, b);
       const scores = 2n * softmax - (softmax > b ? b : 0n);
       const gone = (gated ? 4n : 5n) * b * i + 7n * b * s.hidden_size;
@@ -337,9 +330,7 @@ function everyByteFormulas(data) {
     return setup.batch * setup.length * token;
   }
 
-  function outsideOfLayers(s) {
-    return parameters({ ...s, num_hidden_layers: 0n });
-  }
+  const outsideOfLayers = (s) => parameters({ ...s, num_hidden_layers: 0n });
 
   function gathered(s, setup) {
     if (setup.gpus === 1n || !data.sharding[setup.sharding].includes("parameters")) return 0n;
@@ -372,10 +363,10 @@ function everyByteFormulas(data) {
 
   function inferenceMoments(s, setup, atRest, cache) {
     const b = width(setup.dtype), h = s.hidden_size, rows = setup.batch;
-    const tokens = rows * setup.length, experts = most(1n, s.num_experts_per_tok);
+    const tokens = rows * setup.length, experts = s.num_experts_per_tok || 1n;
     const scores = block((setup.all_logits ? tokens : rows) * s.vocab_size * b, true);
     let layer = tokens * (3n * b * experts * s.intermediate_size + 2n * b * h);
-    if (["eager", "math"].includes(attentionKernel(s, setup.dtype, setup.attention))) {
+    if (hasScores(s, setup.dtype, setup.attention)) {
       layer = most(layer, tokens * s.num_attention_heads * setup.length * (b + most(4n, b)));
     }
     return [
@@ -395,7 +386,7 @@ function everyByteFormulas(data) {
     let trained, states_, kept, layer, margin = 0n;
     held.context = big(data.context);
     if (training) {
-      trained = rank ? adapters(s, rank) : tensors(s).map(([, shape, count]) => [shape, count]);
+      trained = rank ? adapters(s, rank) : shapes(s);
       const own = rank ? setup.adapters ?? dtype : dtype;
       if (rank) tensorsOf.parameters.push(...stored(trained, own));
       states_ = setup.states ?? own;
@@ -442,7 +433,7 @@ function everyByteFormulas(data) {
       margin += shared[kind];
     }
     let rest = big(data.workspace);
-    if (has(s, "biases") || has(s, "query, key and value biases")) rest += big(data.lt_workspace);
+    if (ofQkv(s)) rest += big(data.lt_workspace);
     rest += rounded.parameters + shared.parameters;
     if (training) {
       const again = setup.checkpointing ? layer : 0n;

@@ -8,10 +8,8 @@
   const data = JSON.parse($("estimator-data").textContent);
   const F = everyByteFormulas(data);
   const KINDS = Object.keys(data.kinds);
-  const SIZES = ["model_type", "vocab_size", "hidden_size", "num_hidden_layers",
-    "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
-    "max_position_embeddings", "num_local_experts", "num_experts_per_tok", "tie_word_embeddings"];
-  const NUMBERS = [...SIZES.slice(1, -1), "batch", "length", "rank", "gpus"];
+  const SIZES = ["model_type", ...data.sizes, "tie_word_embeddings"];
+  const NUMBERS = [...data.sizes, "batch", "length", "rank", "gpus"];
   const LARGEST = 10n ** 12n; // of a typed number
   const controls = [...form.elements].filter((control) => control.name);
   const control = (name) => form.elements.namedItem(name);
@@ -100,7 +98,9 @@
     const trained = setup.rank ? adapters : count, training = setup.task === "training";
     const batch = grouped(setup.batch), length = grouped(setup.length);
     const layers = grouped(sizes.num_hidden_layers);
-    const computed = F.usesAutocast(setup) ? setup.amp : setup.dtype;
+    const autocast = F.usesAutocast(setup), computed = autocast ? setup.amp : setup.dtype;
+    const own = (setup.rank && setup.adapters) || setup.dtype, words = grouped(sizes.vocab_size);
+    const ofTraining = "none: they serve training alone", work = `${batch} × ${length} tokens`;
     const split = setup.gpus > 1n && data.sharding[setup.sharding].includes(kind)
       ? `; divided by ${grouped(setup.gpus)} GPUs, rounded up to a whole byte` : "";
     switch (kind) {
@@ -108,44 +108,43 @@
         return (setup.quantised
           ? `${grouped(count)} parameters: the layers' matrices in ${setup.quantised} with their scales, the rest × ${bytesOf(setup.dtype)}`
           : `${grouped(count)} parameters × ${bytesOf(setup.dtype)}`)
-          + (training && adapters ? `; and ${grouped(adapters)} of LoRA × ${bytesOf(setup.adapters ?? setup.dtype)}` : "") + split;
+          + (training && adapters ? `; and ${grouped(adapters)} of LoRA × ${bytesOf(own)}` : "") + split;
       case "gradients":
         return training
-          ? `one for each trained parameter: ${grouped(trained)} × ${bytesOf(setup.gradients ?? (setup.rank ? setup.adapters : null) ?? setup.dtype)}${split}`
-          : "none: they serve training alone";
+          ? `one for each trained parameter: ${grouped(trained)} × ${bytesOf(setup.gradients ?? own)}${split}`
+          : ofTraining;
       case "optimizer_states":
         return training
           ? data.optimizers[setup.optimizer].remembers
             + (setup.optimizer === "sgd" || setup.optimizer.includes("8-bit") ? ""
-              : `, ${grouped(trained)} parameters, ${bytesOf(setup.states ?? (setup.rank ? setup.adapters : null) ?? setup.dtype)} each number`)
+              : `, ${grouped(trained)} parameters, ${bytesOf(setup.states ?? own)} each number`)
             + (setup.master_weights && F.width(setup.dtype) < 4n ? "; and an FP32 copy of each" : "") + split
-          : "none: they serve training alone";
+          : ofTraining;
       case "activations": {
         if (!training) return "none is kept: one layer's at a time, not counted here";
         const layer = F.layerActivations(sizes, setup.batch, setup.length, computed,
-          { ...setup, autocast: F.usesAutocast(setup), adapters: F.usesAutocast(setup) ? computed : setup.adapters ?? setup.dtype });
+          { ...setup, autocast, adapters: autocast ? computed : own });
         const scores = setup.attention === "eager" ? ", a score for each pair of tokens and head included" : "";
         return (setup.checkpointing
           ? `the inputs of ${layers} layers, and one layer made again: ${grouped(layer)} B${scores}`
-          : `${layers} layers × ${grouped(layer)} B for ${batch} × ${length} tokens${scores}`)
-          + "; and the last norm" + (F.usesAutocast(setup) ? "; norms stay in FP32, and each matrix keeps its own copy of what it reads" : "");
+          : `${layers} layers × ${grouped(layer)} B for ${work}${scores}`)
+          + "; and the last norm" + (autocast ? "; norms stay in FP32, and each matrix keeps its own copy of what it reads" : "");
       }
       case "logits":
         return training
-          ? `a score for each of ${grouped(sizes.vocab_size)} words at ${batch} × ${length} tokens, ${bytesOf(computed)}; and their logarithms${F.usesAutocast(setup) ? ", in FP32 as well" : ""}`
-          : `a score for each of ${grouped(sizes.vocab_size)} words for ${batch} next tokens, ${bytesOf(setup.dtype)}`;
+          ? `a score for each of ${words} words at ${work}, ${bytesOf(computed)}; and their logarithms${autocast ? ", in FP32 as well" : ""}`
+          : `a score for each of ${words} words for ${batch} next tokens, ${bytesOf(setup.dtype)}`;
       case "kv_cache":
         return training ? "none: training does not generate"
-          : `2 (key and value) × ${layers} layers × ${grouped(sizes.num_key_value_heads)} heads of ${grouped(sizes.head_dim)} numbers × ${batch} × ${length} tokens × ${bytesOf(setup.cache_dtype ?? setup.dtype)}`;
+          : `2 (key and value) × ${layers} layers × ${grouped(sizes.num_key_value_heads)} heads of ${grouped(sizes.head_dim)} numbers × ${work} × ${bytesOf(setup.cache_dtype ?? setup.dtype)}`;
       case "cast_weights":
         return held.cast_weights ? `autocast's copy of each matrix, ${bytesOf(setup.amp)} a number, until backward has used it`
           : "none: no autocast of FP32 weights";
       case "rounding":
         return `the allocator's, estimated: each tensor of parameters, gradients, states and KV cache up to a multiple of ${data.allocator.kMinBlockSize} B`
           + (setup.load === "to" ? "; a tensor of weights from 10 MiB up also keeps what is left of its 2 MiB, up to 1 MiB" : "");
-      default: {
+      default:
         return "measured, not estimated, on an H200 with PyTorch 2.11, after products and attention";
-      }
     }
   }
 
@@ -159,8 +158,8 @@
 
   function showMoments({ held }) {
     $("e-moments").replaceChildren(...held.moments.map(([name, nbytes]) => {
-      const row = element("tr", "", { class: name === held.peakAt ? "total" : "" });
-      row.append(element("th", name === held.peakAt ? `${name} (the peak)` : name, { scope: "row" }),
+      const peak = name === held.peakAt, row = element("tr", "", { class: peak ? "total" : "" });
+      row.append(element("th", peak ? `${name} (the peak)` : name, { scope: "row" }),
         element("td", grouped(nbytes)));
       return row;
     }));
@@ -288,7 +287,7 @@
     if (!typing) before = shown?.held;
     shown = now;
     const all = now.held.needed;
-    for (const name of SIZES.slice(1, -1)) { // what follows from the others
+    for (const name of data.sizes) { // what follows from the others
       control(name).placeholder = now.sizes[name] ? String(now.sizes[name]) : "none";
     }
     $("e-headline").textContent = summary(now);
