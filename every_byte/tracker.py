@@ -251,6 +251,13 @@ class _Now(threading.local):
     label: str | None = None
 
 
+# Their indices may come from the host as Python lists, as in ``x[:, [0, 2]]``: C++ copies them
+# to the device without the dispatcher (torch/csrc/autograd/python_variable_indexing.cpp).
+_INDEXING = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
+)
+
 _ONLY_SHAPES = frozenset(
     getattr(torch.ops.aten, name)
     for name in (
@@ -510,6 +517,10 @@ class Tracker(TorchDispatchMode):
         """
         if func.overloadpacket in _ONLY_SHAPES:
             return
+        if func.overloadpacket in _INDEXING:
+            for tensor in _tensors(args[1]):  # a Python list becomes one out of sight
+                if tensor.device == self.memory.device and not self.accounts_for(tensor):
+                    self._know(tensor.untyped_storage(), self._now.label or "batch")
         for tensor in _tensors(args):
             self._check_tensor(func, tensor)
         for tensor in _tensors(kwargs.values()) if kwargs else ():

@@ -1031,3 +1031,17 @@ def test_a_module_that_stays_on_the_host_is_converted_as_without_a_gpu() -> None
         assert layer.weight.dtype is torch.int8
         assert type(layer.weight).__name__ == "Int8Params"
         assert gpu.memory_allocated() == 0
+
+
+def test_an_index_that_is_a_list_is_counted_as_what_it_becomes(gpu: VirtualGPU) -> None:
+    x = torch.empty(3, 4, device=gpu.device)
+    before = gpu.memory_allocated()
+    gpu.reset_peak_memory_stats()
+    part = x[:, [0, 2]]
+    assert part.shape == (3, 2)
+    # On CUDA the list is a tensor of two whole numbers for the moment, and goes with the call.
+    assert gpu.memory_allocated() == before + 512
+    assert gpu.max_memory_allocated() == before + 2 * 512
+    x[[0, 1]] = 1.0
+    assert gpu.memory_allocated() == before + 512
+    assert gpu.breakdown().total == gpu.memory_allocated()
