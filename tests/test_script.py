@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import every_byte
+from every_byte.virtual.values import UnknownValueError
 
 ARTICLE = """
 import torch
@@ -238,6 +239,13 @@ def test_generation_ends_by_its_length(
     llama.cuda().eval()
     ids = torch.randint(3, 1000, (1, 16), device="cuda")
     assert llama.generate(ids, max_new_tokens=4, **options).shape == (1, 20)
+
+
+def test_beam_search_is_refused_not_cut_short(gpu: every_byte.VirtualGPU, llama: Any) -> None:
+    llama.cuda().eval()
+    ids = torch.randint(3, 1000, (1, 16), device="cuda")
+    with pytest.raises(UnknownValueError, match=r"beam search at .* take num_beams=1"):
+        llama.generate(ids, max_new_tokens=4, num_beams=2)
 
 
 def test_a_trainer_takes_the_card_by_itself(
