@@ -15,6 +15,7 @@ from every_byte.virtual.patches import PRIVATE_NAMES, find
 
 ROOT = Path(__file__).parent.parent
 TABLE = {private.name for private in PRIVATE_NAMES}
+OF_TRANSFORMERS = {"_beam_search"}  # recognised on the stack, so that it is refused by name
 
 
 def is_private(name: str) -> bool:
@@ -88,7 +89,7 @@ def operators() -> set[str]:
 
 @cache
 def names_in_use() -> set[str]:
-    ours = own_names() | operators() | {"__future__", "_getframe"}
+    ours = own_names() | operators() | OF_TRANSFORMERS | {"__future__", "_getframe"}
     found = set()
     for name in (name for tree in parsed() for name in used(tree)):
         if not name.startswith(("torch.", "*.")) or name.startswith("torch.ops."):
@@ -110,6 +111,11 @@ def is_in_table(name: str) -> bool:
     return any(name == entry or name.startswith(f"{entry}.") for entry in TABLE) or any(
         entry.startswith(f"{name}.") for entry in TABLE
     )
+
+
+def test_transformers_has_the_private_names_that_are_recognised() -> None:
+    generation = pytest.importorskip("transformers.generation")
+    assert all(hasattr(generation.GenerationMixin, name) for name in OF_TRANSFORMERS)
 
 
 def test_every_private_name_in_use_is_in_the_table() -> None:
