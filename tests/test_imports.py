@@ -124,5 +124,5 @@ def test_what_needs_no_torch_imports_none(module: str) -> None:
 
 def test_the_engines_tests_are_found() -> None:
     names = {path.stem for path in engine_tests()}
-    assert {"test_allocator", "test_replay", "test_autocast", "test_cli", "test_fit"} <= names
+    assert {"test_allocator", "test_gpu", "test_replay", "test_autocast", "test_cli"} <= names
     assert not {"test_record", "test_checkpoints", "test_book", "test_notebooks"} & names
