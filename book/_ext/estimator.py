@@ -39,6 +39,7 @@ def data() -> dict[str, Any]:
                 "foreach": known.foreach,
                 "temporaries": known.temporaries,
                 "fused": known.fused,
+                "dtype": known.dtype,
             }
             for name, known in estimate.OPTIMIZERS.items()
         },

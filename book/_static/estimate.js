@@ -149,12 +149,17 @@ function everyByteFormulas(data) {
     return [[4n * 256n, big(tables)], ...held];
   }
 
-  function stepTemporaries(trained, setup, dtype) {
+  // Adafactor's, parameter by parameter, still has that of the one before.
+  function stepTemporaries(trained, setup, dtype, following) {
     const known = data.optimizers[setup.optimizer], b = width(dtype);
     if (setup.implementation === "fused" && known.fused) return 0n;
     if (setup.implementation === "for-loop") {
-      return big(known.temporaries) * b
-        * trained.reduce((a, [shape, count]) => (count ? most(a, product(shape)) : a), 0n);
+      const largest = trained.reduce((a, [shape, count]) => (count ? most(a, product(shape)) : a), 0n);
+      if (known.store !== "factored") return big(known.temporaries) * b * largest;
+      const counts = {};
+      for (const [shape, count] of trained) counts[shape] = (counts[shape] ?? 0n) + count;
+      const many = trained.reduce((a, [shape]) => (counts[shape] > 2n ? most(a, product(shape)) : a), 0n);
+      return b * most(largest + (following < largest ? following : largest), 2n * many);
     }
     return known.foreach ? b * numbers(trained) : 0n;
   }
@@ -318,16 +323,32 @@ function everyByteFormulas(data) {
 
   function layerTemporaries(s, setup, b) {
     const experts = s.num_experts_per_tok || 1n, gated = has(s, "gated");
-    const computed = { 2: "bf16", 4: "fp32", 8: "fp64" }[b], i = experts * s.intermediate_size;
-    const autocast = usesAutocast(setup);
-    let token = (3n * b + (autocast && !gated ? 4n : 0n)) * i;
+    const tokens = setup.batch * setup.length, h = s.hidden_size, i = s.intermediate_size;
+    const computed = { 2: "bf16", 4: "fp32", 8: "fp64" }[b], heads = s.num_attention_heads;
+    const autocast = usesAutocast(setup), g = gated ? 1n : 0n;
+    const split = setup.gpus > 1n && data.sharding[setup.sharding].includes("gradients");
+    const own = setup.rank || split ? 0n : width(setup.gradients ?? setup.dtype);
+    const matrix = own * h * i * (s.num_local_experts || 1n);
+    let taken = tokens * (3n * b + (autocast && !gated ? 4n : 0n)) * experts * i + matrix;
     if (hasScores(s, computed, setup.attention)) {
       const softmax = has(s, "layer norm") && !autocast ? b : most(4n, b);
-      const scores = 2n * softmax - (softmax > b ? b : 0n);
-      const gone = (gated ? 4n : 5n) * b * i + 7n * b * s.hidden_size;
-      token = most(token, s.num_attention_heads * setup.length * scores - gone);
+      let scores = 3n * softmax - (softmax > b ? b : 0n);
+      if (softmax > b && (autocast ? setup.amp : setup.dtype) === "fp16") scores -= b;
+      let mlp = (gated ? 4n : 5n) * b * experts * i + 3n * b * h;
+      if (setup.rank && !s.num_local_experts) { // what its factors read
+        const wide = autocast ? b : width(setup.adapters ?? setup.dtype);
+        if (wide !== b || setup.lora_dropout) {
+          mlp += ((1n + g) * h + i) * (wide + (setup.lora_dropout ? 1n : 0n)) - b * (h + i);
+        }
+      }
+      let attention = tokens * (heads * setup.length * scores - mlp);
+      if (!setup.accumulation) {
+        const made = (2n + g) * matrix + own * heads * s.head_dim * h;
+        attention += made - (autocast ? made / 2n : 0n);
+      }
+      taken = most(taken, attention);
     }
-    return setup.batch * setup.length * token;
+    return taken;
   }
 
   const outsideOfLayers = (s) => parameters({ ...s, num_hidden_layers: 0n });
@@ -338,65 +359,83 @@ function everyByteFormulas(data) {
     return width(setup.dtype) * (outside + (s.num_hidden_layers < 2n ? s.num_hidden_layers : 2n) * layer);
   }
 
-  function trainingMoments(s, setup, { atRest, gradients, kept, again, one, step }) {
+  function trainingMoments(s, setup, { atRest, gradients, kept, again, one, step, cast }) {
     const tokens = setup.batch * setup.length, h = s.hidden_size, v = s.vocab_size;
     const b = usesAutocast(setup) ? 2n : width(setup.dtype);
     const scores = block(tokens * v * b, true), upcast = block(tokens * v * most(4n, b), true);
     const forward = atRest + kept + (setup.accumulation ? gradients : 0n) + gathered(s, setup);
     const embedding = setup.rank ? 0n : block(v * h * width(setup.gradients ?? setup.dtype), true);
     const extra = (s.tie_word_embeddings ? 2n : 0n) + (setup.accumulation ? 1n : 0n);
-    const head = setup.rank ? 0n : v * h * b, layer = layerTemporaries(s, setup, b);
+    const head = setup.rank ? 0n : v * h * b, wide = tokens * h * b, layer = layerTemporaries(s, setup, b);
     const whole = parameters(s), ofLayers = gradients * (whole - outsideOfLayers(s)) / whole;
     const done = gradients - ofLayers / most(1n, s.num_hidden_layers)
       - (s.tie_word_embeddings ? 0n : embedding);
     return [
       ["at rest", atRest],
       ["end of forward: the loss", forward + 2n * upcast + (b < 4n ? scores : 0n)],
-      ["start of backward: the loss", forward + 3n * upcast],
-      ["backward: the head", forward + scores + head + tokens * h * b],
-      ["backward: the last layer", forward + again + head + layer],
+      ["start of backward: the loss", forward - cast + 3n * upcast],
+      ["backward: the head", forward - cast + head
+        + most(scores + wide, usesAutocast(setup) ? head : 0n)],
+      ["backward: the last layer", forward - cast + again + (setup.accumulation ? 0n : head) + layer],
       ["backward: the first layer", atRest + done + one + layer],
-      ["end of backward: the embedding", atRest + gradients + extra * embedding],
+      ["end of backward: the embedding", atRest + gradients + extra * embedding + 3n * wide],
       ["optimizer step", atRest + gradients + step],
     ];
   }
 
+  function prefillTemporaries(s, setup, b) {
+    const h = s.hidden_size, heads = s.num_attention_heads, gpt2 = !has(s, "gated");
+    const tokens = setup.batch * setup.length, queries = heads * s.head_dim, layers = s.num_hidden_layers;
+    const callers = gpt2 ? 3n : 1n + (layers < 2n ? layers : 2n), more = gpt2 ? 1n : 0n;
+    const kernel = attentionKernel(s, setup.dtype, setup.attention);
+    const inner = tokens * b * (s.num_experts_per_tok || 1n) * s.intermediate_size;
+    let taken = (3n + more) * block(inner, true) + tokens * (1n + more) * b * h;
+    if (kernel === "eager") {
+      taken += tokens * b * heads * setup.length;
+      const score = gpt2 || b === 4n ? 2n * b : 2n * b + 4n + (setup.dtype === "bf16" ? 2n : 0n);
+      const repeated = s.num_key_value_heads < heads ? 3n : 1n;
+      taken = most(taken, tokens * (heads * setup.length * score + repeated * b * queries));
+    } else if (kernel === "math") {
+      taken = most(taken, tokens * (heads * setup.length * (2n * b + 1n) + 4n * b * queries));
+    }
+    if (has(s, "query and key norms")) taken = most(taken, tokens * (b + 2n * most(4n, b)) * queries);
+    return tokens * callers * b * h + taken;
+  }
+
   function inferenceMoments(s, setup, atRest, cache) {
     const b = width(setup.dtype), h = s.hidden_size, rows = setup.batch;
-    const tokens = rows * setup.length, experts = s.num_experts_per_tok || 1n;
+    const tokens = rows * setup.length;
     const scores = block((setup.all_logits ? tokens : rows) * s.vocab_size * b, true);
-    let layer = tokens * (3n * b * experts * s.intermediate_size + 2n * b * h);
-    if (hasScores(s, setup.dtype, setup.attention)) {
-      layer = most(layer, tokens * s.num_attention_heads * setup.length * (b + most(4n, b)));
-    }
+    const mask = setup.attention === "eager" ? tokens * setup.length * b : 0n;
+    const positions = has(s, "learned positions") ? setup.length * h * b : 0n;
     return [
       ["at rest", atRest],
-      ["prefill: a layer", atRest + layer],
-      ["prefill: the logits", atRest + scores + tokens * b * h],
-      ["decoding", atRest + cache / most(1n, s.num_hidden_layers) + rows * s.vocab_size * b],
+      ["prefill: a layer", atRest + mask + prefillTemporaries(s, setup, b) + positions],
+      ["prefill: the logits", atRest + mask + scores + tokens * b * h],
+      ["decoding", atRest + cache / most(1n, s.num_hidden_layers) + mask + rows * s.vocab_size * b],
     ];
   }
 
-  function memory(s, given) {
+  function memory(s, given, workspace = data.workspace) {
     const setup = checked(given), { dtype, batch, length, rank } = setup;
     checkTogether(s, setup);
     const held = Object.fromEntries(KINDS.map((kind) => [kind, 0n]));
     const tensorsOf = { parameters: weights(s, dtype, setup.quantised) };
     const training = setup.task === "training", layers = s.num_hidden_layers;
-    let trained, states_, kept, layer, margin = 0n;
+    let trained, states_, kept, layer, margin = 0n, cast = 0n, copy = 0n;
     held.context = big(data.context);
     if (training) {
       trained = rank ? adapters(s, rank) : shapes(s);
       const own = rank ? setup.adapters ?? dtype : dtype;
       if (rank) tensorsOf.parameters.push(...stored(trained, own));
-      states_ = setup.states ?? own;
+      states_ = setup.states ?? data.optimizers[setup.optimizer].dtype ?? own;
       tensorsOf.gradients = stored(trained, setup.gradients ?? own);
       tensorsOf.optimizer_states = states(trained, setup.optimizer, states_);
       if (setup.master_weights && width(own) < 4n) {
         tensorsOf.optimizer_states.push(...stored(trained, "fp32"));
       }
-      const cast = usesAutocast(setup), computed = cast ? setup.amp : dtype;
-      const asked = { ...setup, autocast: cast, adapters: cast ? computed : own };
+      const autocast = usesAutocast(setup), computed = autocast ? setup.amp : dtype;
+      const asked = { ...setup, autocast, adapters: autocast ? computed : own };
       kept = held.activations = activations(s, batch, length, computed, setup.checkpointing, asked);
       for (const size of [s.hidden_size, s.intermediate_size].map((n) => n * batch * length * width(computed))) {
         if (!isShared(size)) continue;
@@ -407,9 +446,13 @@ function everyByteFormulas(data) {
       if (setup.attention === "eager") kept += batch * length * length * width(dtype);
       layer = layers ? layerActivations(s, batch, length, computed, asked) : 0n;
       held.logits = 2n * logits(s, batch, length, computed);
-      if (cast) {
+      if (autocast) {
         held.logits += logits(s, batch, length, "fp32");
         held.cast_weights = sum(castWeights(s, setup, computed));
+        const none = { ...s, num_hidden_layers: 0n };
+        const copies = held.cast_weights - sum(castWeights(none, setup, computed));
+        copy = copies / most(1n, layers);
+        if (setup.checkpointing && layers > 1n) cast = copies - copy;
       }
     } else {
       held.logits = logits(s, batch, 1n, dtype);
@@ -432,16 +475,17 @@ function everyByteFormulas(data) {
       shared[kind] = sharedSegments(some);
       margin += shared[kind];
     }
-    let rest = big(data.workspace);
+    let rest = big(workspace);
     if (ofQkv(s)) rest += big(data.lt_workspace);
     rest += rounded.parameters + shared.parameters;
     if (training) {
       const again = setup.checkpointing ? layer : 0n;
       held.moments = trainingMoments(s, setup, {
-        atRest: rest + big(data.workspace) + rounded.optimizer_states + shared.optimizer_states,
+        atRest: rest + big(workspace) + rounded.optimizer_states + shared.optimizer_states,
         gradients: rounded.gradients + shared.gradients,
-        kept: kept + held.cast_weights - again, again, one: layer,
-        step: stepTemporaries(trained, setup, states_) + shared.gradients,
+        kept: kept + held.cast_weights - again, again, one: layers ? layer + copy : 0n, cast,
+        step: stepTemporaries(trained, setup, states_,
+          rank ? 0n : s.hidden_size * s.num_attention_heads * s.head_dim) + shared.gradients,
       });
     } else held.moments = inferenceMoments(s, setup, rest + held.kv_cache, held.kv_cache);
     held.margin = margin;

@@ -31,6 +31,15 @@ class Card:
         major, minor = self.compute_capability.split(".")
         return int(major), int(minor)
 
+    @property
+    def cublas_workspace(self) -> int:
+        """Bytes of each thread's cuBLAS workspace by default, in PyTorch from 2.11 on.
+
+        32 MiB for Hopper and Blackwell, else 2 x 4096 + 8 x 16 KiB
+        (``aten/src/ATen/cuda/CublasHandlePool.cpp``, ``parseChosenWorkspaceSize``).
+        """
+        return (32 << 20) if self.capability[0] in (9, 10, 11, 12) else (8320 << 10)
+
 
 def _read(name: str) -> dict[str, Any]:
     return tomllib.loads(resources.files(__name__).joinpath(name).read_text("utf-8"))

@@ -48,6 +48,7 @@ class Optimizer:
             makes a temporary as large as all of them.
         temporaries: as large as a parameter, that a step parameter by parameter makes.
         fused: whether PyTorch has a fused step.
+        dtype: of its states where nothing else is asked for; the parameters' if None.
     """
 
     label: str
@@ -58,6 +59,7 @@ class Optimizer:
     foreach: bool = False
     temporaries: int = 0
     fused: bool = False
+    dtype: str | None = None
 
 
 OPTIMIZERS = {
@@ -79,7 +81,8 @@ OPTIMIZERS = {
     "rmsprop": Optimizer(
         "RMSprop", "one number for each trained parameter", 1, foreach=True, temporaries=1
     ),
-    "lion": Optimizer("Lion", "one number for each trained parameter", 1),
+    # bitsandbytes/optim/optimizer.py, init_state: FP32 where states have not 8 bits.
+    "lion": Optimizer("Lion", "one FP32 number for each trained parameter", 1, dtype="fp32"),
     "adafactor": Optimizer(
         "Adafactor",
         "of each matrix one number for a row and one for a column",
@@ -115,14 +118,22 @@ IMPLEMENTATIONS = ("foreach", "fused", "for-loop")
 
 
 def step_temporaries(
-    trained: Counter[tuple[int, ...]], optimizer: str, dtype: str, how: str
+    trained: Counter[tuple[int, ...]], optimizer: str, dtype: str, how: str, following: int = 0
 ) -> int:
-    """Bytes that an optimizer's step takes for the moment, its states in `dtype`."""
+    """Bytes that an optimizer's step takes for the moment, its states in `dtype`.
+
+    Adafactor's, parameter by parameter, still has that of the one before: `following`
+    are the numbers of the parameter that follows the embedding.
+    """
     known, width = OPTIMIZERS[optimizer], int(bytes_per_parameter(dtype))
     if how == "fused" and known.fused:
         return 0
     if how == "for-loop":
-        return known.temporaries * width * max(map(math.prod, trained), default=0)
+        largest = max(map(math.prod, trained), default=0)
+        if known.store is factored:
+            many = max((math.prod(shape) for shape, n in trained.items() if n > 2), default=0)
+            return width * max(largest + min(following, largest), 2 * many)
+        return known.temporaries * width * largest
     return known.foreach * width * sum(math.prod(shape) * n for shape, n in trained.items())
 
 

@@ -185,7 +185,8 @@ class Setup:
         task: training or inference.
         dtype: of the weights, and of what is computed without autocast.
         gradients: their dtype; the weights' if None.
-        states: dtype of the optimizer's states; the weights' if None.
+        states: dtype of the optimizer's states; what its library makes if None, mostly the
+            weights'.
         master_weights: the optimizer keeps an FP32 copy of weights in fewer bits
             (Micikevicius et al. 2018; the ZeRO paper counts it with the states).
         amp: the dtype that autocast computes in, None for no autocast. It is counted
@@ -275,6 +276,7 @@ def training_moments(
     again: int,
     one: int,
     step: int,
+    cast: int,
 ) -> tuple[tuple[str, int], ...]:
     """What is allocated at the points of a training step at which it may peak, in bytes.
 
@@ -288,12 +290,14 @@ def training_moments(
         gradients: of all trained parameters.
         kept: for backward, but the log-probabilities.
         again: activations that a checkpoint makes again in backward.
-        one: activations of one layer.
+        one: activations of one layer, and autocast's copies of its weights.
         step: what the optimizer takes for the moment.
+        cast: copies of layers' weights that autocast keeps until the forward pass
+            ends, and no longer, for checkpoints make them again.
     """
-    tokens, width = setup.batch * setup.length, computed_width(setup.dtype)
+    tokens = setup.batch * setup.length
     autocast = setup.amp is not None and setup.dtype == "fp32"
-    b = 2 if autocast else width
+    b = 2 if autocast else computed_width(setup.dtype)
     scores = block(tokens * sizes.vocab_size * b, own_segment=True)
     upcast = block(tokens * sizes.vocab_size * max(4, b), own_segment=True)
     forward = at_rest + kept + gradients * setup.accumulation
@@ -309,6 +313,7 @@ def training_moments(
     )
     extra = 2 * sizes.tie_word_embeddings + setup.accumulation
     head = 0 if setup.rank else sizes.vocab_size * sizes.hidden_size * b
+    width = tokens * sizes.hidden_size * b
     layer = layer_temporaries(sizes, setup, b)
     # Of the first layer and of the embedding there are none yet, but of a tied head.
     outside = sum(parameters(replace(sizes, num_hidden_layers=0)).values())
@@ -319,11 +324,14 @@ def training_moments(
     return (
         ("at rest", at_rest),
         ("end of forward: the loss", forward + 2 * upcast + (scores if b < 4 else 0)),
-        ("start of backward: the loss", forward + 3 * upcast),
-        ("backward: the head", forward + scores + head + tokens * sizes.hidden_size * b),
-        ("backward: the last layer", forward + again + head + layer),
+        ("start of backward: the loss", forward - cast + 3 * upcast),
+        ("backward: the head", forward - cast + head + max(scores + width, head * autocast)),
+        (
+            "backward: the last layer",
+            forward - cast + again + head * (not setup.accumulation) + layer,
+        ),
         ("backward: the first layer", at_rest + done + one + layer),
-        ("end of backward: the embedding", at_rest + gradients + extra * embedding),
+        ("end of backward: the embedding", at_rest + gradients + extra * embedding + 3 * width),
         ("optimizer step", at_rest + gradients + step),
     )
 
@@ -347,45 +355,94 @@ def gathered(sizes: Dimensions, setup: Setup) -> int:
 def layer_temporaries(sizes: Dimensions, setup: Setup, b: int) -> int:
     """Bytes that a layer's backward takes for the moment, its MLP's or its attention's.
 
-    Of the MLP the gradients of the product and its two factors. Of attention as a
-    matrix those of the scores, before and after the softmax, in the softmax's dtype;
-    what was kept for the MLP, and the scores' copy in fewer bits, is gone by then.
+    Of the MLP the gradients of the product and its two factors, and of the matrix that
+    comes last. Of attention as a matrix those of the scores, before and after the
+    softmax, and their product, in the softmax's dtype (``softmax_backward_cuda_out`` in
+    ``aten/src/ATen/native/cuda/SoftMax.cu``); what was kept for the MLP, and the
+    scores' copy in fewer bits, is gone by then, and its matrices have gradients.
     """
     tokens, experts = setup.batch * setup.length, max(1, sizes.num_experts_per_tok)
     computed = {2: "bf16", 4: "fp32", 8: "fp64"}[b]
     kernel = attention_kernel(sizes, computed, setup.attention)
     autocast = setup.amp is not None and setup.dtype == "fp32"
-    powers = 4 * (autocast and not sizes.has("gated"))  # of GPT-2's GELU, in FP32
-    token = (3 * b + powers) * experts * sizes.intermediate_size
+    gated = sizes.has("gated")
+    powers = 4 * (autocast and not gated)  # of GPT-2's GELU, in FP32
+    own = 0 if setup.rank else computed_width(setup.gradients or setup.dtype)
+    own *= 1 if setup.gpus == 1 or "gradients" not in SHARDING[setup.sharding] else 0
+    matrix = own * sizes.hidden_size * sizes.intermediate_size * max(1, sizes.num_local_experts)
+    taken = tokens * (3 * b + powers) * experts * sizes.intermediate_size + matrix
     if kernel in ("eager", "math"):
         softmax = b if sizes.has("layer norm") and not autocast else max(4, b)
-        scores = 2 * softmax - (b if softmax > b else 0)
-        mlp = (4 if sizes.has("gated") else 5) * b * experts * sizes.intermediate_size
-        mlp += 7 * b * sizes.hidden_size  # norms and what linear layers read
-        token = max(token, sizes.num_attention_heads * setup.length * scores - mlp)
-    return tokens * token
+        scores = 3 * softmax - (b if softmax > b else 0)
+        if softmax > b and "fp16" in (setup.dtype, setup.amp if autocast else None):
+            scores -= b  # softmax goes from FP16 to FP32 and back by itself
+        mlp = (4 if gated else 5) * b * experts * sizes.intermediate_size
+        mlp += 3 * b * sizes.hidden_size  # its norm and what linear layers read
+        if setup.rank and not sizes.num_local_experts:  # what its factors read
+            width = b if autocast else computed_width(setup.adapters or setup.dtype)
+            if width != b or setup.lora_dropout:
+                read = (1 + gated) * sizes.hidden_size + sizes.intermediate_size
+                shared = sizes.hidden_size + sizes.intermediate_size
+                mlp += read * (width + setup.lora_dropout) - b * shared
+        output = own * sizes.num_attention_heads * sizes.head_dim * sizes.hidden_size
+        attention = tokens * (sizes.num_attention_heads * setup.length * scores - mlp)
+        if not setup.accumulation:  # else gradients are added to what was there
+            attention += (2 + gated) * matrix + output
+            # Autocast's copies go with it.
+            attention -= ((2 + gated) * matrix + output) // 2 if autocast else 0
+        taken = max(taken, attention)
+    return taken
 
 
 def inference_moments(sizes: Dimensions, setup: Setup, at_rest: int) -> tuple[tuple[str, int], ...]:
     """What is allocated while a prompt of `length` is read, and while more is generated."""
     b, h = computed_width(setup.dtype), sizes.hidden_size
     tokens, rows = setup.batch * setup.length, setup.batch
-    experts = max(1, sizes.num_experts_per_tok)
     scored = tokens if setup.all_logits else rows
     scores = block(scored * sizes.vocab_size * b, own_segment=True)
-    # Gate, up and their product; the layer's input and the normalised one.
-    mlp = tokens * (3 * b * experts * sizes.intermediate_size + 2 * b * h)
-    if attention_kernel(sizes, setup.dtype, setup.attention) in ("eager", "math"):
-        attention = tokens * sizes.num_attention_heads * setup.length * (b + max(4, b))
-        mlp = max(mlp, attention)
     cache = kv_cache(sizes, *(setup.batch, setup.length), setup.cache_dtype or setup.dtype)
     grown = cache // max(1, sizes.num_hidden_layers)  # a layer's, made anew with one token more
+    mask = tokens * setup.length * b * (setup.attention == "eager")
+    positions = setup.length * h * b * sizes.has("learned positions")
+    layer = prefill_temporaries(sizes, setup, b) + positions
     return (
         ("at rest", at_rest),
-        ("prefill: a layer", at_rest + mlp),
-        ("prefill: the logits", at_rest + scores + tokens * b * h),
-        ("decoding", at_rest + grown + rows * sizes.vocab_size * b),
+        ("prefill: a layer", at_rest + mask + layer),
+        ("prefill: the logits", at_rest + mask + scores + tokens * b * h),
+        ("decoding", at_rest + grown + mask + rows * sizes.vocab_size * b),
     )
+
+
+def prefill_temporaries(sizes: Dimensions, setup: Setup, b: int) -> int:
+    """Bytes that the last layer takes for the moment while a prompt is read.
+
+    Its MLP, its attention, or the norms of its queries, whichever takes most, beside
+    what the calling functions still hold: the embedding's output, the layer's input,
+    and the normalised one (transformers 5, ``models/*/modeling_*.py``).
+    """
+    h, heads, gpt2 = sizes.hidden_size, sizes.num_attention_heads, not sizes.has("gated")
+    tokens, queries = setup.batch * setup.length, heads * sizes.head_dim
+    callers = 3 if gpt2 else 1 + min(sizes.num_hidden_layers, 2)
+    kernel = attention_kernel(sizes, setup.dtype, setup.attention)
+    repeated = sizes.num_key_value_heads < heads
+    # Gate, up and their product. GPT-2's: the input, and three of its GELU's.
+    experts = max(1, sizes.num_experts_per_tok)
+    most = (3 + gpt2) * block(tokens * b * experts * sizes.intermediate_size, own_segment=True)
+    most += tokens * (1 + gpt2) * b * h  # the sum after attention, and GPT-2's attention itself
+    if kernel == "eager":
+        most += tokens * b * heads * setup.length  # returned, and held until the layer ends
+        # Scores before and after the softmax, which is in FP32 but GPT-2's: of BF16 with
+        # a copy (softmax in aten/src/ATen/native/SoftMax.cpp), of FP16 without.
+        score = 2 * b if gpt2 or b == 4 else 2 * b + 4 + 2 * (setup.dtype == "bf16")
+        attention = heads * setup.length * score + (1 + 2 * repeated) * b * queries
+        most = max(most, tokens * attention)
+    elif kernel == "math":
+        # The same, and a byte that tells infinite ones (_safe_softmax in
+        # aten/src/ATen/native/transformers/attention.cpp).
+        most = max(most, tokens * (heads * setup.length * (2 * b + 1) + 4 * b * queries))
+    if sizes.has("query and key norms"):
+        most = max(most, tokens * (b + 2 * max(4, b)) * queries)
+    return tokens * callers * b * h + most
 
 
 def check_together(sizes: Dimensions, setup: Setup) -> None:
@@ -409,7 +466,7 @@ def check_together(sizes: Dimensions, setup: Setup) -> None:
             )
 
 
-def memory(sizes: Dimensions, setup: Setup) -> Memory:
+def memory(sizes: Dimensions, setup: Setup, workspace: int = WORKSPACE) -> Memory:
     """What one GPU holds, its allocator's rounding and the CUDA context included.
 
     Training: between forward and backward, with the gradients and the states of
@@ -423,24 +480,34 @@ def memory(sizes: Dimensions, setup: Setup) -> Memory:
 
     Not in it: buffers, and what communication needs.
 
+    Args:
+        sizes: of the model.
+        setup: what is done with it.
+        workspace: what cuBLAS takes for each thread, in bytes; see
+            `every_byte.data.Card.cublas_workspace`.
+
     Raises:
         ValueError: the model cannot do it, see `check_together`.
     """
     check_together(sizes, setup)
-    return assemble(sizes, setup)
+    check_whole("workspace", workspace)
+    return assemble(sizes, setup, workspace=workspace)
 
 
-def assemble(sizes: Dimensions, setup: Setup, every: int | None = None) -> Memory:
+def assemble(
+    sizes: Dimensions, setup: Setup, every: int | None = None, workspace: int = WORKSPACE
+) -> Memory:
     """The same for what need not go together, with checkpoints of so many layers."""
     dtype, work = setup.dtype, (setup.batch, setup.length)
     tensors = {"parameters": stored_weights(sizes, dtype, setup.quantised)}
     held, margin = {"context": CONTEXT, "rounding": 0}, 0
+    cast = copy = 0
     if setup.task == "training":
         trained = adapters(sizes, setup.rank) if setup.rank else shape_counts(sizes)
         own_dtype = (setup.adapters or dtype) if setup.rank else dtype
         if setup.rank:
             tensors["parameters"] += stored(trained, own_dtype)
-        states = setup.states or own_dtype
+        states = setup.states or OPTIMIZERS[setup.optimizer].dtype or own_dtype
         tensors["gradients"] = stored(trained, setup.gradients or own_dtype)
         tensors["optimizer_states"] = stored_states(trained, setup.optimizer, states)
         if setup.master_weights and computed_width(own_dtype) < 4:
@@ -486,6 +553,10 @@ def assemble(sizes: Dimensions, setup: Setup, every: int | None = None) -> Memor
         if autocast:
             held["logits"] += logits(sizes, *work, "fp32")
             held["cast_weights"] = total_bytes(_cast_weights(sizes, setup, computed))
+            none, layers = replace(sizes, num_hidden_layers=0), sizes.num_hidden_layers
+            copies = held["cast_weights"] - total_bytes(_cast_weights(none, setup, computed))
+            copy = copies // max(1, layers)
+            cast = copies - copy * groups if groups and layers > groups else 0
     else:
         held["logits"] = logits(sizes, setup.batch, 1, dtype)
         held["kv_cache"] = kv_cache(sizes, *work, setup.cache_dtype or dtype)
@@ -506,7 +577,7 @@ def assemble(sizes: Dimensions, setup: Setup, every: int | None = None) -> Memor
         )
         shared[kind] = shared_segments(some)
     biased = sizes.has("biases") or sizes.has("query, key and value biases")
-    rest = WORKSPACE + LT_WORKSPACE * biased
+    rest = workspace + LT_WORKSPACE * biased
     if setup.task == "inference":
         rest += rounded["parameters"] + shared["parameters"] + held["kv_cache"]
         moments = inference_moments(sizes, setup, rest)
@@ -515,14 +586,21 @@ def assemble(sizes: Dimensions, setup: Setup, every: int | None = None) -> Memor
             sizes,
             setup,
             at_rest=rest
-            + WORKSPACE
+            + workspace
             + sum(rounded[kind] + shared[kind] for kind in ("parameters", "optimizer_states")),
             gradients=rounded["gradients"] + shared["gradients"],
             kept=kept + held.get("cast_weights", 0) - again,
             again=again,
-            one=layer if sizes.num_hidden_layers else 0,
-            step=step_temporaries(trained, setup.optimizer, states, setup.implementation)
+            one=layer + copy if sizes.num_hidden_layers else 0,
+            step=step_temporaries(
+                trained,
+                setup.optimizer,
+                states,
+                setup.implementation,
+                0 if setup.rank else sizes.hidden_size * sizes.num_attention_heads * sizes.head_dim,
+            )
             + shared["gradients"],
+            cast=cast,
         )
     return Memory(**held, moments=moments, margin=margin + sum(shared.values()))
 

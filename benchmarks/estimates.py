@@ -1,0 +1,338 @@
+"""The estimator's peaks beside the replay's, on random set-ups of the models that it knows.
+
+``python -m benchmarks.estimates --seeds 500 --results FILE`` goes on where FILE, a line of JSON
+for each seed, ends; then it prints a table, and fails where an estimate is more than `ABOVE`
+over the replay's peak, or more than `BELOW` under it.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn, optim
+from torch.nn.functional import dropout
+
+from every_byte import estimate
+from every_byte.data import cards
+from every_byte.estimate import Dimensions, Memory, Setup
+from every_byte.gpu import VirtualGPU
+from every_byte.tracker import untracked
+from helpers.models import CAUSAL_SDPA
+
+ABOVE, BELOW = 0.03, 0.005
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CARDS = ("H200", "A100 80 GB", "RTX 4090", "T4")
+TORCH = "2.11"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+    """A model, what is done with it, and the card of the replay."""
+
+    name: str
+    sizes: Dimensions
+    setup: Setup
+    card: str
+
+
+def random_case(seed: int, layers: int | None = None) -> Case:
+    """A model of the data file and a set-up that a replay can follow, the same for a seed.
+
+    Args:
+        seed: of the random numbers.
+        layers: the most that the model keeps of its layers; all if None.
+    """
+    rng = random.Random(seed)
+    dense = {n: estimate.dimensions(n) for n in estimate.known_models()}
+    name = rng.choice([n for n, s in dense.items() if not s.num_local_experts])
+    sizes = dense[name]
+    if layers is not None:
+        few = min(rng.randint(1, layers), sizes.num_hidden_layers)
+        sizes = dataclasses.replace(sizes, num_hidden_layers=few)
+    task = rng.choice(["training", "training", "training", "inference"])
+    dtype = rng.choice(["fp32", "bf16", "bf16", "fp16"])
+    gpt2 = sizes.model_type == "gpt2"
+    given: dict[str, Any] = {
+        "task": task,
+        "dtype": dtype,
+        "batch": rng.choice([1, 1, 2, 3, 4, 8]),
+        "length": rng.randint(1, 1024) if gpt2 else rng.choice([512, rng.randint(1, 4096)]),
+        "attention": rng.choice(["sdpa", "sdpa", "sdpa", "eager"]),
+        "load": rng.choice(["to", "device_map"]),
+    }
+    if task == "inference":
+        given["all_logits"] = rng.random() < 0.5
+        return Case(name, sizes, Setup(**given), rng.choice(CARDS))
+    given["optimizer"] = rng.choice(
+        ["sgd", "momentum", "adam", "adamw", "adamw", "rmsprop", "adafactor", "adam 8-bit", "lion"]
+    )
+    known = estimate.OPTIMIZERS[given["optimizer"]]
+    given["implementation"] = rng.choice(["foreach", "for-loop", *["fused"] * 2 * known.fused])
+    given["amp"] = rng.choice([None, "bf16", "fp16"]) if dtype == "fp32" else None
+    given["checkpointing"] = rng.random() < 0.3
+    given["accumulation"] = rng.random() < 0.2
+    given["dropout"] = gpt2 and rng.random() < 0.5
+    if rng.random() < 0.25:
+        given["rank"] = rng.choice([4, 8, 16, 64])
+        given["adapters"] = rng.choice(["fp32", dtype])
+        given["lora_dropout"] = rng.random() < 0.5
+    return Case(name, sizes, Setup(**given), rng.choice(CARDS))
+
+
+# The replay
+
+
+def build(
+    sizes: Dimensions,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    attention: str = "eager",
+    probability: float = 0.0,
+) -> Any:
+    """The real model of these sizes, on a device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given = dataclasses.asdict(sizes) | {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    if not sizes.num_local_experts:
+        del given["num_local_experts"], given["num_experts_per_tok"]
+    if sizes.model_type == "gpt2":
+        del given["intermediate_size"], given["num_key_value_heads"], given["head_dim"]
+        given |= dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), probability)
+    config = AutoConfig.for_model(given.pop("model_type"), attn_implementation=attention, **given)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+class LoRA(nn.Module):
+    """LoRA beside a linear layer, as PEFT's ``lora/layer.py`` computes it."""
+
+    def __init__(self, linear: Any, rank: int, dtype: torch.dtype, probability: float) -> None:
+        super().__init__()
+        self.linear, self.probability = linear.requires_grad_(False), probability
+        n, m = linear.weight.shape
+        if isinstance(linear, nn.Linear):
+            n, m = m, n
+        device = linear.weight.device
+        self.down = nn.Linear(n, rank, bias=False, device=device, dtype=dtype)
+        self.up = nn.Linear(rank, m, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer's result and LoRA's."""
+        result = self.linear(x)
+        computed = result.dtype
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.down.weight.dtype)
+        if self.probability:
+            x = dropout(x, self.probability, self.training)
+        result = result + self.up(self.down(x)) * 2.0
+        return result.to(computed)
+
+
+def with_lora(model: Any, rank: int, dtype: torch.dtype, probability: float) -> Any:
+    """The model, frozen, with LoRA's factors beside each linear layer of its blocks."""
+    from transformers.pytorch_utils import Conv1D
+
+    model.requires_grad_(False)
+    for owner in list(model.modules()):
+        for name, child in list(owner.named_children()):
+            if isinstance(child, nn.Linear | Conv1D) and name != "lm_head":
+                setattr(owner, name, LoRA(child, rank, dtype, probability))
+    return model
+
+
+def optimizer_of(setup: Setup) -> Callable[[Any], optim.Optimizer]:
+    """The optimizer that a set-up names, by its library."""
+    how = {"foreach": {"foreach": True}, "fused": {"fused": True}, "for-loop": {"foreach": False}}
+    step = how[setup.implementation]
+    if "8-bit" in setup.optimizer or setup.optimizer == "lion":
+        import bitsandbytes
+
+        names = {"adam 8-bit": "AdamW8bit", "lion": "Lion", "lion 8-bit": "Lion8bit"}
+        made: Callable[[Any], optim.Optimizer] = getattr(bitsandbytes.optim, names[setup.optimizer])
+        return made
+    if "adam" not in setup.optimizer and setup.implementation == "fused":
+        step = {"foreach": False}  # ``meta`` has no fused kernel of SGD, which takes as little
+    if setup.optimizer == "momentum":
+        return lambda p: optim.SGD(p, momentum=0.9, **step)
+    names = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "rmsprop": "RMSprop"}
+    names["adafactor"] = "Adafactor"
+    kind = getattr(optim, names[setup.optimizer])
+    return lambda p: kind(p, **step)
+
+
+def onto(model: Any, gpu: VirtualGPU, load: str) -> Any:
+    """The model on the card: tensor by tensor, or from one block of the size of all."""
+    if load == "device_map":
+        whole = sum(parameter.nbytes for parameter in model.parameters())
+        torch.empty(whole, dtype=torch.uint8, device=gpu.device)
+
+    def put(tensor: torch.Tensor) -> torch.Tensor:
+        there = gpu.accounts_for(tensor)  # the embedding, that is the head as well
+        return tensor if there else torch.empty_like(tensor, device=gpu.device)
+
+    model._apply(put)
+    gpu.reset_peak_memory_stats()
+    return model
+
+
+def replayed(case: Case) -> dict[str, int]:
+    """What the replay of a case shows: the highest allocated and the highest reserved, in bytes.
+
+    Of training the second step, of inference a prompt and four more tokens.
+    """
+    setup, sizes = case.setup, case.sizes
+    attention = "eager" if setup.attention == "eager" else CAUSAL_SDPA
+    dtype, batch, length = DTYPES[setup.dtype], setup.batch, setup.length
+    with untracked():
+        model = build(sizes, dtype, "meta", attention, 0.1 * setup.dropout)
+    with VirtualGPU(case.card, capacity=1 << 50, torch=TORCH, values="assume") as gpu:
+        model = onto(model, gpu, setup.load)
+        ids = torch.zeros(batch, length, dtype=torch.int64).to(gpu.device)
+        positions = torch.arange(length)[None].to(gpu.device)
+        inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
+        if attention == "eager":
+            causal = torch.zeros(batch, 1, length, length, dtype=dtype)
+            inputs["attention_mask"] = causal.to(gpu.device)
+        if setup.task == "inference":
+            model.eval()
+            with torch.inference_mode():
+                found = _inferred(gpu, model, inputs, setup.all_logits)
+        else:
+            if setup.rank:
+                factors = DTYPES[setup.adapters or setup.dtype]
+                with_lora(model, setup.rank, factors, 0.05 * setup.lora_dropout)
+            model.train()
+            found = _trained(gpu, model, inputs, setup)
+        del model, inputs, ids, positions
+    gc.collect()
+    return found
+
+
+def _figures(gpu: VirtualGPU) -> dict[str, int]:
+    return {"peak": gpu.max_memory_allocated(), "reserved": gpu.max_memory_reserved()}
+
+
+def _inferred(
+    gpu: VirtualGPU, model: Any, inputs: dict[str, Any], all_logits: bool
+) -> dict[str, int]:
+    batch, length = inputs["input_ids"].shape
+    out = model(**inputs, use_cache=True, logits_to_keep=0 if all_logits else 1)
+    past, following = out.past_key_values, out.logits[:, -1:].argmax(-1)
+    del out
+    for number in range(4):
+        positions = torch.full((1, 1), length + number).to(gpu.device)
+        given: dict[str, Any] = {"input_ids": following, "position_ids": positions}
+        if "attention_mask" in inputs:
+            seen = length + number + 1
+            mask = torch.zeros(batch, 1, 1, seen, dtype=inputs["attention_mask"].dtype)
+            given["attention_mask"] = mask.to(gpu.device)
+        out = model(**given, past_key_values=past, use_cache=True)
+        following, past = out.logits[:, -1:].argmax(-1), out.past_key_values
+        del out
+    return _figures(gpu)
+
+
+def _trained(gpu: VirtualGPU, model: Any, inputs: dict[str, Any], setup: Setup) -> dict[str, int]:
+    if setup.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if setup.rank:
+            model.enable_input_require_grads()  # as PEFT does
+    steps = optimizer_of(setup)([p for p in model.parameters() if p.requires_grad])
+    computed = DTYPES[setup.amp or "bf16"]
+    for _ in range(2):
+        gpu.reset_peak_memory_stats()
+        for _ in range(1 + setup.accumulation):
+            with torch.autocast(gpu.device.type, computed, enabled=setup.amp is not None):
+                loss = model(**inputs, labels=inputs["input_ids"], use_cache=False).loss
+            loss.backward()
+            del loss
+        steps.step()
+        steps.zero_grad()
+    return _figures(gpu)
+
+
+# All of them
+
+
+def compared(seeds: range, results: Path, layers: int | None) -> Iterator[dict[str, Any]]:
+    """What each seed's replay showed, from the file as far as it goes, then replayed."""
+    known: dict[int, dict[str, Any]] = {}
+    if results.exists():
+        lines = map(json.loads, results.read_text("utf-8").splitlines())
+        known = {line["seed"]: line for line in lines}
+    for seed in seeds:
+        if seed not in known:
+            case = random_case(seed, layers)
+            try:
+                known[seed] = {"seed": seed, **replayed(case)}
+            except Exception as error:
+                known[seed] = {"seed": seed, "error": f"{type(error).__name__}: {error}"[:200]}
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(known[seed]) + "\n")
+        yield known[seed]
+
+
+def estimated(case: Case) -> Memory:
+    """The estimate for a case, on its card."""
+    return estimate.memory(case.sizes, case.setup, cards()[case.card].cublas_workspace)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.estimates", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=500, help="how many set-ups")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--layers", type=int, help="the most layers of a model; all by default")
+    parser.add_argument("--results", type=Path, default=Path("estimates.jsonl"))
+    parser.add_argument("--worst", type=int, default=20, help="how many of the worst to print")
+    asked = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    from transformers import logging
+
+    logging.set_verbosity_error()
+    rows, errors = [], []
+    for found in compared(
+        range(asked.first, asked.first + asked.seeds), asked.results, asked.layers
+    ):
+        case = random_case(found["seed"], asked.layers)
+        if "error" in found:
+            errors.append((found["seed"], found["error"]))
+            continue
+        memory = estimated(case)
+        rows.append((memory.peak / found["peak"] - 1, found, memory, case))
+    rows.sort(key=lambda row: row[0])
+    off = [row for row in rows if not -BELOW <= row[0] <= ABOVE]
+    for row in rows[: asked.worst] + rows[-asked.worst :]:
+        difference, found, memory, case = row
+        default = Setup()
+        given = {
+            field.name: getattr(case.setup, field.name)
+            for field in dataclasses.fields(Setup)
+            if getattr(case.setup, field.name) != getattr(default, field.name)
+        }
+        print(
+            f"{found['seed']:4} {difference:+7.2%} {found['peak']:>15,} {memory.peak:>15,} "
+            f"{memory.peak_at:32} {case.name} {case.sizes.num_hidden_layers} {case.card} {given}"
+        )
+    for seed, error in errors:
+        print(seed, error)
+    if rows:
+        print(
+            f"{len(rows) - len(off)} of {len(rows)} within {-BELOW:+.1%} and {ABOVE:+.1%}; "
+            f"from {rows[0][0]:+.2%} to {rows[-1][0]:+.2%}"
+        )
+        beyond = [found["reserved"] / found["peak"] for _, found, _, _ in rows]
+        print(f"reserved over the peak: up to {max(beyond):.3f}")
+    return 1 if off or errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
