@@ -49,7 +49,8 @@ def environment(which: str) -> Path:
         subprocess.run([*uv, "venv", "--python", sys.executable, str(folder)], check=True)
     how = ["--upgrade", "--resolution", RESOLUTIONS[which]]
     subprocess.run([*install, *how, "-r", requirements], check=True)
-    subprocess.run([*install, "pytest", "hypothesis"], check=True)
+    # numpy: torch does without, but what it exchanges with it is tested too.
+    subprocess.run([*install, "pytest", "hypothesis", "numpy"], check=True)
     return python
 
 

@@ -29,15 +29,15 @@ class PrivateName:
         name: dotted, as it is reached from ``torch``.
         purpose: what it is used for.
         without: what breaks without it.
-        needed_by: the virtual GPU, `every_byte.one_of`, or the CUDA device.
+        needed_by: the virtual GPU, `every_byte.one_of`, the CUDA device, or only for speed.
         checked: PyTorch's versions that the tests have passed with.
     """
 
     name: str
     purpose: str
     without: str
-    needed_by: Literal["virtual", "ranks", "cuda"] = "virtual"
-    checked: tuple[str, ...] = ("2.8", "2.14")
+    needed_by: Literal["virtual", "ranks", "cuda", "speed"] = "virtual"
+    checked: tuple[str, ...] = ("2.8", "2.14", "2.15")
 
 
 PRIVATE_NAMES = (
@@ -51,6 +51,8 @@ PRIVATE_NAMES = (
         "torch.utils._python_dispatch.TorchDispatchMode._should_skip_dynamo",
         "keeps the import of the tracker from importing torch._dynamo",
         "nothing but time and RAM",
+        "speed",
+        checked=("2.14", "2.15"),
     ),
     PrivateName(
         "torch.utils._python_dispatch.is_traceable_wrapper_subclass",
@@ -71,7 +73,6 @@ PRIVATE_NAMES = (
         "torch.utils._device._device_constructors",
         "is filled before torch.tensor is replaced",
         "torch.tensor() pays no heed to a device context",
-        checked=("2.14",),
     ),
     PrivateName(
         "torch.UntypedStorage._cdata",
@@ -170,7 +171,6 @@ PRIVATE_NAMES = (
         "torch._dynamo",
         "is imported before a GPU is open, since optimizers and meta kernels import it later",
         "the first step takes a second longer",
-        checked=("2.14",),
     ),
     PrivateName(
         "torch.nn.Module._apply",
@@ -181,7 +181,6 @@ PRIVATE_NAMES = (
         "torch.Tensor._make_subclass",
         "shows bitsandbytes' 4-bit parameters, where they are made",
         "a 4-bit model takes what it takes in FP32, without a word",
-        checked=("2.14",),
     ),
     # One of many GPUs
     PrivateName(
@@ -203,7 +202,6 @@ PRIVATE_NAMES = (
         "_sharded_param_data",
         "FSDP gathers from a model made in untracked(), which is refused",
         "ranks",
-        checked=("2.14",),
     ),
     PrivateName(
         "torch.distributed.tensor._sharding_prop.ShardingPropagator",
@@ -229,61 +227,51 @@ PRIVATE_NAMES = (
         "torch._C.DisableTorchFunction",
         "asks a tensor for its own device, where meta tensors say that they are CUDA's",
         "as_cuda() accounts for nothing",
-        checked=("2.14",),
     ),
     PrivateName(
         "torch.utils._python_dispatch._disable_current_modes",
         "computes known values on the host, out of sight",
         "the host's copies count, or are computed without end",
-        checked=("2.14",),
     ),
     PrivateName(
         "torch.utils._pytree.tree_map",
         "puts known values in the tensors' place",
         "no value is known",
-        checked=("2.14",),
     ),
     PrivateName(
         "torch.utils._pytree.tree_map_only",
         "puts known values in the tensors' place",
         "no value is known",
-        checked=("2.14",),
     ),
     PrivateName(
         "torch._C._nn._parse_to",
         "is left to read the device that a script names",
         "model.to('cuda') fails in as_cuda()",
-        checked=("2.14",),
     ),
     PrivateName(
         "torch._C._group_tensors_by_device_and_dtype",
         "groups tensors by the device that they say they are on, for optimizers",
         "foreach optimizers mix devices in as_cuda()",
-        checked=("2.14",),
     ),
     PrivateName(
         "torch._C.Generator",
         "is the class of random generators, which a script may make for cuda",
         "torch.Generator(device='cuda') fails in as_cuda()",
-        checked=("2.14",),
     ),
     PrivateName(
         "torch.overrides._get_current_function_mode_stack",
         "tells whether as_cuda() is in use already",
         "two of them map devices twice",
-        checked=("2.14",),
     ),
     PrivateName(
         "torch.cuda._lazy_init",
         "has nothing to wake in as_cuda(); likewise _is_compiled",
         "scripts that call it fail in as_cuda()",
-        checked=("2.14",),
     ),
     PrivateName(
         "torch.cuda.memory._dump_snapshot",
         "writes the virtual card's snapshot in as_cuda()",
         "a script writes none",
-        checked=("2.14",),
     ),
     # A CUDA device
     PrivateName(

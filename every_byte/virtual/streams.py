@@ -11,6 +11,9 @@ class _Stream:
 
     def __init__(self, number: int = 0) -> None:
         self.number = number
+        # As FSDP names it to its own operator (PyTorch 2.15, _fsdp_collectives.py).
+        self.stream_id, self.device_index = number, 0
+        self.device_type = 1  # c10::DeviceType::CUDA
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
