@@ -22,7 +22,7 @@ from every_byte.watch import Place
 _MARK = '<meta name="generator" content="every-byte run">'
 _POINTS = 500  # of the timeline; of those that fall together the largest is kept
 _ROWS = 60  # of the table of phases
-_WIDTH, _HEIGHT, _LEFT, _TOP = 960, 320, 64, 16
+_WIDTH, _HEIGHT, _LEFT, _TOP = 960, 320, 100, 16
 _FOLDER = Path(__file__).parent / "data"
 
 
