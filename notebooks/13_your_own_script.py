@@ -94,7 +94,7 @@ with as_cuda("RTX 3060") as gpu, redirect_stderr(io.StringIO()):
 for index, place in enumerate(watch.timeline.where):
     if place.step and place.phase == "forward":
         watch.timeline.marks.setdefault(f"step {place.step + 1}", index)
-timeline(watch.timeline)
+figure = timeline(watch.timeline)
 
 # %% [markdown]
 # Three hills of activations on a floor of parameters, gradients and states. The second hill is as high as the third: what you see here goes on for the rest of the training.
