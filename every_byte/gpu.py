@@ -137,10 +137,16 @@ class GPU(Generic[_Memory]):
         """Whether a tensor's bytes are among those that are counted."""
         return self._tracker.accounts_for(tensor)
 
+    def handle_of(self, tensor: torch.Tensor) -> int | None:
+        """The allocator's handle of a tensor's block; None if it is not counted."""
+        return self._tracker.handle_of(tensor)
+
     def record(
         self,
         model: torch.nn.Module | None = None,
         *optimizers: torch.optim.Optimizer | None,
+        where: Callable[[], Any] | None = None,
+        limit: int | None = None,
     ) -> AbstractContextManager[Timeline]:
         """What each operation does to memory; see `every_byte.tracker.Tracker.record`.
 
@@ -149,7 +155,7 @@ class GPU(Generic[_Memory]):
         """
         if self not in GPU._open:
             raise RuntimeError(f"{self} cannot record: open() it first")
-        return self._tracker.record(model, *optimizers)
+        return self._tracker.record(model, *optimizers, where=where, limit=limit)
 
     def label(self, kind: str) -> AbstractContextManager[None]:
         """Let what is allocated meanwhile be of a kind, where `breakdown` cannot tell it.

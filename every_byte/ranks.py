@@ -9,6 +9,7 @@ on a virtual GPU replayed. Streams have their own blocks in either.
 Not part of it: what NCCL takes for itself, outside of PyTorch's allocator.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
@@ -17,10 +18,13 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d, fsdp
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from every_byte.gpu import GPU, open_gpu
@@ -46,11 +50,115 @@ def one_of(gpus: int) -> Iterator[DeviceMesh]:
     if dist.is_initialized():
         raise RuntimeError("a process group is open: end it with destroy_process_group() first")
     gpu = open_gpu()
+    with _ready(gpu), ExitStack() as stack:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
+        stack.callback(dist.destroy_process_group)
+        yield init_device_mesh(gpu.device.type, (gpus,))
+
+
+@contextmanager
+def first_of(gpus: int) -> Iterator[None]:
+    """Let a script that opens its process group itself be the first of as many processes.
+
+    It finds what ``torchrun`` sets in the environment. Every group that it opens is the fake
+    one, whatever backend it asks for. Objects that others would send are this process's own.
+    """
+    begin, new = dist.init_process_group, dist.new_group
+
+    def init_process_group(backend: Any = None, *_: object, **__: object) -> None:
+        begin("fake", store=FakeStore(), rank=0, world_size=gpus)
+
+    def new_group(*args: Any, **kwargs: Any) -> Any:
+        return new(*args[:2], **{k: v for k, v in kwargs.items() if k not in _OF_BACKENDS})
+
+    def all_gather_object(object_list: list[Any], obj: Any, *_: object, **__: object) -> None:
+        object_list[:] = [obj] * len(object_list)
+
+    def gather_object(obj: Any, object_gather_list: Any = None, *_: object, **__: object) -> None:
+        if object_gather_list is not None:
+            all_gather_object(object_gather_list, obj)
+
+    def alone(*_: object, **__: object) -> None:
+        pass  # the first process sends; or waits for the others
+
+    rank = {
+        **dict.fromkeys(("RANK", "LOCAL_RANK", "GROUP_RANK"), "0"),
+        **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(gpus)),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
+    patches = {
+        "init_process_group": init_process_group,
+        "new_group": new_group,
+        "all_gather_object": all_gather_object,
+        "gather_object": gather_object,
+        "broadcast_object_list": alone,
+        "barrier": alone,
+        "is_nccl_available": lambda: True,
+    }
+    with _ready(open_gpu()), mock.patch.dict(os.environ, rank), ExitStack() as stack:
+        for name, patch in patches.items():
+            for module in (dist, distributed_c10d):
+                stack.enter_context(mock.patch.object(module, name, patch))
+        # All have the same model; FSDP's default mesh is the accelerator's.
+        for owner, name, answer in (
+            (torch.nn.parallel.distributed, "_verify_param_shape_across_processes", None),
+            (torch._C, "_get_accelerator", torch.device("cuda")),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, lambda *_, answer=answer: answer))
+        changed: tuple[tuple[Any, str, Any], ...] = (
+            (DistributedDataParallel, "__init__", _replica(open_gpu())),
+            (DistributedDataParallel, "register_comm_hook", _refused("register_comm_hook")),
+            (FullyShardedDataParallel, "__init__", _refused("FullyShardedDataParallel")),
+            (fsdp, "fully_shard", _refused("fully_shard")),
+        )
+        for owner, name, patch in changed:
+            stack.enter_context(mock.patch.object(owner, name, patch))
+        try:
+            yield
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _replica(gpu: GPU) -> Callable[..., None]:
+    """DDP's ``__init__``: its buckets are gradients, and stay as they are, since nobody answers."""
+    make, register = DistributedDataParallel.__init__, DistributedDataParallel.register_comm_hook
+
+    def unanswered(state, bucket):  # type: ignore[no-untyped-def]  # DDP checks what is said
+        done: Any = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    def made(replica: Any, *args: Any, **kwargs: Any) -> None:
+        with gpu.label("gradients"):
+            make(replica, *args, **kwargs)
+        register(replica, None, unanswered)
+
+    return made
+
+
+def _refused(name: str) -> Callable[..., None]:
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError(
+            f"{name} of a script is not replayed: replay it in Python with every_byte.one_of "
+            "(chapter Beyond one GPU), or run the script with --gpus 1"
+        )
+
+    return refuse
+
+
+_OF_BACKENDS = frozenset(("backend", "pg_options", "device_id", "use_local_synchronization"))
+
+
+@contextmanager
+def _ready(gpu: GPU) -> Iterator[None]:
+    """Let PyTorch's distributed training work with a fake group on this GPU."""
     with ExitStack() as stack:
-        if gpu.device.type == "meta":
+        if gpu.memory.device.type == "meta":
             # FSDP asks for the module of a device kind, such as torch.cuda, and
             # refuses to train on meta, where others forgot to make their weights.
-            there = mock.patch.object(torch, gpu.device.type, streams_of(gpu.memory), create=True)
+            there = mock.patch.object(torch, "meta", streams_of(gpu.memory), create=True)
             stack.enter_context(there)
             willing = mock.patch.object(FSDPParamGroup, "_validate_no_meta_params", lambda _: None)
             stack.enter_context(willing)
@@ -69,9 +177,7 @@ def one_of(gpus: int) -> Iterator[DeviceMesh]:
         name = "_propagate_tensor_meta_non_cached"
         tried = untracked()(getattr(ShardingPropagator, name))
         stack.enter_context(mock.patch.object(ShardingPropagator, name, tried))
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
-        stack.callback(dist.destroy_process_group)
-        yield init_device_mesh(gpu.device.type, (gpus,))
+        yield
 
 
 def _gathering(work: Callable[..., Any], gpu: GPU) -> Callable[..., Any]:

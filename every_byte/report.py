@@ -1,148 +1,54 @@
-"""What a program did to a virtual card's memory: its peak, what each step left behind.
+"""What a program did to a virtual card's memory, in words. All sizes are bytes."""
 
-A `Watch` looks at the allocator while a program runs; `Report` says what it saw.
-All sizes are bytes.
-"""
-
-from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
-
-import torch
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from every_byte.data import cards
 from every_byte.estimate import CONTEXT
-from every_byte.gpu import VirtualGPU
-from every_byte.tracker import Timeline, in_backward
 from every_byte.units import GB, grouped
-from every_byte.virtual.values import program_line
+from every_byte.watch import Place, Watch
+
+PHASES = {
+    "load": "before the first forward",
+    "forward": "in forward",
+    "backward": "in backward",
+    "optimizer": "in the optimizer's step",
+    "other": "outside of the model",
+}
+"""The phases of `every_byte.watch.Place`, as sentences name them."""
 
 
-class EnoughSteps(BaseException):
-    """Ends a program after the steps that were asked for; no ``except Exception`` stops it."""
-
-
-class _Trained(torch.nn.Module):
-    """What the optimizers that have stepped so far train, and, as an optimizer, their states."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.optimizers: list[torch.optim.Optimizer] = []
-
-    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
-        """Those of all optimizers' groups."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                yield from group["params"]
-
-    @property
-    def state(self) -> dict[int, Any]:
-        """All optimizers' states."""
-        return dict(enumerate(list(o.state.values()) for o in self.optimizers))
-
-
-@dataclass
-class Watch:
-    """What is seen of a program, while `watching`.
+@dataclass(frozen=True)
+class Saving:
+    """What one change to a program saves, replayed.
 
     Attributes:
-        gpu: to look at.
-        steps: optimizer steps after which the program is ended by `EnoughSteps`; 0: never.
-        peak: largest ``memory_allocated()``.
-        line, phase: of the program, at the peak.
-        after_step: ``memory_allocated()`` after each optimizer step.
-        left: line: bytes made there in the last step but one, and alive after the last.
-        timeline: bytes by kind.
+        lever: its name for ``every-byte run --lever``.
+        change: what to write in the program.
+        fits: whether the program fits with it.
+        peak, reserved: with it.
+        saved, saved_reserved: against the program as it is; None if that has no end to
+            compare with.
     """
 
-    gpu: VirtualGPU
-    steps: int = 3
-    peak: int = 0
-    line: str = "?"
-    phase: str = "load"
-    after_step: list[int] = field(default_factory=list)
-    left: Counter[str] = field(default_factory=Counter)
-    timeline: Timeline = field(default_factory=Timeline)
-    _births: dict[int, tuple[int, int, str]] = field(default_factory=dict)
-    _forward: int = 0
-    _in_optimizer: bool = False
+    lever: str
+    change: str
+    fits: bool
+    peak: int
+    reserved: int
+    saved: int | None
+    saved_reserved: int | None
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Look at the program that runs meanwhile."""
-        memory, trained = self.gpu.memory, _Trained()
-        malloc, free = memory.malloc, memory.free
-        taken: dict[int, int] = defaultdict(int)  # steps by optimizer
 
-        def watched_malloc(nbytes: int, stream: int | None = None) -> int:
-            handle = malloc(nbytes, stream)
-            if memory.memory_allocated() > self.peak:
-                self.peak, self.line = memory.memory_allocated(), program_line()
-                self.phase = self._phase()
-            if self.after_step:
-                self._births[handle] = len(self.after_step), nbytes, program_line()
-            return handle
+@dataclass(frozen=True)
+class PhasePeak:
+    """The largest ``memory_allocated()`` of a phase of a step, and where it was."""
 
-        def watched_free(handle: int) -> None:
-            self._births.pop(handle, None)
-            free(handle)
-
-        def forward(change: int) -> Any:
-            def hook(*_: object) -> None:
-                self._forward += change
-
-            return hook
-
-        def begins(optimizer: torch.optim.Optimizer, *_: object) -> None:
-            self._in_optimizer = True
-            if not any(o is optimizer for o in trained.optimizers):
-                trained.optimizers.append(optimizer)
-
-        def ends(optimizer: torch.optim.Optimizer, *_: object) -> None:
-            self._in_optimizer = False
-            taken[id(optimizer)] += 1
-            if taken[id(optimizer)] <= len(self.after_step):
-                return  # another one's, of the same step
-            last_but_one = len(self.after_step) - 1
-            self.after_step.append(memory.memory_allocated())
-            self.left = Counter()
-            for step, nbytes, line in list(self._births.values()):
-                if step == last_but_one:
-                    self.left[line] += nbytes
-            if len(self.after_step) == self.steps:
-                raise EnoughSteps
-
-        with ExitStack() as stack:
-            for handle in (
-                register_module_forward_pre_hook(forward(+1)),
-                register_module_forward_hook(forward(-1), always_call=True),
-                register_optimizer_step_pre_hook(begins),
-                register_optimizer_step_post_hook(ends),
-            ):
-                stack.callback(handle.remove)
-            stack.enter_context(mock.patch.object(memory, "malloc", watched_malloc))
-            stack.enter_context(mock.patch.object(memory, "free", watched_free))
-            if self.steps:  # to its end, a program may be too long to be written down
-                self.timeline = stack.enter_context(self.gpu.record(trained, trained))  # type: ignore[arg-type]
-            yield
-
-    def _phase(self) -> str:
-        if self._in_optimizer:
-            return "optimizer"
-        if in_backward():
-            return "backward"
-        return "forward" if self._forward else "load"
+    step: int
+    phase: str
+    peak: int
+    line: str
 
 
 @dataclass(frozen=True)
@@ -153,12 +59,21 @@ class Report:
         card: its name.
         capacity: bytes that it has.
         fits: whether the program ended before memory did.
+        failed: whether the program ended with an error: the same holds then.
+        interrupted: whether it was ended by Ctrl-C: all figures are of what it did until then.
+        gpus: of how many it was the first.
         peak, line, phase: largest ``memory_allocated()``, and where the program was.
+        source: that line's text.
         reserved: largest ``memory_reserved()``.
-        by_kind: bytes at the peak.
+        by_kind: bytes at the peak; empty if the program was too long to be written down.
         after_step: ``memory_allocated()`` after each optimizer step.
-        left: line: bytes that each step leaves behind.
+        left: what each step leaves behind.
+        phases: the peak of each phase.
         assumptions: values that were read though nobody knows them, in words, and how often.
+        levers: what would help, if that was asked for; the largest saving first.
+        needed, needed_allocated: peaks of ``memory_reserved()`` and ``memory_allocated()`` that
+            it would have without a bound, where it does not fit and that was asked for.
+        useless: names of levers that were tried, and save nothing.
     """
 
     card: str
@@ -166,74 +81,176 @@ class Report:
     fits: bool
     peak: int
     line: str
+    source: str
     phase: str
     reserved: int
     by_kind: dict[str, int]
     after_step: list[int]
-    left: dict[str, int]
+    left: list[dict[str, Any]]
+    phases: list[PhasePeak]
     assumptions: dict[str, int]
+    interrupted: bool = False
+    failed: bool = False
+    gpus: int = 1
+    levers: list[Saving] = field(default_factory=list)
+    useless: list[str] = field(default_factory=list)
+    needed: int | None = None
+    needed_allocated: int | None = None
 
     @classmethod
-    def of(cls, watch: Watch, fits: bool) -> "Report":
+    def of(
+        cls,
+        watch: Watch,
+        fits: bool = True,
+        *,
+        interrupted: bool = False,
+        failed: bool = False,
+        gpus: int = 1,
+    ) -> "Report":
         """What a watch saw."""
-        gpu, steps = watch.gpu, watch.timeline.steps
-        kinds = {k: n for k, n in steps[watch.timeline.peak].items() if n} if steps else {}
-        grown = watch.after_step[-1] - watch.after_step[-2] if len(watch.after_step) > 2 else 0
+        gpu = watch.gpu
         return cls(
             card=gpu.memory.name,
             capacity=gpu.capacity or 0,
             fits=fits,
+            interrupted=interrupted,
+            failed=failed,
+            gpus=gpus,
             peak=watch.peak,
-            line=watch.line,
-            phase=watch.phase,
+            line=str(watch.place),
+            source=watch.place.source,
+            phase=watch.place.phase,
             reserved=gpu.max_memory_reserved(),
-            by_kind=kinds,
+            by_kind={kind: n for kind, n in watch.timeline.highest.items() if n},
             after_step=watch.after_step,
-            left=dict(watch.left.most_common(5)) if grown > 0 else {},
+            left=[
+                {
+                    "bytes": leak.nbytes,
+                    "made": leak.made,
+                    "holder": leak.holder and leak.holder.name,
+                    "kept": leak.holder and leak.holder.line,
+                    "words": str(leak),
+                }
+                for leak in watch.leaks
+            ],
+            phases=_phases(watch),
             assumptions={str(a): n for a, n in gpu.memory.values.assumptions.items()},
         )
 
-    def others(self) -> dict[str, bool]:
+    def others(self) -> dict[str, bool | None]:
         """Other cards: whether what was reserved here, and a context, fits there.
 
-        Empty if it did not fit here.
+        None where only what was allocated fits: the allocator may get along with less in
+        reserve, or not. Empty if the program did not fit here, and nobody asked what it needs.
         """
-        if not self.fits:
+        if not self.fits and self.needed is None:
             return {}
-        needed = self.reserved + CONTEXT
-        return {n: needed <= c.memory for n, c in cards().items() if n != self.card}
+        needed = (self.reserved if self.needed is None else self.needed) + CONTEXT
+        least = (self.needed_allocated or self.peak) + CONTEXT
+        return {
+            name: True if needed <= card.memory else None if least <= card.memory else False
+            for name, card in cards().items()
+            if name != self.card
+        }
 
     def __str__(self) -> str:
-        return "\n".join(self._lines())
+        return "\n".join(self.lines())
 
-    def _lines(self) -> Iterator[str]:
-        size = f"{self.capacity / GB:.2f} GB"
-        if self.fits:
-            context = f"{CONTEXT / GB:.2f} GB"
-            yield f"It fits on the {self.card} ({size}), with a CUDA context of {context}."
-            others = self.others()
-            fitting = [name for name, fits in others.items() if fits]
-            if fitting:
-                yield f"It also fits on: {', '.join(fitting)}."
-            if len(fitting) < len(others):
-                not_there = ", ".join(name for name, fits in others.items() if not fits)
-                yield f"As it ran here, it is too large for: {not_there}."
-        else:
-            yield f"It does NOT fit on the {self.card} ({size}): memory ran out."
-            yield "Up to there:"
-        yield (
-            f"Peak: {grouped(self.peak)} B allocated ({self.peak / GB:.2f} GB), in {self.phase}, "
-            f"at {self.line}; {grouped(self.reserved)} B reserved."
-        )
-        for kind, nbytes in sorted(self.by_kind.items(), key=lambda item: -item[1]):
-            yield f"  {kind:<18}{grouped(nbytes):>18} B"
-        if self.after_step:
-            after = ", ".join(f"{grouped(n)} B" for n in self.after_step[-3:])
-            yield f"Allocated after the last steps: {after}."
-        for line, nbytes in self.left.items():
-            yield f"Each step leaves {grouped(nbytes)} B behind that {line} made."
+    def lines(self) -> Iterator[str]:
+        """The report, line by line."""
+        yield from self._verdict()
+        yield from self._held()
+        yield from self._steps()
+        yield from self._savings()
         if self.assumptions:
             yield "Assumed, because the values depend on weights or data that are not computed:"
             for text, count in self.assumptions.items():
                 yield f"  {text}" + (f", {count} times" if count > 1 else "")
         yield "All figures are replayed."
+
+    def _verdict(self) -> Iterator[str]:
+        size = f"{self.capacity / GB:.2f} GB"
+        if self.interrupted:
+            yield "Interrupted: this is what the script did until then."
+        if self.failed:
+            yield "The script ended with an error: this is what it did until then."
+        if self.gpus > 1:
+            yield f"This is the first of {self.gpus} GPUs; NCCL's own memory is not counted."
+        if self.fits:
+            so_far = " so far" if self.interrupted or self.failed else ""
+            context = f"{CONTEXT / GB:.2f} GB"
+            yield f"It fits on the {self.card} ({size}){so_far}, with a CUDA context of {context}."
+        else:
+            yield f"It does NOT fit on the {self.card} ({size}): memory ran out."
+            if self.needed is not None:
+                yield (
+                    f"Without a bound it takes {self.needed / GB:.2f} GB, and a CUDA context of "
+                    f"{CONTEXT / GB:.2f} GB."
+                )
+        others = self.others()
+        for fits, words in (
+            (True, "It also fits on" if self.fits else "It fits on"),
+            (None, "It may fit, with less in reserve, on"),
+            (False, "As it ran here, it is too large for"),
+        ):
+            names = [name for name, answer in others.items() if answer is fits]
+            if names:
+                yield f"{words}: {', '.join(names)}."
+
+    def _held(self) -> Iterator[str]:
+        if not self.fits:
+            yield "Up to there:"
+        yield (
+            f"Peak: {grouped(self.peak)} B allocated ({self.peak / GB:.2f} GB), "
+            f"{PHASES[self.phase]}, at {self.line}; {grouped(self.reserved)} B reserved."
+        )
+        if self.source:
+            yield f"    {self.source}"
+        for kind, nbytes in sorted(self.by_kind.items(), key=lambda item: -item[1]):
+            yield f"  {kind:<18}{grouped(nbytes):>18} B"
+
+    def _steps(self) -> Iterator[str]:
+        if self.after_step:
+            after = ", ".join(f"{grouped(n)} B" for n in self.after_step[-3:])
+            yield f"Allocated after the last steps: {after}."
+        for leak in self.left:
+            yield f"Each step leaves {grouped(leak['bytes'])} B behind{leak['words']}."
+
+    def _savings(self) -> Iterator[str]:
+        if self.levers:
+            yield "What would help, each replayed alone:"
+        for saving in self.levers:
+            fits = "" if self.fits else "it fits, " if saving.fits else "it still does not fit, "
+            saved = ""
+            if saving.saved is not None and saving.saved_reserved is not None:
+                saved = (
+                    f"{_signed(-saving.saved)} allocated, "
+                    f"{_signed(-saving.saved_reserved)} reserved: "
+                )
+            yield f"  {fits}{saved}{saving.change} (--lever {saving.lever})"
+        if self.useless:
+            yield f"Tried, and saves nothing: {', '.join(self.useless)}."
+
+
+def _signed(nbytes: int) -> str:
+    return f"{nbytes / GB:+.3f} GB"
+
+
+def _phases(watch: Watch) -> list[PhasePeak]:
+    """The peak of each phase of each step, in order."""
+    found: dict[tuple[int, str], PhasePeak] = {}
+    timeline = watch.timeline
+    seen = [(place, step.total) for place, step in zip(timeline.where, timeline.steps, strict=True)]
+    if watch.peak:
+        seen.append((watch.place, watch.peak))
+    for place, total in seen:
+        assert isinstance(place, Place)
+        key = step_of(place, len(watch.after_step)), place.phase
+        if key not in found or total > found[key].peak:
+            found[key] = PhasePeak(*key, total, str(place))
+    return list(found.values())
+
+
+def step_of(place: Place, taken: int) -> int:
+    """The number of the step that a place belongs to, from 1: what ends the last one is its own."""
+    return place.step if place.phase == "other" and place.step == taken > 0 else place.step + 1

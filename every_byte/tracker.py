@@ -60,11 +60,23 @@ class Timeline:
         steps: one `Breakdown` for each such operation, in order; the first is
             the state before.
         marks: name of a phase: index in `steps` at which it begins.
+        where: what `where` of `Tracker.record` said at each step; empty without.
+        highest: what memory was at the last `look`; empty without, or past the limit.
+        highest_at: index in `steps` before which that was.
+        highest_where: what `where` said then; None without.
+        is_cut: whether there was more than the limit of `Tracker.record`.
     """
 
     steps: list[Breakdown] = field(default_factory=list)
     marks: dict[str, int] = field(default_factory=dict)
+    where: list[Any] = field(default_factory=list)
+    highest: Breakdown = field(default_factory=Breakdown)
+    highest_at: int = 0
+    highest_where: Any = None
+    is_cut: bool = False
     _mark: Callable[[str], None] | None = None
+    _look: Callable[[int], None] | None = None
+    _see: Callable[[], None] | None = None
 
     def mark(self, name: str) -> None:
         """Say that the phase `name` begins here.
@@ -76,6 +88,20 @@ class Timeline:
             raise RuntimeError(f"mark({name!r}) after the recording: call it inside of record()")
         self._mark(name)
 
+    def look(self, handle: int) -> None:
+        """Keep what memory is now, within an operation too: the last look is `highest`.
+
+        Args:
+            handle: the allocator's, of the block that it has just handed out.
+        """
+        if self._look is not None:
+            self._look(handle)
+
+    def see(self) -> None:
+        """Look now, too, what model and optimizers hold."""
+        if self._see is not None:
+            self._see()
+
     @property
     def peak(self) -> int:
         """Index in `steps` of the largest total, the first of equals."""
@@ -85,11 +111,43 @@ class Timeline:
 class _Recording:
     """What `Tracker.record` writes down while operations run."""
 
-    def __init__(self, alive: list[_Storage]) -> None:
+    def __init__(
+        self, alive: list[_Storage], where: Callable[[], Any] | None, limit: int | None
+    ) -> None:
         self.alive = alive  # at the beginning
         self.events: list[tuple[_Storage, int]] = []  # +1: born, -1: died
         self.samples: list[tuple[int, int, int]] = []  # events so far, allocated, requested
+        self.places: list[Any] = []  # what `where` said, for each sample
         self.roles: dict[_Storage, str] = {}
+        self.where, self.limit = where, limit
+        self.looked: tuple[int, int, int] | None = None  # a sample; see Timeline.look
+        self.looked_at = 0  # samples before it
+        self.looked_where: Any = None
+        self.newest: int | _Storage | None = None  # then: a handle, or the storage that has it
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no more is written down."""
+        return self.limit is not None and len(self.events) >= self.limit
+
+    def look(self, handle: int, allocated: int, requested: int) -> None:
+        """See `Timeline.look`."""
+        self.looked = None if self.is_full else (len(self.events), allocated, requested)
+        self.looked_at, self.newest = len(self.samples), handle
+        self.looked_where = self.where() if self.where is not None and self.looked else None
+
+    def highest(self) -> Breakdown:
+        """The bytes by kind at the last look."""
+        if self.looked is None:
+            return Breakdown()
+        events, allocated, requested = self.looked
+        changes = [(storage, 1) for storage in self.alive] + self.events[:events]
+        if isinstance(self.newest, _Storage):
+            changes.append((self.newest, 1))
+        counts: Counter[str] = Counter()
+        for storage, sign in changes:
+            counts[self.roles.get(storage, storage.kind)] += sign * storage.nbytes
+        return _account(counts, allocated, requested)
 
     def steps(self) -> Iterator[Breakdown]:
         """The bytes by kind at each sample."""
@@ -430,6 +488,8 @@ class Tracker(TorchDispatchMode):
         self,
         model: torch.nn.Module | None = None,
         *optimizers: torch.optim.Optimizer | None,
+        where: Callable[[], Any] | None = None,
+        limit: int | None = None,
     ) -> Iterator[Timeline]:
         """Record what each operation does to memory, while the context lasts.
 
@@ -437,13 +497,23 @@ class Tracker(TorchDispatchMode):
         `breakdown`, for `model` and `optimizers` as they are at the beginning, at
         each optimizer step, and at the end.
 
+        Args:
+            model, optimizers: see above.
+            where: asked at each step of the timeline, for `Timeline.where`.
+            limit: births and deaths to write down at most; no bound if None.
+
         Raises:
             RuntimeError: another recording is under way.
         """
         if self._recording is not None:
             raise RuntimeError(f"{self.memory} cannot record: another recording is under way")
-        recording = self._recording = _Recording(list(self._storages.values()))
+        recording = _Recording(list(self._storages.values()), where, limit)
+        self._recording = recording
         timeline = Timeline()
+
+        def look_at(handle: int) -> None:
+            memory = self.memory
+            recording.look(handle, memory.memory_allocated(), memory.memory_requested())
 
         def mark(name: str) -> None:
             self._sample()
@@ -456,7 +526,7 @@ class Tracker(TorchDispatchMode):
 
         look()
         self._sample()
-        timeline._mark = mark
+        timeline._mark, timeline._look, timeline._see = mark, look_at, look
         at_step = register_optimizer_step_pre_hook(look)
         try:
             yield timeline
@@ -464,8 +534,11 @@ class Tracker(TorchDispatchMode):
             at_step.remove()
             look()
             self._sample()
-            timeline._mark, self._recording = None, None
+            timeline._mark = timeline._look = timeline._see = self._recording = None
             timeline.steps += recording.steps()
+            timeline.where, timeline.is_cut = recording.places, recording.is_full
+            timeline.highest, timeline.highest_at = recording.highest(), recording.looked_at
+            timeline.highest_where = recording.looked_where
 
     def _roles(
         self,
@@ -508,6 +581,11 @@ class Tracker(TorchDispatchMode):
     def accounts_for(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor's storage was seen made, and is counted."""
         return tensor.untyped_storage()._cdata in self._storages
+
+    def handle_of(self, tensor: torch.Tensor) -> int | None:
+        """The allocator's handle of a tensor's block; None if it was not seen made."""
+        known = self._storages.get(tensor.untyped_storage()._cdata)
+        return None if known is None else known.handle
 
     def _check_known(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse to compute with what is on the device, but was never seen made there.
@@ -559,10 +637,10 @@ class Tracker(TorchDispatchMode):
         """Account for a storage that has another size now: PyTorch takes the new block first."""
         known = self._storages[key]
         handle = self.memory.malloc(nbytes)
-        self._log(known, -1)
-        self._free(known)
         self._storages[key] = new = _Storage(nbytes, known.kind, handle)
         self._log(new, +1)
+        self._log(known, -1)
+        self._free(known)
 
     @contextmanager
     def _seeing_resizes(self) -> Iterator[None]:
@@ -645,20 +723,28 @@ class Tracker(TorchDispatchMode):
         self._free(storage)
 
     def _log(self, storage: _Storage, sign: int) -> None:
-        if self._recording is not None:
-            self._recording.events.append((storage, sign))
+        recording = self._recording
+        if recording is None:
+            return
+        if sign > 0 and storage.handle is not None and recording.newest == storage.handle:
+            recording.newest = storage
+        if not recording.is_full:
+            recording.events.append((storage, sign))
 
     def _sample(self) -> None:
         """Between two operations: note what memory is now, if it changed."""
-        if self._recording is None or self._now.in_kernel:
+        recording = self._recording
+        if recording is None or self._now.in_kernel or recording.is_full:
             return
         now = (
-            len(self._recording.events),
+            len(recording.events),
             self.memory.memory_allocated(),
             self.memory.memory_requested(),
         )
-        if self._recording.samples[-1:] != [now]:
-            self._recording.samples.append(now)
+        if recording.samples[-1:] != [now]:
+            recording.samples.append(now)
+            if recording.where is not None:
+                recording.places.append(recording.where())
 
     def _free(self, storage: _Storage) -> None:
         if storage.handle is not None:

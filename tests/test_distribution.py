@@ -114,8 +114,10 @@ def test_the_metadata_knows_version_licence_and_links(installed: Path) -> None:
     assert found.metadata["Description"].startswith("# Every Byte")
     urls = found.metadata.get_all("Project-URL")
     assert urls == [f"Repository, {ADDRESS}", f"Issues, {ADDRESS}/issues"]
-    (script,) = found.entry_points
+    (script,) = found.entry_points.select(group="console_scripts")
     assert (script.name, script.value) == ("every-byte", "every_byte.cli:main")
+    (plugin,) = found.entry_points.select(group="pytest11")
+    assert plugin.name == plugin.value == "every_byte.pytest_plugin"
 
 
 def test_it_asks_for_three_packages_and_brings_the_rest_by_extras(installed: Path) -> None:

@@ -31,8 +31,10 @@ FLOORS = {
         {"virtual"},
         {"gpu"},
         {"ranks"},
-        {"script"},
+        {"script", "leaks"},
+        {"watch"},
         {"report"},
+        {"page", "levers", "pytest_plugin"},
         {"commands"},
         {"cli"},
         {"__main__"},
@@ -51,7 +53,10 @@ FLOORS = {
 }
 # What else the engine may import: its dependencies, and what says what an environment lacks.
 DEPENDENCIES = {"torch", "sortedcontainers", "typing_extensions"}
-MORE = {"environment.py": {"packaging", "platformdirs", "psutil"}}
+MORE = {
+    "environment.py": {"packaging", "platformdirs", "psutil"},
+    "pytest_plugin.py": {"pytest"},
+}
 
 
 def imports(path: Path) -> Iterator[tuple[str, str]]:

@@ -1,8 +1,16 @@
 """The command ``every-byte run``: its report, and its exit status."""
 
+import io
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stdout
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +56,9 @@ def test_a_leak_is_named_with_its_line(tmp_path: Path, capsys: pytest.CaptureFix
     path = script(tmp_path, TRAIN)
     assert main(["run", path, "leak", "--card", "RTX 4090", "--steps", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["left"] == {"train.py:14": 4000}
+    (left,) = found["left"]
+    assert (left["bytes"], left["made"]) == (4096, "train.py:14")
+    assert (left["holder"], left["kept"]) == ("kept", "train.py:14")
     sizes = found["after_step"]
     assert [b - a for a, b in pairwise(sizes)] == [4096] * 3
     weights = 4 * (64 * 256 + 256 + 256 * 10 + 10)
@@ -120,3 +130,271 @@ def test_room_for_the_cuda_context_is_counted(
     nearly = script(tmp_path, text.replace("15 * 2**28", "31 * 2**27"))  # 15.5 GiB
     assert main(["run", nearly, "--card", "RTX 4080"]) == 3
     assert "It does NOT fit on the RTX 4080 (17.18 GB)" in capsys.readouterr().out
+
+
+LEAKS = """
+import torch
+from torch import nn
+model = nn.Linear(64, 64).cuda()
+opt = torch.optim.SGD(model.parameters(), lr=0.1)
+{before}
+for step in range(9):
+    out = model(torch.randn(512, 64, device="cuda"))
+    {line}
+    opt.zero_grad()
+    out.sum().backward()
+    opt.step()
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "line", "holder", "by_graph"),
+    [
+        ("log = {'losses': []}", "log['losses'].append(out.detach())", "log", False),
+        ("h = torch.zeros(512, 64).cuda()", "h = torch.tanh(h * 2 + model(out))", "h", True),
+        ("class A: pass\na = A(); a.seen = {}", "a.seen[step] = out.detach()", "a.seen", False),
+    ],
+)
+def test_a_leak_is_traced_to_what_keeps_it(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    before: str,
+    line: str,
+    holder: str,
+    by_graph: bool,
+) -> None:
+    path = script(tmp_path, LEAKS.format(before=before, line=line))
+    assert main(["run", path, "--card", "T4", "--steps", "4", "--json"]) == 0
+    left = json.loads(capsys.readouterr().out)["left"]
+    assert any(leak["holder"] == holder for leak in left), left
+    text = next(x["words"] for x in left if x["holder"] == holder)
+    assert ("the autograd graph behind" in text) is by_graph
+    assert line in text or holder == "log"
+
+
+def test_ctrl_c_ends_with_the_report_so_far(tmp_path: Path) -> None:
+    text = TRAIN.replace("range(10)", "range(10**9)").replace("__name__)", "__name__, flush=True)")
+    command = [sys.executable, "-m", "every_byte", "run", script(tmp_path, text), "--card", "T4"]
+    page = tmp_path / "report.html"
+    with subprocess.Popen(
+        [*command, "--steps", "0", "--report", str(page)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 4 "):
+                break
+        os.kill(process.pid, signal.SIGINT)
+        said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Interrupted: this is what the script did until then." in said
+    assert "in backward, at train.py:11" in said
+    assert "Traceback" not in errors
+    assert "every-byte run" in page.read_text("utf-8")
+
+
+def test_an_interruption_that_a_finalizer_swallows_is_raised_again(gpu: Any) -> None:
+    import torch
+
+    from every_byte.watch import Watch
+
+    watch = Watch(gpu)
+    with watch.watching():
+        torch.empty(1, device=gpu.device)
+        watch.interrupted = True
+        with pytest.raises(KeyboardInterrupt):
+            torch.empty(1, device=gpu.device)
+        torch.empty(1, device=gpu.device)
+
+
+def test_progress_is_told_now_and_then(gpu: Any) -> None:
+    import torch
+
+    from every_byte.watch import Watch
+
+    seconds = iter([0.0, 4.0, 11.0, 11.0, 12.0, 20.0, 22.0, 22.0])
+    said: list[str] = []
+    watch = Watch(gpu, say=said.append, clock=lambda: next(seconds))
+    with watch.watching():
+        kept = [torch.empty(10**7, device=gpu.device) for _ in range(5)]
+    assert len(kept) == 5
+    assert said == [
+        "every-byte run: 11 s, 0 of 3 optimizer steps taken, peak so far 0.08 GB",
+        "every-byte run: 22 s, 0 of 3 optimizer steps taken, peak so far 0.20 GB",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import flash_attn", 'line 1 of {path} needs flash_attn, .* attn_implementation="sdpa"'),
+        ("import triton.language", "line 1 of {path} needs triton, .* plain PyTorch"),
+        (
+            "raise OSError('CUDA_HOME environment variable is not set. Please set it')",
+            "line 1 of {path} needs a CUDA extension that it builds",
+        ),
+        (
+            "import torch\n"
+            "torch.library.define('mine::twice', '(Tensor x) -> Tensor')\n"
+            "torch.ops.mine.twice(torch.zeros(2, device='cuda'))",
+            "line 3 of {path} needs the operator mine::twice, .* a meta kernel",
+        ),
+    ],
+)
+def test_what_needs_a_real_gpu_is_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    said: str,
+) -> None:
+    for name in ("flash_attn", "triton"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    path = script(tmp_path, text)
+    assert main(["run", path, "--card", "T4"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    assert re.search(said.format(path=re.escape(path)), error)
+
+
+def test_a_module_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a_package_of_mine").mkdir()
+    (tmp_path / "a_package_of_mine" / "__main__.py").write_text(TRAIN)
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "-m", "a_package_of_mine", "--card", "T4"]) == 0
+    assert "in backward, at __main__.py:11" in capsys.readouterr().out
+    assert main(["run", "-m", "a_package_of_nobody", "--card", "T4"]) == 2
+    assert "there is no such module" in capsys.readouterr().err
+
+
+def test_an_error_is_not_reported_as_a_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "import torch\nx = torch.zeros(9, device='cuda')\n1 / 0\n"
+    assert main(["run", script(tmp_path, text), "--card", "T4", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["failed"] is True
+
+
+PLAIN = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+model = nn.Sequential(nn.Linear(640, 640), nn.ReLU(), nn.Linear(640, 640)).cuda()
+opt = torch.optim.AdamW(model.parameters())
+for x in DataLoader(torch.randn(4096, 640), batch_size=8):
+    loss = model(x.cuda()).pow(2).mean()
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+"""
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run scripts again without a process for each: PyTorch takes seconds to import."""
+    from every_byte import levers
+
+    def again(arguments: list[str], *_: object) -> dict[str, Any] | None:
+        with redirect_stdout(io.StringIO()) as said:
+            main(arguments)
+        told: dict[str, Any] = json.loads(said.getvalue())
+        return told
+
+    monkeypatch.setattr(levers, "again", again)
+
+
+def test_a_script_runs_again_in_a_process_of_its_own(tmp_path: Path) -> None:
+    from every_byte import levers
+
+    path = script(tmp_path, "import torch\nx = torch.zeros(99, device='cuda')\n")
+    arguments = ["run", path, "--card", "T4", "--unbounded", "--json"]
+    told = levers.again(arguments, tmp_path, dict(os.environ))
+    assert told is not None and told["peak"] == 512
+    assert levers.again(arguments[:-1], tmp_path, dict(os.environ)) is None
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_levers_are_replayed_and_sorted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = script(tmp_path, PLAIN)
+    assert main(["run", path, "--card", "T4", "--levers", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    names = [lever["lever"] for lever in told["levers"]] + told["useless"]
+    assert sorted(names) == ["expandable-segments", "fused", "half-batch"]  # nothing else applies
+    saved = {lever["lever"]: lever["saved"] for lever in told["levers"]}
+    assert saved["fused"] > 4 * 640 * 640  # foreach takes copies of the parameters
+    assert max(told["levers"], key=lambda lever: lever["saved_reserved"]) == told["levers"][0]
+    assert main(["run", path, "--card", "T4", "--lever", "fused", "--json"]) == 0
+    assert told["peak"] - json.loads(capsys.readouterr().out)["peak"] == saved["fused"]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_where_it_does_not_fit_levers_say_what_it_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = """
+import torch
+from torch import nn
+model = nn.Linear(8192, 8192, bias=False).cuda()
+x = torch.zeros(2**18, 8192, device="cuda")  # 8.6 GB
+y = model(x)
+z = y * y
+"""
+    assert main(["run", script(tmp_path, text), "--card", "T4", "--levers", "--json"]) == 3
+    told = json.loads(capsys.readouterr().out)
+    assert told["needed"] >= told["needed_allocated"] > 3 * 2**18 * 8192 * 4
+    assert told["others"]["A100 80 GB"] is True and told["others"]["RTX 4090"] is False
+    assert [lever["lever"] for lever in told["levers"]]
+
+
+def test_an_unknown_lever_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = script(tmp_path, "")
+    assert main(["run", path, "--card", "T4", "--lever", "magic"]) == 2
+    assert "--lever is 'magic': expected one of fused, " in capsys.readouterr().err
+
+
+MANY = """
+import os
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+dist.init_process_group(backend="nccl")
+rank = int(os.environ["LOCAL_RANK"])
+model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4))).to(rank)
+if dist.get_world_size() > 1:
+    model = DistributedDataParallel(model, device_ids=[rank])
+opt = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(3):
+    loss = model(torch.zeros(8, 1024).to(rank)).mean()
+    loss.backward()
+    opt.step()
+    opt.zero_grad()
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, rank)
+print("of", len(everyone))
+"""
+
+
+def test_the_first_of_several_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = script(tmp_path, MANY)
+    weights = 4 * 4 * (1024 * 1024 + 1024)
+    for gpus, gradients in ((4, 2), (2, 2)):  # DDP's buckets hold them once more
+        assert main(["run", path, "--card", "T4", "--gpus", str(gpus), "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["by_kind"]["parameters"] == weights
+        assert told["by_kind"]["gradients"] == gradients * weights
+    assert "RANK" not in os.environ
+
+
+def test_what_one_of_several_cannot_be_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = MANY.replace("DistributedDataParallel(model, device_ids=[rank])", "wrap(model)")
+    path = script(tmp_path, "from torch.distributed.fsdp import fully_shard as wrap\n" + text)
+    assert main(["run", path, "--card", "T4", "--gpus", "2"]) == 1
+    assert "NotImplementedError: fully_shard of a script is not replayed" in capsys.readouterr().err

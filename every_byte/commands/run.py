@@ -2,19 +2,28 @@
 
 import argparse
 import dataclasses
+import importlib.util
+import os
 import runpy
+import signal
 import sys
+import threading
 import traceback
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from every_byte.commands import DONE, NO, Refused, Subparsers, print_json, subcommand
 from every_byte.data import cards
 
+if TYPE_CHECKING:
+    from every_byte.watch import Watch
+
 DOES_NOT_FIT, INTERRUPTED = 3, 130
+UNBOUNDED = 2**50  # bytes
 
 
 def add(subparsers: Subparsers) -> None:
@@ -24,9 +33,10 @@ def add(subparsers: Subparsers) -> None:
         "run",
         run,
         "run a CUDA script on a virtual card, and say what its memory is for",
-        "The script runs unchanged, as __main__; it is ended after some optimizer steps. Exits "
-        "with the script's status, or with 3 where memory runs out. Arguments of the script "
-        "that begin with a dash stand after --.",
+        "The script runs unchanged, as __main__; it is ended after some optimizer steps. Ctrl-C "
+        "ends it with a report of what it did until then. Exits with the script's status, or "
+        "with 3 where memory runs out. Arguments of the script that begin with a dash stand "
+        "after --.",
     )
     parser.add_argument("script", help="a file, or a module's name with -m")
     parser.add_argument("arguments", nargs="*", help="of the script")
@@ -37,12 +47,37 @@ def add(subparsers: Subparsers) -> None:
         "--steps", type=int, default=3, help="optimizer steps to run; 0: to the script's end"
     )
     parser.add_argument(
+        "--gpus",
+        type=int,
+        default=1,
+        help="be rank 0 of as many, as for scripts that torchrun or accelerate launch starts",
+    )
+    parser.add_argument(
         "--values",
         choices=("assume", "refuse"),
         default="assume",
         help="where the script reads a value that is not computed: go on, and list it; or stop",
     )
+    parser.add_argument(
+        "--levers",
+        action="store_true",
+        help="run the script again with one thing changed each time, and say what each saves",
+    )
+    parser.add_argument(
+        "--lever",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run it with this change, one of those that --levers names; may be repeated",
+    )
+    parser.add_argument(
+        "--report", type=Path, help="write the report and its timeline as one HTML file"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="let --report replace a file of another kind"
+    )
     parser.add_argument("--snapshot", type=Path, help="write what PyTorch's memory viewer reads")
+    parser.add_argument("--unbounded", action="store_true", help=argparse.SUPPRESS)
     parse = parser.parse_known_args
 
     def parse_before_dashes(args: Any = None, namespace: Any = None) -> Any:
@@ -60,25 +95,55 @@ def run(options: argparse.Namespace) -> int:
     """Run the script, and print the report."""
     if options.card not in cards():
         raise Refused(f"--card is {options.card!r}: expected one of {', '.join(cards())}")
-    if options.steps < 0:
-        raise Refused(f"--steps is {options.steps}: expected 0 or more")
+    for name, least in (("steps", 0), ("gpus", 1)):
+        if getattr(options, name) < least:
+            raise Refused(f"--{name} is {getattr(options, name)}: expected {least} or more")
     code = None if options.module else _code(options.script)
+    for name in ("report", "snapshot"):
+        _check_folder(name, getattr(options, name))
     import torch
 
-    from every_byte.report import EnoughSteps, Report, Watch
+    from every_byte import levers, page, ranks
+    from every_byte.commands.extensions import needs_a_gpu
+    from every_byte.report import Report
     from every_byte.script import as_cuda
     from every_byte.virtual.values import UnknownValueError
+    from every_byte.watch import EnoughSteps, Watch
 
-    status, fits = DONE, True
+    for name in options.lever:
+        if name not in levers.LEVERS:
+            raise Refused(f"--lever is {name!r}: expected one of {', '.join(levers.LEVERS)}")
+    if options.report is not None:
+        try:
+            page.check(options.report, options.force)
+        except (OSError, ValueError) as error:
+            raise Refused(f"--report: {error}") from None
+
+    where, environment = Path.cwd(), dict(os.environ)
+    status, fits, failed = DONE, True, False
     with ExitStack() as stack:
-        card = as_cuda(options.card, values=options.values, torch_version=options.torch)
+        card = as_cuda(
+            options.card,
+            UNBOUNDED if options.unbounded else None,
+            values=options.values,
+            torch_version=options.torch,
+            alloc_conf=_alloc_conf(levers.LEVERS[name].alloc_conf for name in options.lever),
+        )
         gpu = stack.enter_context(card)
         if options.snapshot:
             gpu.record_memory_history()
-        watch = Watch(gpu, options.steps)
+        watch = Watch(gpu, options.steps, say=_say)
+        many = ranks.first_of(options.gpus) if options.gpus > 1 else nullcontext()
         try:
-            with watch.watching(), _as_main(options):
-                _execute(options, code)
+            with (
+                _interruptible(watch),
+                watch.watching(),
+                many,
+                levers.noticing() as noticed,
+                levers.applied(options.lever),
+                _as_main(options),
+            ):
+                _execute(options, code, watch)
         except EnoughSteps:
             pass
         except KeyboardInterrupt:
@@ -90,20 +155,66 @@ def run(options: argparse.Namespace) -> int:
             status, fits = DOES_NOT_FIT, False
         except UnknownValueError as error:
             raise Refused(str(error)) from None
+        except Refused:
+            raise
         except Exception as error:
-            _show(error)
-            status = NO
+            status, failed = NO, True
+            if (line := needs_a_gpu(error)) is not None:
+                print(f"every-byte run: {line}", file=sys.stderr)
+            else:
+                _show(error)
         if options.snapshot:
             try:
-                gpu.dump_snapshot(options.snapshot)
+                gpu.dump_snapshot(where / options.snapshot)
             except OSError as error:
                 raise Refused(f"--snapshot: {error}") from None
-        report = Report.of(watch, fits)
+        report = Report.of(
+            watch, fits, interrupted=status == INTERRUPTED, failed=failed, gpus=options.gpus
+        )
+    if options.levers and not (failed or report.interrupted):
+        report = levers.try_levers(
+            report, noticed, lambda more: _again(options, more), where, environment, _say
+        )
     if options.json:
         print_json({**dataclasses.asdict(report), "others": report.others()})
     else:
         print(f"\n{report}")
+    if options.report is not None:
+        name = options.script if options.module else Path(options.script).name
+        try:
+            page.write(where / options.report, report, watch.timeline, name, options.force)
+        except (OSError, ValueError) as error:
+            raise Refused(f"--report: {error}") from None
     return status
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _check_folder(option: str, path: Path | None) -> None:
+    """Say before the script runs, and not after, that a file cannot be written."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise Refused(f"--{option}: {path.parent} is no folder; make it first")
+    if path is not None and path.is_dir():
+        raise Refused(f"--{option}: {path} is a folder; expected a file's name")
+
+
+def _alloc_conf(more: Iterator[str]) -> str:
+    """The allocator's settings: the environment's, as PyTorch reads them, and some more."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    set_ = next((os.environ[name] for name in names if os.environ.get(name)), "")
+    return ",".join(filter(None, [set_, *more]))
+
+
+def _again(options: argparse.Namespace, more: list[str]) -> list[str]:
+    """The arguments of every-byte that run the same script, with some more."""
+    own = ["run", options.script, "--card", options.card, "--steps", str(options.steps)]
+    own += ["--values", options.values, "--gpus", str(options.gpus)]
+    own += ["-m"] if options.module else []
+    own += ["--torch", options.torch] if options.torch else []
+    own += [part for name in options.lever for part in ("--lever", name)]
+    return [*own, *more, "--", *options.arguments]
 
 
 def _code(script: str) -> Any:
@@ -113,13 +224,38 @@ def _code(script: str) -> Any:
         Refused: it cannot be read, or has a syntax error.
     """
     try:
-        return compile(Path(script).read_bytes(), script, "exec")
+        return compile(Path(script).read_bytes(), os.path.abspath(script), "exec")
     except OSError as error:
         raise Refused(f"{script}: {error.strerror or error}; expected a Python script") from None
     except SyntaxError as error:
         raise Refused(f"{script}, line {error.lineno}: {error.msg}") from None
     except ValueError as error:
         raise Refused(f"{script} is no Python script: {error}") from None
+
+
+@contextmanager
+def _interruptible(watch: "Watch") -> Iterator[None]:
+    """Let Ctrl-C end the script, wherever it is, and not what is done afterwards.
+
+    Python drops a KeyboardInterrupt in a finalizer; then the next allocation raises it.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    tell = sys.unraisablehook
+
+    def dropped(what: Any) -> None:
+        if issubclass(what.exc_type, KeyboardInterrupt):
+            watch.interrupted = True
+        else:
+            tell(what)
+
+    with mock.patch.object(sys, "unraisablehook", dropped):
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _as_main(options: argparse.Namespace) -> ExitStack:
@@ -133,14 +269,39 @@ def _as_main(options: argparse.Namespace) -> ExitStack:
     return stack
 
 
-def _execute(options: argparse.Namespace, code: Any) -> None:
-    if options.module:
-        runpy.run_module(options.script, run_name="__main__", alter_sys=True)
-        return
-    main = type(sys)("__main__")
-    main.__dict__.update(__file__=options.script, __builtins__=__builtins__)
-    with mock.patch.dict(sys.modules, {"__main__": main}):
-        exec(code, main.__dict__)
+def _execute(options: argparse.Namespace, code: Any, watch: "Watch") -> None:
+    """Run the script to its end; then nothing more of it can be interrupted."""
+    try:
+        if options.module:
+            _execute_module(options.script)
+        else:
+            main = type(sys)("__main__")
+            main.__dict__.update(
+                __file__=os.path.abspath(options.script), __builtins__=__builtins__
+            )
+            with mock.patch.dict(sys.modules, {"__main__": main}):
+                exec(code, main.__dict__)
+                watch.look_for_leaks()
+    finally:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler and (
+            threading.current_thread() is threading.main_thread()
+        ):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _execute_module(name: str) -> None:
+    """As ``python -m``.
+
+    Raises:
+        Refused: there is no such module.
+    """
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError) as error:
+        raise Refused(f"-m {name}: {error}") from None
+    if spec is None:
+        raise Refused(f"-m {name}: there is no such module on Python's path")
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def _status(code: Any) -> int:

@@ -82,7 +82,8 @@ class Assumption:
 
 
 @cache
-def _is_library(filename: str) -> bool:
+def is_library(filename: str) -> bool:
+    """Whether a file is Python's, an installed package's, or this package's."""
     if filename.startswith("<"):
         return not filename.startswith(("<ipython", "<stdin", "<string"))
     folders = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
@@ -92,21 +93,27 @@ def _is_library(filename: str) -> bool:
     return any(full.startswith(folder + os.sep) for folder in folders)
 
 
-def program_line() -> str:
-    """``file:number`` of the innermost frame that belongs to no library; "?" if none does."""
+def program_place() -> tuple[str, int] | None:
+    """File and line of the innermost frame that belongs to no library; None if none does."""
     frame = sys._getframe(1)
     while frame is not None:
-        if not _is_library(frame.f_code.co_filename):
-            return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+        if not is_library(frame.f_code.co_filename):
+            return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back  # type: ignore[assignment]
-    return "?"
+    return None
+
+
+def program_line() -> str:
+    """``file:number`` of the innermost frame that belongs to no library; "?" if none does."""
+    place = program_place()
+    return "?" if place is None else f"{os.path.basename(place[0])}:{place[1]}"
 
 
 def _is_within(function: str) -> bool:
     """Whether a library's function of this name is being carried out."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == function and _is_library(frame.f_code.co_filename):
+        if frame.f_code.co_name == function and is_library(frame.f_code.co_filename):
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

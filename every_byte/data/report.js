@@ -1,0 +1,57 @@
+
+"use strict";
+(() => {
+    const element = document.getElementById("timeline");
+    if (!element) return;
+    const { left, width, kinds, places, phases, at } = JSON.parse(element.textContent);
+    const chart = document.querySelector(".chart");
+    const svg = chart.querySelector("svg");
+    const cursor = svg.querySelector(".cursor");
+    const [where, source, held] = [".where", ".source", ".held"].map((name) => document.querySelector(name));
+    const last = places.of.length - 1;
+    const number = new Intl.NumberFormat("en-US");
+    let now = at;
+    const show = (index) => {
+        now = Math.max(0, Math.min(last, index));
+        const [step, phase, line, text] = places.known[places.of[now]];
+        const bytes = places.bytes[now];
+        const total = bytes.reduce((sum, n) => sum + n, 0);
+        const x = left + (width * now) / Math.max(last, 1);
+        cursor.setAttribute("x1", x);
+        cursor.setAttribute("x2", x);
+        where.textContent = `Step ${step}, ${phases[phase]}, at ${line}: ${number.format(total)} B`;
+        source.textContent = text || "\u00a0";
+        held.textContent = kinds
+            .map((kind, i) => [kind, bytes[i]])
+            .filter((pair) => pair[1])
+            .sort((a, b) => b[1] - a[1])
+            .map(([kind, n]) => `${kind} ${number.format(n)}`)
+            .join(" · ");
+        chart.setAttribute("aria-valuenow", now);
+        chart.setAttribute("aria-valuetext", `${where.textContent} ${text}`);
+    };
+    const point = (event) => {
+        const box = svg.getBoundingClientRect();
+        const x = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
+        show(Math.round(((x - left) / width) * last));
+    };
+    chart.addEventListener("pointermove", point);
+    chart.addEventListener("pointerdown", point);
+    chart.addEventListener("keydown", (event) => {
+        const stride = Math.max(1, Math.round(last / 20));
+        const to = {
+            ArrowLeft: now - 1,
+            ArrowDown: now - 1,
+            ArrowRight: now + 1,
+            ArrowUp: now + 1,
+            PageDown: now - stride,
+            PageUp: now + stride,
+            Home: 0,
+            End: last,
+        }[event.key];
+        if (to === undefined) return;
+        event.preventDefault();
+        show(to);
+    });
+    show(at);
+})();
