@@ -13,6 +13,7 @@ import lzma
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,10 @@ def replayed(gpu: VirtualGPU, signature: str) -> list[int]:
     name, _, rest = signature.partition("(")
     try:
         space, packet, overload = name.split(".")
+        if space == "bitsandbytes":  # which defines its operations when it is imported
+            import_module(space)
         operation = getattr(getattr(getattr(torch.ops, space), packet), overload)
-    except (AttributeError, ValueError) as error:
+    except (AttributeError, ImportError, ValueError) as error:
         raise Unread(f"{name} is not an operation here: {error}") from None
     types = {a.name: str(a.type) for a in operation._schema.arguments}
     args, kwargs = [], {}

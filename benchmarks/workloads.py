@@ -1,11 +1,10 @@
-"""Training and inference runs that were measured on a card, carried out on a virtual GPU.
+"""Training and inference runs that were measured on a card, carried out on a virtual GPU."""
 
-Those of transformers whose course does not depend on values: ``meta`` tensors have none.
-"""
-
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from typing import Any
 from unittest import mock
 
@@ -13,7 +12,6 @@ import torch
 from torch import nn
 
 from every_byte.gpu import VirtualGPU
-from helpers.models import CAUSAL_SDPA
 
 FIGURES = (
     "memory_allocated",
@@ -35,14 +33,55 @@ _LLAMA_8B = _LLAMA_1B | {
 }
 
 
-def _model(gpu: VirtualGPU, kind: str, settings: dict[str, Any], dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _model(
+    gpu: VirtualGPU,
+    kind: str,
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    attention: str | None = "sdpa",
+    head: str = "AutoModelForCausalLM",
+) -> Any:
+    import transformers
 
-    how = {} if kind == "mamba" else {"attn_implementation": CAUSAL_SDPA}
+    how = {} if attention is None else {"attn_implementation": attention}
     with gpu.device:
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(kind, **settings), dtype=dtype, **how
+        return getattr(transformers, head).from_config(
+            transformers.AutoConfig.for_model(kind, **settings), dtype=dtype, **how
         )
+
+
+def _steps(
+    gpu: VirtualGPU,
+    look: Look,
+    model: Any,
+    loss_of: Callable[[], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    *,
+    amp: torch.dtype | None = None,
+    accumulate: int = 1,
+    clip: bool = False,
+    overflows: bool = False,
+) -> None:
+    """Two training steps; FP16 has a scaler, which leaves out a step that `overflows`."""
+    look("loaded")
+    scaler = torch.amp.GradScaler(gpu.device.type, enabled=amp is torch.float16)
+    for number in range(2):
+        for _ in range(accumulate):
+            with torch.autocast(gpu.device.type, amp or torch.bfloat16, amp is not None):
+                loss = loss_of()
+            look(f"{number} forward")
+            scaler.scale(loss).backward()
+            look(f"{number} backward")
+        if clip:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if not overflows:
+            scaler.step(optimizer)
+        scaler.update()
+        look(f"{number} step")
+        optimizer.zero_grad()
+        del loss
+        look(f"{number} zeroed")
 
 
 def _training(
@@ -54,36 +93,35 @@ def _training(
     dtype: torch.dtype = torch.bfloat16,
     batch: int = 1,
     length: int = 1024,
+    attention: str | None = "sdpa",
+    mask: bool = False,
+    classify: bool = False,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
-    accumulate: int = 1,
-    clip: bool = False,
     reentrant: bool | None = None,
-    trained: Callable[[Any], None] | None = None,
+    trained: Callable[[Any, VirtualGPU], Any] | None = None,
+    **how: Any,
 ) -> None:
-    model = _model(gpu, kind, settings, dtype)
+    head = "AutoModelForSequenceClassification" if classify else "AutoModelForCausalLM"
+    model = _model(gpu, kind, settings, dtype, attention, head)
     if trained is not None:
-        trained(model)
+        model = trained(model, gpu)
     tokens = torch.zeros(batch, length, dtype=torch.int64).to(gpu.device)
+    given = {}
+    if mask:
+        given["attention_mask"] = torch.ones(batch, length, dtype=torch.int64).to(gpu.device)
     model.train()
     if reentrant is not None:
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": reentrant}
         )
-    steps = optimizer([p for p in model.parameters() if p.requires_grad])
-    look("loaded")
-    for number in range(2):
-        for _ in range(accumulate):
-            loss = model(tokens, labels=tokens, use_cache=False).loss
-            look(f"{number} forward")
-            loss.backward()
-            look(f"{number} backward")
-        if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        steps.step()
-        look(f"{number} step")
-        steps.zero_grad()
-        del loss
-        look(f"{number} zeroed")
+
+    def loss_of() -> Any:
+        if classify:
+            return model(tokens, labels=tokens[:, 0], **given).loss
+        return model(tokens, labels=tokens, use_cache=False, **given).loss
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    _steps(gpu, look, model, loss_of, optimizer(parameters), **how)
 
 
 def _inference(
@@ -124,40 +162,116 @@ def _embedding_and_norms(gpu: VirtualGPU, look: Look) -> None:
         )
     tokens = torch.zeros(16, 512, dtype=torch.int64).to(gpu.device)
     optimizer = torch.optim.AdamW(model.parameters())
-    look("loaded")
-    for number in range(2):
-        loss = model(tokens).float().pow(2).mean()
-        look(f"{number} forward")
-        loss.backward()
-        look(f"{number} backward")
-        optimizer.step()
-        look(f"{number} step")
-        optimizer.zero_grad()
-        del loss
-        look(f"{number} zeroed")
+    _steps(gpu, look, model, lambda: model(tokens).float().pow(2).mean(), optimizer)
 
 
-def _last_layer_only(model: Any) -> None:
+def _last_layer_only(model: Any, _: VirtualGPU) -> Any:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for part in (model.lm_head, model.model.layers[-1]):
         for parameter in part.parameters():
             parameter.requires_grad_(True)
+    return model
+
+
+def _with_lora(model: Any, gpu: VirtualGPU) -> Any:
+    peft: Any = import_module("peft")
+    settings = peft.LoraConfig(
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0.05,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with gpu.device:
+        return peft.get_peft_model(model, settings)
+
+
+def _adam_8bit(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+    optimizers: Any = import_module("bitsandbytes.optim")
+    adamw: torch.optim.Optimizer = optimizers.AdamW8bit(parameters)
+    return adamw
+
+
+def _quantised(bits: int, gpu: VirtualGPU, look: Look) -> None:
+    """Llama's linear layers in bitsandbytes' 8 or 4 bits: inference, or LoRA."""
+    layers: Any = import_module("bitsandbytes.nn")
+    model = _model(gpu, "llama", _LLAMA_1B, torch.bfloat16)
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, nn.Linear) or name == "lm_head":
+            continue
+        sizes = layer.in_features, layer.out_features
+        weight = torch.empty_like(layer.weight.data, device="cpu")  # as .cpu(), without values
+        new: Any
+        if bits == 4:
+            new = layers.Linear4bit(
+                *sizes, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+            )
+            new.weight = layers.Params4bit(
+                weight, requires_grad=False, quant_type="nf4", module=new
+            )
+        else:
+            new = layers.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
+            new.weight = layers.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, new.to(gpu.device))
+        del layer, weight, new
+    gc.collect()
+    gpu.empty_cache()
+    tokens = torch.zeros(1, 512, dtype=torch.int64).to(gpu.device)
+    look("quantised")
+    if bits == 8:
+        model.eval()
+        with torch.inference_mode():
+            for number in range(2):
+                out = model(tokens, use_cache=False)
+                del out
+                look(f"inferred {number}")
+        return
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.train()
+    model = _with_lora(model, gpu)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    _steps(
+        *(gpu, look, model),
+        lambda: model(tokens, labels=tokens, use_cache=False).loss,
+        optimizer,
+    )
+
+
+def _encoder(gpu: VirtualGPU, look: Look) -> None:
+    with gpu.device:
+        model = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(512, 8, batch_first=True), 6, enable_nested_tensor=False
+        )
+    inputs = torch.zeros(32, 128, 512).to(gpu.device)
+    optimizer = torch.optim.Adam(model.parameters())
+    _steps(gpu, look, model, lambda: model(inputs).mean(), optimizer)
 
 
 _llama = partial(_training, "llama", _LLAMA_1B)
 _two_layers = {"num_hidden_layers": 2, **_NO_TOKENS}
+_four_layers = _two_layers | {"num_hidden_layers": 4}
 _adamw, _fp32 = torch.optim.AdamW, torch.float32
 WORKLOADS: dict[str, Callable[[VirtualGPU, Look], None]] = {
     "llama1b-bf16": _llama,
+    "llama1b-bf16-b4-mask": partial(_llama, batch=4, length=512, mask=True),
     "llama1b-bf16-ckpt": partial(_llama, length=2048, reentrant=False),
     "llama1b-bf16-ckpt-reentrant": partial(_llama, length=2048, reentrant=True),
+    # On the card the first scale, 65,536, was too large for both steps: no optimizer states.
+    "llama1b-amp-fp16-scaler-clip": partial(
+        _llama, dtype=_fp32, amp=torch.float16, clip=True, overflows=True
+    ),
     "llama1b-fp32": partial(_llama, dtype=_fp32),
     "llama1b-bf16-accumulate-clip": partial(_llama, accumulate=3, clip=True),
     "llama1b-bf16-adamw-fused": partial(_llama, optimizer=partial(_adamw, fused=True)),
     "llama1b-bf16-adamw-forloop": partial(_llama, optimizer=partial(_adamw, foreach=False)),
     "llama1b-bf16-sgd": partial(_llama, optimizer=partial(torch.optim.SGD, lr=0.1)),
     "llama1b-bf16-rmsprop": partial(_llama, optimizer=torch.optim.RMSprop),
+    "llama1b-lora-bf16": partial(_llama, trained=_with_lora),
+    "llama1b-int8-infer": partial(_quantised, 8),
+    "llama1b-qlora-nf4": partial(_quantised, 4),
     "llama1b-bf16-frozen": partial(_llama, trained=_last_layer_only),
     "llama1b-infer-bf16": partial(_inference, "llama", _LLAMA_1B, length=2048, decode=32),
     "llama1b-infer-fp32": partial(
@@ -166,15 +280,24 @@ WORKLOADS: dict[str, Callable[[VirtualGPU, Look], None]] = {
     "llama8b-infer-bf16": partial(_inference, "llama", _LLAMA_8B, length=4096, decode=8),
     "gpt2-bf16-dropout": partial(_training, "gpt2", _NO_TOKENS, batch=4),
     "gpt2-fp32-dropout": partial(_training, "gpt2", _NO_TOKENS, batch=4, dtype=_fp32),
+    "gpt2-fp32-eager": partial(
+        _training, "gpt2", _NO_TOKENS, batch=4, length=512, dtype=_fp32, attention="eager"
+    ),
+    "bnb-adam8bit-gpt2": partial(
+        _training, "gpt2", _NO_TOKENS, batch=2, length=512, optimizer=_adam_8bit
+    ),
     "gpt2-infer-fp16": partial(
         _inference, "gpt2", _NO_TOKENS, length=512, decode=16, dtype=torch.float16
     ),
     "qwen3-2l": partial(_training, "qwen3", _two_layers, length=2048),
+    "gemma2-2l": partial(_training, "gemma2", _two_layers, attention="eager"),
     "phi3-2l": partial(_training, "phi3", _two_layers),
-    "embedding-layernorm": _embedding_and_norms,
-    "mamba-4l": partial(
-        _training, "mamba", _two_layers | {"num_hidden_layers": 4}, length=256, dtype=_fp32
+    "bert-base-fp32-mask": partial(
+        _training, "bert", {}, batch=8, length=128, dtype=_fp32, mask=True, classify=True
     ),
+    "transformer-encoder-dropout": _encoder,
+    "embedding-layernorm": _embedding_and_norms,
+    "mamba-4l": partial(_training, "mamba", _four_layers, length=256, dtype=_fp32, attention=None),
 }
 """The runs by the names under which they were measured: each on a GPU that is open."""
 

@@ -16,6 +16,9 @@ from every_byte.virtual.patches import PRIVATE_NAMES, find
 ROOT = Path(__file__).parent.parent
 TABLE = {private.name for private in PRIVATE_NAMES}
 OF_TRANSFORMERS = {"_beam_search"}  # recognised on the stack, so that it is refused by name
+OF_BITSANDBYTES = {
+    *("_gemm_4bit_custom_max_m", "_gemm_4bit_use_custom_cuda", "_gpu_dispatch_props")
+}
 
 
 def is_private(name: str) -> bool:
@@ -89,7 +92,8 @@ def operators() -> set[str]:
 
 @cache
 def names_in_use() -> set[str]:
-    ours = own_names() | operators() | OF_TRANSFORMERS | {"__future__", "_getframe"}
+    others = OF_TRANSFORMERS | OF_BITSANDBYTES | {"__future__", "_getframe"}
+    ours = own_names() | operators() | others
     found = set()
     for name in (name for tree in parsed() for name in used(tree)):
         if not name.startswith(("torch.", "*.")) or name.startswith("torch.ops."):
@@ -116,6 +120,11 @@ def is_in_table(name: str) -> bool:
 def test_transformers_has_the_private_names_that_are_recognised() -> None:
     generation = pytest.importorskip("transformers.generation")
     assert all(hasattr(generation.GenerationMixin, name) for name in OF_TRANSFORMERS)
+
+
+def test_bitsandbytes_has_the_private_names_that_decide_its_kernels() -> None:
+    cuda = pytest.importorskip("bitsandbytes.backends.cuda.ops")
+    assert all(hasattr(cuda, name) for name in OF_BITSANDBYTES)
 
 
 def test_every_private_name_in_use_is_in_the_table() -> None:

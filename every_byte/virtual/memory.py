@@ -236,7 +236,7 @@ class VirtualMemory(CachingAllocator):
         import_module("torch._dynamo")
         with ExitStack() as stack:
             stack.enter_context(patches.optimizers_as_on_cuda())
-            stack.enter_context(patches.modules_move_as_on_cuda())
+            stack.enter_context(patches.modules_move_as_on_cuda(self.rules is not None))
             stack.enter_context(patches.nothing_is_compiled())
             stack.enter_context(patches.four_bits_are_refused())
             stack.enter_context(cuda_autocast())

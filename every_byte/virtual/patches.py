@@ -5,6 +5,7 @@ for, what breaks without it, and with which versions it was tried. A test holds 
 against the code, so a new version of PyTorch is checked by reading its failures.
 """
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -343,11 +344,14 @@ def optimizers_as_on_cuda() -> Iterator[None]:
 
 
 @contextmanager
-def modules_move_as_on_cuda() -> Iterator[None]:
+def modules_move_as_on_cuda(quantising: bool) -> Iterator[None]:
     """Let ``.to()`` keep a module's Parameters, and what is tied, as it does on CUDA.
 
     Within a device PyTorch does so by ``param.data = ``; on the way from the host to
     ``meta`` only if told to swap them.
+
+    Args:
+        quantising: whether bitsandbytes' parameters are quantised on the way; refused if not.
     """
     future = torch.__future__
     apply = torch.nn.Module._apply
@@ -359,6 +363,14 @@ def modules_move_as_on_cuda() -> Iterator[None]:
         comes = not all(parameter.is_meta for parameter in own)
         with untracked():
             comes = comes and fn(torch.empty(0)).is_meta
+        if comes and quantising and is_tracked() and any(map(_is_quantised, own)):
+            for parameter in own:  # PyTorch could not swap them
+                if _is_quantised(parameter):
+                    _quantise(parameter)
+                elif not parameter.is_meta:
+                    moved = torch.nn.Parameter(fn(parameter.data), parameter.requires_grad)
+                    torch.utils.swap_tensors(parameter, moved)
+            comes = False
         for parameter in own if comes else ():
             refuse_quantised(parameter)
         future.set_swap_module_params_on_conversion(swaps or comes)
@@ -367,8 +379,68 @@ def modules_move_as_on_cuda() -> Iterator[None]:
         finally:
             future.set_swap_module_params_on_conversion(before)
 
-    with mock.patch.object(torch.nn.Module, "_apply", applied):
+    with mock.patch.object(torch.nn.Module, "_apply", applied), _tables_of_a_gpu():
         yield
+
+
+def _is_quantised(parameter: object) -> bool:
+    """Whether a parameter is of bitsandbytes' and on the host."""
+    return (
+        type(parameter).__module__ == "bitsandbytes.nn.modules"
+        and not cast(torch.Tensor, parameter).is_meta
+    )
+
+
+def _quantise(parameter: Any) -> None:
+    """Let a parameter of bitsandbytes' on the host become what it is on the card.
+
+    ``_quantize`` of ``Params4bit`` and ``Int8Params`` in ``bitsandbytes/nn/modules.py`` of
+    0.50, which sets ``.data``: from the host to ``meta`` PyTorch lets nobody.
+    """
+    kind = type(parameter)
+    functional: Any = import_module("bitsandbytes.functional")
+    on_host = parameter.data.contiguous()
+    if kind.__name__ == "Params4bit" and not parameter.bnb_quantized:
+        data, state = functional.quantize_4bit(
+            on_host.to("meta"),
+            blocksize=parameter.blocksize,
+            compress_statistics=parameter.compress_statistics,
+            quant_type=parameter.quant_type,
+            quant_storage=parameter.quant_storage,
+        )
+        told = {"quant_state": state, "bnb_quantized": True}
+        if parameter.module is not None:
+            parameter.module.quant_state = state
+    elif (
+        kind.__name__ == "Int8Params"
+        and on_host.is_floating_point()
+        and not parameter.has_fp16_weights
+    ):
+        data, scales, _ = functional.int8_vectorwise_quant(on_host.to("meta", torch.float16))
+        told = {"CB": data, "SCB": scales}
+    else:
+        refuse_quantised(parameter)
+        return
+    quantised = kind(data, requires_grad=parameter.requires_grad)
+    vars(quantised).update(vars(parameter) | told)
+    torch.utils.swap_tensors(parameter, quantised)
+
+
+@contextmanager
+def _tables_of_a_gpu() -> Iterator[None]:
+    """Let bitsandbytes' tables of levels on the device, which it keeps, end with the GPU."""
+
+    def taken() -> dict[str, torch.Tensor]:
+        known = getattr(sys.modules.get("bitsandbytes.functional"), "name2qmap", {})
+        return {name: known.pop(name) for name, table in list(known.items()) if table.is_meta}
+
+    before = taken()
+    try:
+        yield
+    finally:
+        taken()
+        if before:
+            sys.modules["bitsandbytes.functional"].name2qmap.update(before)
 
 
 def refuse_quantised(parameter: object) -> None:

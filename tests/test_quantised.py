@@ -1,0 +1,74 @@
+"""bitsandbytes' layers on a virtual card: what they leave there, and what their products borrow."""
+
+import sys
+
+import pytest
+import torch
+from bitsandbytes.nn import LinearNF4
+from bitsandbytes.nn.modules import Linear8bitLt
+
+from every_byte.gpu import VirtualGPU
+
+
+def card() -> VirtualGPU:
+    return VirtualGPU("H200", torch="2.11")
+
+
+def blocks(*sizes: int) -> int:
+    return sum(-(-size // 512) * 512 for size in sizes)
+
+
+def test_four_bits_on_a_card_are_its_weight_and_its_scales() -> None:
+    layer = LinearNF4(256, 512)
+    weight = layer.weight
+    with card() as gpu:
+        layer.to(gpu.device)
+        assert layer.weight is weight  # an optimizer made before would hold it
+        assert weight.shape == (256 * 512 // 2, 1) and weight.is_meta
+        held = blocks(
+            256 * 512 // 2,
+            256 * 512 // 64,  # the scales, in 8 bits
+            256 * 512 // 64 // 256 * 4,  # theirs
+            *(4, 16 * 4, 256 * 4),  # their mean, the levels of 4 bits and of 8
+            256 * 4,  # a copy of these for all layers
+            512 * 4,  # the bias
+        )
+        assert gpu.memory_allocated() == held
+        x = torch.empty(2048, 256, device=gpu.device, requires_grad=True)
+        before = gpu.memory_allocated()
+        gpu.reset_peak_memory_stats()
+        result = layer(x)
+        workspaces = gpu.breakdown()["workspaces"]
+        borrowed = blocks(2 * 256 * 512 // 64 * 4, 256 * 512 * 4)
+        assert gpu.memory_allocated() == before + result.nbytes + workspaces
+        assert gpu.max_memory_allocated() == gpu.memory_allocated() + borrowed
+        result.sum().backward()
+        assert x.grad is not None
+
+
+def test_eight_bits_on_a_card_are_its_weight_and_a_scale_for_each_row() -> None:
+    layer = Linear8bitLt(256, 512, bias=False, has_fp16_weights=False)
+    with card() as gpu:
+        layer.to(gpu.device)
+        assert layer.weight.dtype is torch.int8
+        assert gpu.memory_allocated() == blocks(256 * 512, 512 * 4)
+        layer(torch.empty(8, 256, device=gpu.device, dtype=torch.float16))
+
+
+def test_outliers_are_refused() -> None:
+    layer = Linear8bitLt(256, 512, bias=False, has_fp16_weights=False, threshold=6.0)
+    with card() as gpu:
+        layer.to(gpu.device)
+        with pytest.raises(NotImplementedError, match=r"threshold=6.0: which columns"):
+            layer(torch.empty(8, 256, device=gpu.device, dtype=torch.float16))
+
+
+def test_tables_of_levels_end_with_the_card() -> None:
+    with card() as gpu:
+        LinearNF4(64, 64).to(gpu.device)
+        one = gpu.memory_allocated()
+    with card() as gpu:
+        LinearNF4(64, 64).to(gpu.device)
+        assert gpu.memory_allocated() == one
+    tables = sys.modules["bitsandbytes.functional"].name2qmap
+    assert not any(table.is_meta for table in tables.values())
