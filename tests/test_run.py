@@ -120,3 +120,23 @@ def test_room_for_the_cuda_context_is_counted(
     nearly = script(tmp_path, text.replace("15 * 2**28", "31 * 2**27"))  # 15.5 GiB
     assert main(["run", nearly, "--card", "RTX 4080"]) == 3
     assert "It does NOT fit on the RTX 4080 (17.18 GB)" in capsys.readouterr().out
+
+
+def test_a_snapshot_replaces_no_file_of_another_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before the script runs; a snapshot of an earlier run is replaced."""
+    path, precious = script(tmp_path, TRAIN), tmp_path / "precious.pt"
+    precious.write_text("weights")
+    command = ["run", path, "--card", "RTX 4090", "--steps", "1", "--snapshot"]
+    assert main([*command, str(precious)]) == 2
+    said = capsys.readouterr()
+    assert "step 0" not in said.out and precious.read_text() == "weights"
+    assert said.err.count("\n") == 1 and "is not a memory snapshot" in said.err
+    assert "replace it with --force" in said.err
+    assert main([*command, str(tmp_path / "none" / "a.pickle")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert main([*command, str(precious), "--force"]) == 0
+    assert main([*command, str(precious)]) == 0  # which is a snapshot now
+    capsys.readouterr()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["precious.pt", "train.py"]

@@ -43,6 +43,7 @@ def add(subparsers: Subparsers) -> None:
         help="where the script reads a value that is not computed: go on, and list it; or stop",
     )
     parser.add_argument("--snapshot", type=Path, help="write what PyTorch's memory viewer reads")
+    parser.add_argument("--force", action="store_true", help="replace a file of another kind")
     parse = parser.parse_known_args
 
     def parse_before_dashes(args: Any = None, namespace: Any = None) -> Any:
@@ -65,10 +66,17 @@ def run(options: argparse.Namespace) -> int:
     code = None if options.module else _code(options.script)
     import torch
 
+    from every_byte.files import check_writable
+    from every_byte.gpu import is_snapshot
     from every_byte.report import EnoughSteps, Report, Watch
     from every_byte.script import as_cuda
     from every_byte.virtual.values import UnknownValueError
 
+    if options.snapshot:
+        try:
+            check_writable(options.snapshot, "a memory snapshot", is_snapshot, options.force)
+        except OSError as error:
+            raise Refused(f"--snapshot: {error}".replace("with force", "with --force")) from None
     status, fits = DONE, True
     with ExitStack() as stack:
         card = as_cuda(options.card, values=options.values, torch_version=options.torch)
@@ -95,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
             status = NO
         if options.snapshot:
             try:
-                gpu.dump_snapshot(options.snapshot)
+                gpu.dump_snapshot(options.snapshot, force=options.force)
             except OSError as error:
                 raise Refused(f"--snapshot: {error}") from None
         report = Report.of(watch, fits)

@@ -1,0 +1,87 @@
+"""What is written to a path that somebody gave: whole or not at all, over nothing foreign."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from every_byte.files import check_writable, written
+
+
+def is_note(head: bytes) -> bool:
+    return head.startswith(b"note")
+
+
+def write(path: Path, text: str = "note 2", force: bool = False) -> None:
+    with written(path, "a note", is_note, force, mode="w") as file:
+        file.write(text)
+
+
+def test_it_writes_a_new_file_and_replaces_one_of_its_kind(tmp_path: Path) -> None:
+    target = tmp_path / "note.txt"
+    write(target, "note 1: ä")
+    assert target.read_text("utf-8") == "note 1: ä"
+    write(target)
+    assert target.read_text() == "note 2"
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_it_replaces_no_file_of_another_kind_unless_forced(tmp_path: Path) -> None:
+    target = tmp_path / "thesis.tex"
+    target.write_text("four years of work")
+    with pytest.raises(FileExistsError, match=r"thesis\.tex exists and is not a note: name ano"):
+        write(target)
+    assert target.read_text() == "four years of work"
+    write(target, force=True)
+    assert target.read_text() == "note 2"
+
+
+def test_an_empty_file_is_of_every_kind(tmp_path: Path) -> None:
+    target = tmp_path / "made-by-mktemp"
+    target.touch()
+    write(target)
+    assert target.read_text() == "note 2"
+
+
+def test_it_makes_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere: make it"):
+        write(tmp_path / "nowhere" / "note.txt")
+    with pytest.raises(IsADirectoryError, match="is a folder: name a file in it"):
+        write(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_fails_in_the_middle_leaves_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "note.txt"
+    target.write_text("note 1")
+    with pytest.raises(KeyboardInterrupt), written(target, "a note", is_note, mode="w") as file:
+        file.write("no")
+        raise KeyboardInterrupt
+    assert target.read_text() == "note 1"
+    with (
+        pytest.raises(OSError, match=r"note\.txt cannot be written: No space left on device"),
+        written(target, "a note", is_note, mode="w"),
+    ):
+        raise OSError(28, os.strerror(28))
+    assert target.read_text() == "note 1"
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+
+
+def test_a_link_stays_a_link_and_a_mode_its_mode(tmp_path: Path) -> None:
+    target, link = tmp_path / "note.txt", tmp_path / "link"
+    target.write_text("note 1")
+    target.chmod(0o640)
+    link.symlink_to(target)
+    write(link)
+    assert link.is_symlink() and target.read_text() == "note 2"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+
+
+def test_a_device_is_written_to(tmp_path: Path) -> None:
+    check_writable("/dev/null", "a note", is_note)
+    write(Path("/dev/null"))
+    reading, writing = os.pipe()
+    write(Path(f"/dev/fd/{writing}"))
+    assert os.read(reading, 100) == b"note 2"
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
