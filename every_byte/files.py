@@ -1,12 +1,20 @@
-"""Writing to a path that somebody gave: whole or not at all, and over nothing that is not ours."""
+"""Writing whole or not at all: to a path that somebody gave, over nothing that is not ours."""
 
+import errno
 import os
 import secrets
 import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _HEAD = 4096  # bytes of an old file by which its kind is known
 
@@ -92,3 +100,70 @@ def written(
 def _target(path: str | Path) -> Path:
     """The file that is replaced: what a link points to, but not behind a device or a pipe."""
     return Path(os.path.realpath(path)) if os.path.isfile(path) else Path(path).absolute()
+
+
+@contextmanager
+def folder_beside(place: Path) -> Iterator[Path]:
+    """A hidden folder beside `place` to make something in that is then moved there.
+
+    It is removed in the end. Where a kill left one, the next one for the same place removes
+    it: a folder in use is known by a lock that its process holds, which no kill can leave
+    behind. On Windows such folders stay.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    prefix = f".{place.name}."
+    while True:
+        beside = Path(tempfile.mkdtemp(dir=place.parent, prefix=prefix))
+        with (beside / _LOCK).open("w") as held:
+            if fcntl is not None:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(held, fcntl.LOCK_EX)
+            if not (beside / _LOCK).exists():  # removed before it was held
+                continue
+            try:
+                remove_left_over(place)
+                yield beside
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+            return
+
+
+_LOCK = "in-use.lock"
+
+
+def remove_left_over(place: Path) -> None:
+    """Remove the folders of `folder_beside` for a place that no process holds any more."""
+    for folder in place.parent.iterdir() if fcntl is not None else ():
+        if not folder.name.startswith(f".{place.name}.") or not folder.is_dir():
+            continue
+        with suppress(OSError):
+            if not (folder / _LOCK).exists():  # of an older version, or being made just now
+                if time.time() - folder.stat().st_mtime > 3600:
+                    shutil.rmtree(folder, ignore_errors=True)
+                continue
+            with (folder / _LOCK).open() as held:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def swap(new: Path, place: Path, aside: Path) -> None:
+    """Move a folder to where another one may be, which goes `aside`, and comes back on failure.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    while True:
+        with suppress(FileNotFoundError):
+            place.rename(aside)
+        try:
+            new.rename(place)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another one came in between
+                shutil.rmtree(aside, ignore_errors=True)
+                continue
+            if aside.exists():
+                aside.rename(place)
+            raise
+        return

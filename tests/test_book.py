@@ -219,6 +219,15 @@ def test_a_warning_fails_the_build(copy: Path, tmp_path: Path) -> None:
         ("../every-byte.git", None),
         ("file:///srv/every-byte", None),
         ("", None),
+        # Written into Python and HTML: nothing may end a string or an attribute.
+        ('https://x.y/"; import os; os.remove("a") #', None),
+        ("https://x.y/a'><script>alert(1)</script>", None),
+        ("git@x.y:a\\nb", None),
+        ("https://x.y/a b", None),
+        ("https://x.y/a?b#c", None),
+        ("https://x.y:port/a", None),
+        ("https://x.y:8443/a", "https://x.y:8443/a"),
+        ("javascript:alert(1)//x.y/a", None),
     ],
 )
 def test_web_address(remote: str, expected: str | None) -> None:

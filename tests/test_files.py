@@ -2,11 +2,13 @@
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from every_byte.files import check_writable, written
+from every_byte.files import check_writable, folder_beside, swap, written
 
 
 def is_note(head: bytes) -> bool:
@@ -85,3 +87,48 @@ def test_a_device_is_written_to(tmp_path: Path) -> None:
     write(Path(f"/dev/fd/{writing}"))
     assert os.read(reading, 100) == b"note 2"
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from every_byte.files import folder_beside
+with folder_beside(pathlib.Path(sys.argv[1])) as beside:
+    (beside / "shard").write_bytes(bytes(1000))
+    print(beside.name, flush=True)
+    if sys.argv[2] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_kill_leaves_the_next_run_removes(tmp_path: Path) -> None:
+    """But not what another process is at, nor what it does not know."""
+    place = tmp_path / "gpt2"
+    (tmp_path / ".gpt2.of-another-program").mkdir()
+    command = [sys.executable, "-c", KILLED, str(place)]
+    killed = subprocess.run([*command, "killed"], capture_output=True, text=True, check=False)
+    left = tmp_path / killed.stdout.strip()
+    assert (left / "shard").exists()
+    process = subprocess.Popen([*command, "at work"], stdin=-1, stdout=-1, text=True)
+    with process:
+        assert process.stdin is not None and process.stdout is not None
+        at_work = tmp_path / process.stdout.readline().strip()
+        assert not left.exists()
+        with folder_beside(place) as beside:
+            assert (at_work / "shard").exists() and beside.exists()
+        process.stdin.close()
+    assert [path.name for path in tmp_path.iterdir()] == [".gpt2.of-another-program"]
+
+
+def test_a_folder_takes_another_ones_place(tmp_path: Path) -> None:
+    place = tmp_path / "book"
+    for text in ("first", "second"):
+        with folder_beside(place) as beside:
+            new = beside / "new"
+            new.mkdir()
+            (new / "page").write_text(text)
+            swap(new, place, beside / "old")
+        assert (place / "page").read_text() == text
+    with folder_beside(place) as beside, pytest.raises(FileNotFoundError):
+        swap(beside / "none", place, beside / "old")
+    assert (place / "page").read_text() == "second"

@@ -8,6 +8,7 @@ import argparse
 import ast
 import hashlib
 import itertools
+import json
 import os
 import platform
 import re
@@ -80,7 +81,7 @@ def made(source: Path, repository: str | None) -> NotebookNode:
     """The notebook that a percent source stands for, not executed."""
     text = SETUP.sub(_setup_cell, source.read_text("utf-8"))
     if repository:
-        text = text.replace(PLACEHOLDER, f'REPOSITORY = "{repository}"')
+        text = text.replace(PLACEHOLDER, f"REPOSITORY = {json.dumps(repository)}")
     notebook = jupytext.reads(text, fmt="py:percent")
     for number, cell in enumerate(notebook.cells):
         cell.id = f"{source.stem.replace('_', '-')}-{number:02}"
@@ -174,8 +175,12 @@ def _write(path: Path, notebook: NotebookNode) -> None:
     """Write beside, then move into place: an interruption leaves the old file."""
     beside = path.with_suffix(".ipynb.new")
     nbformat.validate(notebook)
-    beside.write_text(nbformat.writes(notebook) + "\n", "utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(nbformat.writes(notebook) + "\n", "utf-8")
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -189,6 +194,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     chosen = sources(options.folder)
+    if not chosen:
+        print(f"--folder {options.folder} holds no NN_name.py: name another", file=sys.stderr)
+        return 2
     if options.name:
         stem = Path(options.name).stem
         chosen = [source for source in chosen if source.stem == stem]
@@ -206,6 +214,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.force and _is_fresh(source, target, repository):
             print(f"{source.stem}: fresh")
             continue
+        if not os.access(target.parent, os.W_OK):  # asked before an execution, not after it
+            print(f"{target.parent} cannot be written: nothing was executed", file=sys.stderr)
+            return 1
         try:
             notebook = execute(source, repository)
         except CellExecutionError as error:
@@ -214,7 +225,14 @@ def main(arguments: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 1
-        _write(target, notebook)
+        try:
+            _write(target, notebook)
+        except OSError as error:
+            print(
+                f"\n{target} cannot be written ({error.strerror}): it is as it was",
+                file=sys.stderr,
+            )
+            return 1
         print(f"{source.stem}: made")
     return 0
 
