@@ -62,6 +62,17 @@ def test_nothing_is_loaded_from_elsewhere(html: Path, page: str) -> None:
             assert not urlsplit(target).netloc, f"<{tag}> loads {target}"
 
 
+def test_a_page_runs_nothing_but_the_books_own_files(html: Path, page: str) -> None:
+    text = (html / page).read_text("utf-8")
+    policy = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    assert len(policy) == 1 and "script-src 'self';" in policy[0]
+    assert text.index("Content-Security-Policy") < text.index("<script")
+    for attributes in re.findall(r"<script\b([^>]*)>", text):
+        assert "src=" in attributes or "application/json" in attributes
+    assert not re.search(r"<[a-z][^<>]*\son[a-z]+=", text)
+    assert "javascript:" not in text
+
+
 def test_links_within_the_book_lead_somewhere(html: Path, page: str) -> None:
     for tag, target in links(html / page).found:
         parts = urlsplit(target)
