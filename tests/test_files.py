@@ -1,6 +1,8 @@
 """What is written to a path that somebody gave: whole or not at all, over nothing foreign."""
 
+import ast
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -132,3 +134,11 @@ def test_a_folder_takes_another_ones_place(tmp_path: Path) -> None:
     with folder_beside(place) as beside, pytest.raises(FileNotFoundError):
         swap(beside / "none", place, beside / "old")
     assert (place / "page").read_text() == "second"
+
+
+def test_each_fault_stands_in_the_table_of_promises() -> None:
+    root = Path(__file__).parent.parent
+    tests = ast.parse((root / "tests" / "faults" / "test_faults.py").read_text("utf-8")).body
+    names = {t.name for t in tests if isinstance(t, ast.FunctionDef) and t.name[:5] == "test_"}
+    table = (root / "CONTRIBUTING.md").read_text("utf-8")
+    assert set(re.findall(r"\| `(test_\w+)` \|", table)) == names

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import socket
 import sys
 from collections.abc import Iterable, Iterator
 from importlib import metadata
@@ -163,6 +164,22 @@ def execute(source: Path, repository: str | None) -> NotebookNode:
     return notebook
 
 
+def check_loopback() -> None:
+    """A kernel is talked to by way of 127.0.0.1: see that this works, before it fails wordless.
+
+    Raises:
+        OSError: it does not.
+    """
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=10).close()
+    except OSError as error:
+        raise OSError(
+            f"127.0.0.1 cannot be used ({error.strerror or error}): a notebook's kernel needs "
+            "this machine's loopback device, such as after `ip link set lo up`"
+        ) from None
+
+
 def _device() -> str:
     import torch
 
@@ -218,7 +235,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{target.parent} cannot be written: nothing was executed", file=sys.stderr)
             return 1
         try:
+            check_loopback()
             notebook = execute(source, repository)
+        except OSError as error:
+            print(f"{source.name} was not executed: {error}", file=sys.stderr)
+            return 1
         except CellExecutionError as error:
             print(
                 f"\n{source.name}: a cell failed; {target.name} is as it was.\n{error}",
