@@ -4,7 +4,7 @@ PY := .venv/bin/python
 PORT ?= 8000
 export REPOSITORY
 
-.PHONY: help env book serve test test-versions gpu-test notebooks proof lint bench lock clean
+.PHONY: help env book serve test faults test-versions gpu-test notebooks proof lint bench lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -25,6 +25,9 @@ CHECKPOINTS := gpt2-large Qwen2-0.5B
 test: env ## prove it: the helpers, every notebook again, the built book
 	@$(PY) -m helpers.models $(CHECKPOINTS) >/dev/null
 	@$(PY) -m pytest -n 2 --dist loadfile --nbval --nbval-current-env
+
+faults: env ## kill it, fill the disk, take the network away: what it promises on its worst day
+	@$(PY) -m pytest -m slow tests/faults
 
 test-versions: env ## the engine's tests with the oldest and the newest PyTorch (6 GB each)
 	@$(PY) -m tools.versions

@@ -4,6 +4,7 @@ One line for each requirement, [OK] or [FAIL], the latter with what to do. Nothi
 but Python is needed to say so.
 """
 
+import errno
 import os
 import platform
 import re
@@ -19,7 +20,7 @@ from every_byte.units import GiB, MiB, binary
 
 
 def cache_folder(*below: str) -> Path:
-    """A folder for what can be made again: made if missing.
+    """A folder for what can be made again, which can be written: made if missing.
 
     ``EVERY_BYTE_CACHE`` if set, else the user's cache folder; `below` names
     folders inside of it.
@@ -35,9 +36,11 @@ def cache_folder(*below: str) -> Path:
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "it is read-only")
     except OSError as error:
         raise OSError(
-            f"the cache folder {folder} cannot be made ({error.strerror}): "
+            f"the cache folder {folder} cannot be written ({error.strerror}): "
             "set EVERY_BYTE_CACHE to a folder that can be written"
         ) from None
     return folder

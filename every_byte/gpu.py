@@ -29,6 +29,7 @@ from typing_extensions import TypeVar
 from every_byte.allocator import SegmentInfo
 from every_byte.cuda import CudaMemory
 from every_byte.data import cards
+from every_byte.files import written
 from every_byte.memory import DeviceMemory
 from every_byte.tracker import Breakdown, Timeline, Tracker
 from every_byte.virtual.memory import CUBLAS_WORKSPACE, VirtualMemory
@@ -219,16 +220,24 @@ class GPU(Generic[_Memory]):
         """Segments, blocks and what was noted, as ``torch.cuda.memory._snapshot``."""
         return self._accounted().snapshot()
 
-    def dump_snapshot(self, filename: str | Path = "dump_snapshot.pickle") -> None:
+    def dump_snapshot(
+        self, filename: str | Path = "dump_snapshot.pickle", *, force: bool = False
+    ) -> None:
         """Write `snapshot` to a file, as ``torch.cuda.memory._dump_snapshot``.
 
-        ``python -m torch.cuda._memory_viz`` and https://pytorch.org/memory_viz read it.
+        ``python -m torch.cuda._memory_viz`` and https://pytorch.org/memory_viz read it. The
+        file is written beside its place and moved there; no folder is made.
+
+        Args:
+            filename: where; an older snapshot there is replaced.
+            force: whether a file of another kind is replaced, too.
 
         Raises:
-            OSError: the file cannot be written.
+            OSError: the file cannot be written, or one of another kind is there.
         """
-        with open(filename, "wb") as file:
-            pickle.dump(self.snapshot(), file, protocol=4)  # the newest that the page reads
+        content = pickle.dumps(self.snapshot(), protocol=4)  # the newest that the page reads
+        with written(filename, "a memory snapshot", is_snapshot, force) as file:
+            file.write(content)
 
     def clear_cublas_workspaces(self) -> None:
         """Free cuBLAS's workspaces, as ``torch._C._cuda_clearCublasWorkspaces``.
@@ -236,6 +245,11 @@ class GPU(Generic[_Memory]):
         The next matrix product of each thread allocates its own again.
         """
         self.memory.clear_cublas_workspaces()
+
+
+def is_snapshot(head: bytes) -> bool:
+    """Whether a file that begins so is a memory snapshot: a pickle of a dict with one's keys."""
+    return head[:1] == b"\x80" and (b"segments" in head[:64] or b"device_traces" in head[:64])
 
 
 @contextmanager

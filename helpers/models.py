@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from every_byte.data import known_models
 from every_byte.estimate import dimensions
+from every_byte.files import folder_beside, remove_left_over, swap
 from every_byte.gpu import VirtualGPU, open_gpu
 from every_byte.tracker import untracked
 from every_byte.units import GB, MB
@@ -179,6 +179,7 @@ def _make(folder: Path, settings: PreTrainedConfig, planned: Planned) -> None:
     split = split_torch_state_dict_into_shards(dict(planned), max_shard_size=_SHARD)
     shards = split.filename_to_tensors
     largest = max(sum(planned[n].nbytes for n in names) for names in shards.values())
+    remove_left_over(folder)
     free, memory = shutil.disk_usage(folder.parent).free, psutil.virtual_memory().available
     if free < size + 100 * MB:
         raise OSError(
@@ -191,32 +192,28 @@ def _make(folder: Path, settings: PreTrainedConfig, planned: Planned) -> None:
             f"{memory / GB:.1f} GB are free: close other programs"
         )
     deviation = settings.initializer_range
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"making {folder.name}", leave=False)
     try:
-        with bar:
-            for file, names in shards.items():
-                tensors = {}
-                for name in names:
-                    tensors[name] = _random(name, planned[name], deviation)
-                    bar.update(planned[name].nbytes)
-                save_file(tensors, beside / file, {"format": "pt"})
-        settings.save_pretrained(beside)
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (beside / _INDEX).write_text(json.dumps(index, indent=1), "utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
-        try:
-            beside.rename(folder)
-        except OSError:
+        with folder_beside(folder) as beside:
+            made = beside / folder.name
+            made.mkdir()
+            with bar:
+                for file, names in shards.items():
+                    tensors = {}
+                    for name in names:
+                        tensors[name] = _random(name, planned[name], deviation)
+                        bar.update(planned[name].nbytes)
+                    save_file(tensors, made / file, {"format": "pt"})
+            settings.save_pretrained(made)
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (made / _INDEX).write_text(json.dumps(index, indent=1), "utf-8")
             if not _is_whole(folder, planned):  # else another process was faster
-                raise
+                swap(made, folder, beside / "damaged")
     except SafetensorError as error:
         raise OSError(
             f"{folder.name} could not be written to {folder.parent} ({error}): make room, or set "
             "EVERY_BYTE_CACHE to another folder"
         ) from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _random(name: str, like: torch.Tensor, deviation: float) -> torch.Tensor:

@@ -516,7 +516,7 @@ def test_the_history_keeps_the_last_entries() -> None:
     allocator.free(allocator.malloc(1))
     actions = [e["action"] for e in allocator.snapshot()["device_traces"][0]]
     assert actions == ["free_requested", "free_completed"]
-    with pytest.raises(ValueError, match="max_entries is 0: expected one or more"):
+    with pytest.raises(ValueError, match="max_entries is 0: expected 1 to"):
         allocator.record_memory_history(max_entries=0)
     with pytest.raises(ValueError, match="enabled is 'some': expected 'all' or None"):
         allocator.record_memory_history("some")  # type: ignore[arg-type]

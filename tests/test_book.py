@@ -62,6 +62,17 @@ def test_nothing_is_loaded_from_elsewhere(html: Path, page: str) -> None:
             assert not urlsplit(target).netloc, f"<{tag}> loads {target}"
 
 
+def test_a_page_runs_nothing_but_the_books_own_files(html: Path, page: str) -> None:
+    text = (html / page).read_text("utf-8")
+    policy = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    assert len(policy) == 1 and "script-src 'self';" in policy[0]
+    assert text.index("Content-Security-Policy") < text.index("<script")
+    for attributes in re.findall(r"<script\b([^>]*)>", text):
+        assert "src=" in attributes or "application/json" in attributes
+    assert not re.search(r"<[a-z][^<>]*\son[a-z]+=", text)
+    assert "javascript:" not in text
+
+
 def test_links_within_the_book_lead_somewhere(html: Path, page: str) -> None:
     for tag, target in links(html / page).found:
         parts = urlsplit(target)
@@ -219,6 +230,15 @@ def test_a_warning_fails_the_build(copy: Path, tmp_path: Path) -> None:
         ("../every-byte.git", None),
         ("file:///srv/every-byte", None),
         ("", None),
+        # Written into Python and HTML: nothing may end a string or an attribute.
+        ('https://x.y/"; import os; os.remove("a") #', None),
+        ("https://x.y/a'><script>alert(1)</script>", None),
+        ("git@x.y:a\\nb", None),
+        ("https://x.y/a b", None),
+        ("https://x.y/a?b#c", None),
+        ("https://x.y:port/a", None),
+        ("https://x.y:8443/a", "https://x.y:8443/a"),
+        ("javascript:alert(1)//x.y/a", None),
     ],
 )
 def test_web_address(remote: str, expected: str | None) -> None:

@@ -183,7 +183,7 @@ def test_a_cache_folder_that_cannot_be_made(
     (tmp_path / "file").touch()
     monkeypatch.setenv("EVERY_BYTE_CACHE", str(tmp_path / place))
     line = the_failure("cache folder")
-    assert f"{tmp_path / place} cannot be made" in line
+    assert f"{tmp_path / place} cannot be written" in line
     assert line.endswith("; set EVERY_BYTE_CACHE to a folder that can be written")
 
 

@@ -24,7 +24,7 @@ HOUSES = {
 # floor do not know each other.
 FLOORS = {
     "every_byte": [
-        {"units", "data", "formats", "kinds"},
+        {"units", "data", "files", "formats", "kinds"},
         {"environment", "allocator", "explain"},
         {"estimate", "memory"},
         {"cuda", "tracker"},

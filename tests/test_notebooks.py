@@ -218,3 +218,10 @@ def test_the_set_up_cell_takes_the_repositorys_address(folder: Path) -> None:
         first = next(c for c in made(source, "https://e.org/x").cells if c.cell_type == "code")
         assert 'REPOSITORY = "https://e.org/x"' in first.source
         assert '"git", "clone"' in first.source
+
+
+def test_a_folder_without_sources_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--folder", str(tmp_path / "nosuch")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -224,6 +224,28 @@ def test_a_chapters_tools(html: Path, browser: Browser) -> None:
     tab.close()
 
 
+def test_the_policy_lets_the_themes_buttons_work_and_nothing_else(
+    html: Path, browser: Browser
+) -> None:
+    tab = browser.new_page()
+    tab.add_init_script("window.print = () => { window.said = 'printed'; }")
+    tab.goto(f"{html.as_uri()}/{CHAPTER}")
+    tab.evaluate("document.querySelector('[data-action=print]').click()")
+    assert tab.evaluate("window.said") == "printed"
+    assert tab.locator("[data-action=fullscreen]").count() == 1
+    smuggled = """() => {
+        const place = document.querySelector("article");
+        place.innerHTML = '<button onclick="window.hit = 1">a</button>';
+        place.firstChild.click();
+        const script = document.createElement("script");
+        script.textContent = "window.hit = 2";
+        place.append(script);
+    }"""
+    tab.evaluate(smuggled)
+    assert tab.evaluate("window.hit") is None
+    tab.close()
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_figures_are_legible_in_both_themes(html: Path, browser: Browser, theme: str) -> None:
     tab = browser.new_page(color_scheme=theme)  # type: ignore[arg-type]

@@ -398,3 +398,23 @@ def test_what_one_of_several_cannot_be_is_refused(
     path = script(tmp_path, "from torch.distributed.fsdp import fully_shard as wrap\n" + text)
     assert main(["run", path, "--card", "T4", "--gpus", "2"]) == 1
     assert "NotImplementedError: fully_shard of a script is not replayed" in capsys.readouterr().err
+
+
+def test_a_snapshot_replaces_no_file_of_another_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before the script runs; a snapshot of an earlier run is replaced."""
+    path, precious = script(tmp_path, TRAIN), tmp_path / "precious.pt"
+    precious.write_text("weights")
+    command = ["run", path, "--card", "RTX 4090", "--steps", "1", "--snapshot"]
+    assert main([*command, str(precious)]) == 2
+    said = capsys.readouterr()
+    assert "step 0" not in said.out and precious.read_text() == "weights"
+    assert said.err.count("\n") == 1 and "is not a memory snapshot" in said.err
+    assert "replace it with --force" in said.err
+    assert main([*command, str(tmp_path / "none" / "a.pickle")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert main([*command, str(precious), "--force"]) == 0
+    assert main([*command, str(precious)]) == 0  # which is a snapshot now
+    capsys.readouterr()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["precious.pt", "train.py"]

@@ -3,32 +3,42 @@
 import argparse
 import contextlib
 import io
-import shutil
 import sys
 from pathlib import Path
 
 from jupyter_book.cli.main import main as jupyter_book
 
+from every_byte.files import folder_beside, swap
 from tools.repository import ROOT
 
 
 def build(output: Path) -> Path:
     """Build into `output`/_build/html and return the start page.
 
-    Pages of an earlier build are removed: Jupyter Book would leave them.
+    It is built in a folder beside, which then takes the place of the earlier book: that stays
+    whole until then, and whatever happens. Of two that are built at once the later one stays.
 
     Raises:
+        OSError: `output` is no folder, or cannot be written.
         RuntimeError: the build failed; the message is what Sphinx said.
     """
-    shutil.rmtree(output / "_build", ignore_errors=True)
-    command = ["build", str(ROOT), "--path-output", str(output), "-W", "-n", "--keep-going"]
+    target = output / "_build"
     said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            jupyter_book(command, standalone_mode=False)
-    except (Exception, SystemExit) as error:
-        raise RuntimeError(said.getvalue()) from error
-    return output / "_build" / "html" / "index.html"
+        target.mkdir(parents=True, exist_ok=True)
+        with folder_beside(target / "html") as beside:
+            command = ["build", str(ROOT), "--path-output", str(beside), "-W", "-n", "--keep-going"]
+            try:
+                with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                    jupyter_book(command, standalone_mode=False)
+            except (Exception, SystemExit) as error:
+                raise RuntimeError(said.getvalue()) from error
+            swap(beside / "_build" / "html", target / "html", beside / "old")
+    except OSError as error:
+        raise OSError(
+            f"{target} cannot be written ({error.strerror}): name another folder with --output"
+        ) from None
+    return target / "html" / "index.html"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         start = build(options.output.resolve())
+    except OSError as error:
+        print(f"The book was not built: {error}", file=sys.stderr)
+        return 1
     except RuntimeError as error:
         print(f"{error}\nThe book was not built: see the warnings above.", file=sys.stderr)
         return 1

@@ -135,7 +135,9 @@ def bootstrap(root: Path) -> None:
             raise Stop(f"there is no {name} in {root}: is this the whole project?")
     lock = (root / "requirements.lock").read_text(encoding="utf-8")
     digest = hashlib.sha256(lock.encode()).hexdigest()
-    maker = "Python {}.{}.{} in {}".format(*sys.version_info[:3], root)
+    # As UTF-8 whatever the locale is: in C a path with an umlaut could not be written down.
+    where = os.fsencode(str(root)).decode("utf-8", "backslashreplace")
+    maker = "Python {}.{}.{} in {}".format(*sys.version_info[:3], where)
     stamp = root / ".venv" / "installed"
     found = stamp.read_text(encoding="utf-8").splitlines() if stamp.is_file() else []
     if found == [digest, maker] and (root / ".venv" / PYTHON).exists():

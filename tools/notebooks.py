@@ -8,9 +8,11 @@ import argparse
 import ast
 import hashlib
 import itertools
+import json
 import os
 import platform
 import re
+import socket
 import sys
 from collections.abc import Iterable, Iterator
 from importlib import metadata
@@ -80,7 +82,7 @@ def made(source: Path, repository: str | None) -> NotebookNode:
     """The notebook that a percent source stands for, not executed."""
     text = SETUP.sub(_setup_cell, source.read_text("utf-8"))
     if repository:
-        text = text.replace(PLACEHOLDER, f'REPOSITORY = "{repository}"')
+        text = text.replace(PLACEHOLDER, f"REPOSITORY = {json.dumps(repository)}")
     notebook = jupytext.reads(text, fmt="py:percent")
     for number, cell in enumerate(notebook.cells):
         cell.id = f"{source.stem.replace('_', '-')}-{number:02}"
@@ -162,6 +164,22 @@ def execute(source: Path, repository: str | None) -> NotebookNode:
     return notebook
 
 
+def check_loopback() -> None:
+    """A kernel is talked to by way of 127.0.0.1: see that this works, before it fails wordless.
+
+    Raises:
+        OSError: it does not.
+    """
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=10).close()
+    except OSError as error:
+        raise OSError(
+            f"127.0.0.1 cannot be used ({error.strerror or error}): a notebook's kernel needs "
+            "this machine's loopback device, such as after `ip link set lo up`"
+        ) from None
+
+
 def _device() -> str:
     import torch
 
@@ -174,8 +192,12 @@ def _write(path: Path, notebook: NotebookNode) -> None:
     """Write beside, then move into place: an interruption leaves the old file."""
     beside = path.with_suffix(".ipynb.new")
     nbformat.validate(notebook)
-    beside.write_text(nbformat.writes(notebook) + "\n", "utf-8")
-    os.replace(beside, path)
+    try:
+        beside.write_text(nbformat.writes(notebook) + "\n", "utf-8")
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -189,6 +211,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     chosen = sources(options.folder)
+    if not chosen:
+        print(f"--folder {options.folder} holds no NN_name.py: name another", file=sys.stderr)
+        return 2
     if options.name:
         stem = Path(options.name).stem
         chosen = [source for source in chosen if source.stem == stem]
@@ -206,15 +231,29 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.force and _is_fresh(source, target, repository):
             print(f"{source.stem}: fresh")
             continue
+        if not os.access(target.parent, os.W_OK):  # asked before an execution, not after it
+            print(f"{target.parent} cannot be written: nothing was executed", file=sys.stderr)
+            return 1
         try:
+            check_loopback()
             notebook = execute(source, repository)
+        except OSError as error:
+            print(f"{source.name} was not executed: {error}", file=sys.stderr)
+            return 1
         except CellExecutionError as error:
             print(
                 f"\n{source.name}: a cell failed; {target.name} is as it was.\n{error}",
                 file=sys.stderr,
             )
             return 1
-        _write(target, notebook)
+        try:
+            _write(target, notebook)
+        except OSError as error:
+            print(
+                f"\n{target} cannot be written ({error.strerror}): it is as it was",
+                file=sys.stderr,
+            )
+            return 1
         print(f"{source.stem}: made")
     return 0
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -19,14 +20,25 @@ ROOT = Path(__file__).resolve().parent.parent
 def web_address(remote: str) -> str | None:
     """The https address of a git remote: ``git@host:a/b.git`` gives ``https://host/a/b``.
 
-    None for what no browser can open, such as a folder.
+    None for what no browser can open, such as a folder, and for what has a character in it
+    that could end a string of Python or an attribute of HTML: the address is written into both.
     """
     remote = remote.strip().removesuffix("/").removesuffix(".git")
     ssh = re.fullmatch(r"(?:ssh://)?git@([\w.-]+)[:/](.+)", remote)
-    if ssh:
-        return f"https://{ssh[1]}/{ssh[2]}"
-    web = re.fullmatch(r"https?://(?:[^@/]*@)?([\w.-]+\.\w+/.+)", remote)
-    return f"https://{web[1]}" if web else None
+    try:
+        parts = urlsplit(f"https://{ssh[1]}/{ssh[2]}" if ssh else remote)
+        port = "" if parts.port is None else f":{parts.port}"
+    except ValueError:  # no port, or a wrong IPv6 address
+        return None
+    if parts.scheme not in ("http", "https") or parts.query or parts.fragment:
+        return None
+    if not _HOST.fullmatch(parts.hostname or "") or not _PATH.fullmatch(parts.path):
+        return None
+    return f"https://{parts.hostname}{port}{parts.path}"
+
+
+_HOST = re.compile(r"(?:[a-z0-9-]+\.)+[a-z0-9-]+", re.ASCII)
+_PATH = re.compile(r"(?:/[\w.~%+-]+)+", re.ASCII)  # no space, quote, bracket, backslash
 
 
 def address(root: Path = ROOT) -> str | None:

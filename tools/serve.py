@@ -13,6 +13,10 @@ from tools.repository import ROOT
 class Handler(SimpleHTTPRequestHandler):
     """Serves the book, and its own page where there is none."""
 
+    def translate_path(self, path: str) -> str:
+        """The file of an address; a name that no file can have is one that is not there."""
+        return super().translate_path(path.replace("%00", "%EF%BF%BD"))
+
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answer with 404.html what is not there, anything else as usual."""
         if code != HTTPStatus.NOT_FOUND:

@@ -104,8 +104,11 @@ class AllocatorConfig:
         """The settings of a text such as ``"expandable_segments:True,max_split_size_mb:128"``.
 
         Raises:
+            TypeError: `text` is no text.
             ValueError: a setting is unknown, not replayed, or has a wrong value.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"alloc_conf is {text!r}: expected text (str)")
         found: dict[str, Any] = {}
         pairs = "".join(text.split())
         for pair in pairs.removesuffix(",").split(",") if pairs else []:

@@ -45,12 +45,15 @@ class MemoryHistory:
     """The last `max_entries` things that an allocator did.
 
     Raises:
-        ValueError: `max_entries` is not positive.
+        TypeError: `max_entries` is no whole number.
+        ValueError: it is below 1, or above ``sys.maxsize``.
     """
 
     def __init__(self, max_entries: int = sys.maxsize) -> None:
-        if max_entries < 1:
-            raise ValueError(f"max_entries is {max_entries}: expected one or more")
+        if type(max_entries) is not int:
+            raise TypeError(f"max_entries is {max_entries!r}: expected a whole number (int)")
+        if not 1 <= max_entries <= sys.maxsize:
+            raise ValueError(f"max_entries is {max_entries}: expected 1 to {sys.maxsize}")
         self.entries: deque[TraceEntry] = deque(maxlen=max_entries)
 
     def record(self, action: str, address: int, size: int, stream: int = 0) -> list[Frame]:

@@ -256,7 +256,7 @@ class CachingAllocator:
         Raises:
             ValueError: the handle is unknown, or was freed before.
         """
-        if handle not in self._live:
+        if type(handle) is not int or handle not in self._live:
             given = isinstance(handle, int) and 0 < handle < self._next_handle
             why = "was freed before" if given else "was never returned by malloc"
             raise ValueError(f"handle {handle!r} {why}: free each handle of malloc once")

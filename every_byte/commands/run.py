@@ -74,7 +74,9 @@ def add(subparsers: Subparsers) -> None:
         "--report", type=Path, help="write the report and its timeline as one HTML file"
     )
     parser.add_argument(
-        "--force", action="store_true", help="let --report replace a file of another kind"
+        "--force",
+        action="store_true",
+        help="let --report and --snapshot replace a file of another kind",
     )
     parser.add_argument("--snapshot", type=Path, help="write what PyTorch's memory viewer reads")
     parser.add_argument("--unbounded", action="store_true", help=argparse.SUPPRESS)
@@ -105,6 +107,8 @@ def run(options: argparse.Namespace) -> int:
 
     from every_byte import levers, page, ranks
     from every_byte.commands.extensions import needs_a_gpu
+    from every_byte.files import check_writable
+    from every_byte.gpu import is_snapshot
     from every_byte.report import Report
     from every_byte.script import as_cuda
     from every_byte.virtual.values import UnknownValueError
@@ -118,6 +122,12 @@ def run(options: argparse.Namespace) -> int:
             page.check(options.report, options.force)
         except (OSError, ValueError) as error:
             raise Refused(f"--report: {error}") from None
+
+    if options.snapshot:
+        try:
+            check_writable(options.snapshot, "a memory snapshot", is_snapshot, options.force)
+        except OSError as error:
+            raise Refused(f"--snapshot: {error}".replace("with force", "with --force")) from None
 
     where, environment = Path.cwd(), dict(os.environ)
     status, fits, failed = DONE, True, False
@@ -165,7 +175,7 @@ def run(options: argparse.Namespace) -> int:
                 _show(error)
         if options.snapshot:
             try:
-                gpu.dump_snapshot(where / options.snapshot)
+                gpu.dump_snapshot(where / options.snapshot, force=options.force)
             except OSError as error:
                 raise Refused(f"--snapshot: {error}") from None
         report = Report.of(

@@ -126,6 +126,16 @@ def dimensions(model: str | Mapping[str, Any] | object) -> Dimensions:
     return Dimensions(**{name: value for name, value in found.items() if value is not None})
 
 
+def check_dimensions(sizes: object) -> None:
+    """Refuse what stands where a model's sizes are expected, such as its name.
+
+    Raises:
+        ValueError: it is no `Dimensions`.
+    """
+    if not isinstance(sizes, Dimensions):
+        raise refuse("sizes", sizes, "a model's Dimensions, as dimensions('gpt2') gives them")
+
+
 class ParameterShape(NamedTuple):
     """A parameter's part of the model, and its shape."""
 
@@ -138,7 +148,11 @@ def shapes(sizes: Dimensions) -> Iterator[ParameterShape]:
 
     Parts: embedding, attention, mlp, router, norm, head. A tied head has no
     tensor of its own. Source: transformers' ``models/*/modeling_*.py``.
+
+    Raises:
+        ValueError: `sizes` is no `Dimensions`.
     """
+    check_dimensions(sizes)
     yield ParameterShape("embedding", (sizes.vocab_size, sizes.hidden_size))
     if sizes.has("learned positions"):
         yield ParameterShape("embedding", (sizes.max_position_embeddings, sizes.hidden_size))
@@ -197,9 +211,18 @@ def is_matrix(sizes: Dimensions, part: str, shape: tuple[int, ...]) -> bool:
     )
 
 
-@lru_cache
 def tensor_counts(sizes: Dimensions) -> Counter[ParameterShape]:
-    """How many parameter tensors of each part and shape there are."""
+    """How many parameter tensors of each part and shape there are.
+
+    Raises:
+        ValueError: `sizes` is no `Dimensions`.
+    """
+    check_dimensions(sizes)
+    return _tensor_counts(sizes)
+
+
+@lru_cache
+def _tensor_counts(sizes: Dimensions) -> Counter[ParameterShape]:
     return Counter(shapes(sizes))
 
 

@@ -76,11 +76,12 @@ def levers(sizes: Dimensions, setup: Setup) -> list[Lever]:
     A smaller batch or length is a smaller task, and all change what is computed:
     which of them can be afforded is not for a formula to say.
     """
+    now = memory(sizes, setup).needed  # refuses what is no setup
     changes = dict(LEVERS)
     for name, what in HALVES.items():
         changes[name] = {what: -(-getattr(setup, what) // 2)}
     changes[MORE_GPUS] = {"gpus": 2 * setup.gpus, "sharding": "ZeRO 3"}
-    now, found = memory(sizes, setup).needed, []
+    found = []
     for name, change in changes.items():
         training = setup.task == "training"
         if training and "quantised" in change and not change.get("rank", setup.rank):

@@ -2,7 +2,7 @@
 
 import math
 
-from every_byte.estimate.architecture import Dimensions
+from every_byte.estimate.architecture import Dimensions, check_dimensions
 from every_byte.estimate.checks import check_batch, check_choice, check_flag, check_whole, refuse
 from every_byte.estimate.weights import bytes_per_parameter, computed_width
 
@@ -68,6 +68,7 @@ def layer_activations(
         ValueError: impossible sizes, an unknown dtype or kind of attention, or
             dropout where the architecture has none.
     """
+    check_dimensions(sizes)
     check_batch(batch, length)
     check_choice("attention", attention, (*ATTENTION, "sdpa"))
     attention = attention_kernel(sizes, dtype, attention)
@@ -184,8 +185,7 @@ def activations(
         adapters,
         lora_dropout,
     )
-    if not isinstance(checkpointing, int) or checkpointing < 0:
-        raise refuse("checkpointing", checkpointing, "a number of layers, 0 for none")
+    check_whole("checkpointing", checkpointing, 0, "0 for none")
     b, h, layers = computed_width(dtype), sizes.hidden_size, sizes.num_hidden_layers
     wide = 4 if autocast else b
     norm = _norm_input(sizes, wide)
@@ -205,6 +205,7 @@ def logits(sizes: Dimensions, batch: int, length: int, dtype: str = "fp32") -> i
     Raises:
         ValueError: impossible sizes, or an unknown dtype.
     """
+    check_dimensions(sizes)
     check_batch(batch, length)
     return batch * length * sizes.vocab_size * computed_width(dtype)
 
@@ -218,6 +219,7 @@ def kv_cache(sizes: Dimensions, batch: int, length: int, dtype: str = "bf16") ->
     Raises:
         ValueError: impossible sizes, or an unknown dtype.
     """
+    check_dimensions(sizes)
     check_batch(batch, length)
     position = 2 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim
     return math.ceil(batch * length * position * bytes_per_parameter(dtype))

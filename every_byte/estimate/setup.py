@@ -12,6 +12,7 @@ from every_byte.allocator.config import (
 )
 from every_byte.estimate.architecture import (
     Dimensions,
+    check_dimensions,
     is_matrix,
     parameters,
     shape_counts,
@@ -487,8 +488,12 @@ def memory(sizes: Dimensions, setup: Setup, workspace: int = WORKSPACE) -> Memor
             `every_byte.data.Card.cublas_workspace`.
 
     Raises:
-        ValueError: the model cannot do it, see `check_together`.
+        ValueError: the model cannot do it, see `check_together`; or `sizes` or `setup` is
+            something else.
     """
+    check_dimensions(sizes)
+    if not isinstance(setup, Setup):
+        raise refuse("setup", setup, "a Setup")
     check_together(sizes, setup)
     check_whole("workspace", workspace)
     return assemble(sizes, setup, workspace=workspace)
@@ -647,6 +652,7 @@ def training(
         ValueError: impossible sizes, an unknown dtype, optimizer, attention or
             sharding, or dropout where the architecture has none.
     """
+    check_whole("checkpointing", checkpointing, 0, "0 for none")
     setup = Setup(
         task="training",
         optimizer=optimizer,

@@ -33,8 +33,11 @@ class Rules:
         """A card's rules under a version such as ``"2.11"``; the installed one if None.
 
         Raises:
+            TypeError: it is no text.
             ValueError: the text is no version that is covered.
         """
+        if not isinstance(torch_version, str | None):
+            raise TypeError(f"torch is {torch_version!r}: expected text (str) such as '2.11'")
         text = torch_version or torch.__version__
         try:
             major, minor = (int(part) for part in text.split(".")[:2])
