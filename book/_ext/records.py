@@ -255,6 +255,19 @@ def run_pairs(measured: Path, replayed: Path) -> list[Pair]:
     ]
 
 
+def runs_counted(measured: Path, replayed: Path) -> str:
+    """How many of the runs that were measured the figure has."""
+    with lzma.open(measured, "rt") as file:
+        every = len(json.load(file)["workloads"])
+    done = len(json.loads(replayed.read_text("utf-8"))["workloads"])
+    if done == every:
+        return f"All {every} runs of other models that were measured are among them."
+    return (
+        f"Of {every} runs of other models that were measured, {done} are replayed so far and "
+        "stand here; the others are not counted."
+    )
+
+
 def published_pairs(series: Path, replayed: Path) -> list[Pair]:
     """Every figure of published series, which are in MiB as float32 holds them."""
     told = tomllib.loads(series.read_text("utf-8"))["series"]
@@ -379,7 +392,8 @@ class Measured(SphinxDirective):
         """The share that is equal in words, then the figure."""
         pairs = all_pairs()
         said = told(pairs)
-        text = self.parse_text_to_nodes(f"**{said.partition(' digit.')[0]} digit.**")
+        counted = runs_counted(MEASURED, FOLDER / "replayed" / "proof.json")
+        text = self.parse_text_to_nodes(f"**{said.partition(' digit.')[0]} digit.** {counted}")
         svg = inline(figure(pairs), "measured", f"Measured against replayed bytes. {said}")
         return [*text, nodes.raw("", svg, format="html")]
 
