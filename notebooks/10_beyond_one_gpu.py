@@ -814,7 +814,7 @@ table(
 # %% [markdown]
 # With PyTorch's default allocator both figures are met, to less than half a percent, on a machine that has no GPU. How much of that is luck?
 #
-# - **The allocator's setting** is not in the published page, but TorchTitan's launch script of that commit, 9dec370, sets expandable segments {cite}`torchtitan-launch`. With these our replay is the lower of the two, so the default's close fit may be luck.
+# - **The allocator's setting** is not in the published page, but TorchTitan's launch script of that commit, 9dec370, sets expandable segments {cite}`torchtitan-launch`. With these our replay is the lower of the two, so the default's close fit may be luck. Later runs name the setting, and are met much closer, within 0.04 %: see [what others published](../book/records.md#what-others-published).
 # - **Garbage** is not in the replay. Reference cycles keep tensors alive there until Python collects them: TorchTitan's developers saw the memory of equal steps grow, and collect garbage at fixed steps for it ([#1230](https://github.com/pytorch/torchtitan/pull/1230)).
 # - **The order** in which a layer makes its temporaries moves the result by 0.1 to 0.3 GiB. It is theirs as far as we could read it, in sources of neighbouring dates.
 # - Either way the replay is within 4 %. What is it that takes so much?
