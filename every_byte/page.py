@@ -8,11 +8,11 @@ import base64
 import hashlib
 import html
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from every_byte.files import check_writable, written
 from every_byte.kinds import ALL_KINDS
 from every_byte.report import PHASES, Report, step_of
 from every_byte.tracker import Breakdown, Timeline
@@ -20,6 +20,7 @@ from every_byte.units import GB, grouped
 from every_byte.watch import Place
 
 _MARK = '<meta name="generator" content="every-byte run">'
+_KIND = "a report of every-byte run"
 _POINTS = 500  # of the timeline; of those that fall together the largest is kept
 _ROWS = 60  # of the table of phases
 _WIDTH, _HEIGHT, _LEFT, _TOP = 960, 320, 100, 16
@@ -27,34 +28,26 @@ _FOLDER = Path(__file__).parent / "data"
 
 
 def check(path: Path, force: bool = False) -> None:
-    """Whether a report may be written there.
+    """Refuse a path that the report could not be written to, as `every_byte.files` says.
 
     Raises:
-        ValueError: another kind of file is there, and `force` is not set.
-        OSError: it cannot be read.
+        OSError: it cannot be written, or a file of another kind is there without `force`.
     """
-    if path.exists() and not force:
-        with open(path, "rb") as file:
-            beginning = file.read(4096)
-        if _MARK.encode() not in beginning:
-            raise ValueError(f"{path} is no report of every-byte: --force replaces it")
+    check_writable(path, _KIND, _is_report, force)
 
 
 def write(path: Path, report: Report, timeline: Timeline, script: str, force: bool = False) -> None:
     """Write the page beside its place, and move it there once it is whole.
 
     Raises:
-        ValueError: see `check`.
-        OSError: it cannot be written.
+        OSError: see `check`.
     """
-    check(path, force)
-    path = path.resolve()
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        new.write_text(page(report, timeline, script), "utf-8")
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+    with written(path, _KIND, _is_report, force, mode="w") as file:
+        file.write(page(report, timeline, script))
+
+
+def _is_report(head: bytes) -> bool:
+    return _MARK.encode() in head
 
 
 def page(report: Report, timeline: Timeline, script: str) -> str:

@@ -19,6 +19,7 @@ from every_byte import open_gpu
 from every_byte.units import MB, mb
 from every_byte.virtual.memory import CUBLAS_WORKSPACE, cublas_workspace_size
 from helpers.environment import versions
+from helpers.measured import CARD, of_articles
 from helpers.mlp import SimpleMLP
 from helpers.mnist import mnist
 from helpers.plots import loss_curves, stacked_bars, timeline, use_book_style
@@ -30,7 +31,7 @@ print(gpu)
 print(versions("torch", "torchvision"))
 
 # %% [markdown]
-# The first line above says which GPU this page is about. With a real one, its figures are **measured**. Without one, they are **replayed**: PyTorch runs every operation for its shapes, and a model of its memory allocator counts the bytes. The figures are the same. That is the point of this book.
+# The first line above says which GPU this page is about. With a real one, its figures are **measured**. Without one, they are **replayed**: PyTorch runs every operation for its shapes, and a model of its memory allocator counts the bytes. The same card and the same versions give the same figures. That is the point of this book.
 
 # %% [markdown]
 # ## The experiment
@@ -298,6 +299,33 @@ without = runs["Adam"]["inference"].total
 print(f"with the loss:    {kept_loss:,} B")
 print(f"without:          {without:,} B, {kept_loss - without} B less")
 print(f"predicted so:     {P + 2 * workspace + images + output:,} B")
+
+# %% [markdown]
+# ### What an H200 measured
+#
+# The article's three scripts ran on a newer card as well, with PyTorch's own settings. These figures are **measured**. Hopper's cuBLAS keeps 33,554,432 B for each thread, where this page's keeps 8,519,680 B, and torch 2.11 keeps 1,048,576 B more for cuBLASLt.
+
+# %%
+print(CARD)
+table(
+    ["script", "stage", "measured (B)"],
+    [
+        (row["script"], row["stage"], row["allocated"])
+        for row in of_articles(*OPTIMIZERS)
+    ],
+)
+
+# %% [markdown]
+# Put the other workspaces into our sum, and it says what the card said:
+
+# %%
+hopper = 32 * 2**20
+more = 2 * (hopper - workspace) + 2**20
+for row in of_articles(*OPTIMIZERS):
+    if row["stage"] == "after training":
+        n = predicted[row["script"]] + more
+        print(f"{row['script']:18} predicted {n:,} B, off by", end=" ")
+        print(f"{row['allocated'] - n} B")
 
 # %% [markdown]
 # ## One step as a timeline

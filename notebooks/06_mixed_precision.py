@@ -32,6 +32,7 @@ from every_byte.estimate import Dimensions
 from every_byte.formats import BF16, FP16
 from every_byte.units import GB, MB
 from helpers.environment import versions
+from helpers.measured import CARD, of_experiments
 from helpers.mlp import SimpleMLP
 from helpers.mnist import mnist
 from helpers.plots import COLORS, stacked_bars, use_book_style
@@ -856,6 +857,28 @@ print(
 
 # %% [markdown]
 # What AMP buys on a GPU is speed, from the units that multiply in 16 bits ([chapter 2](02_precision_formats.ipynb)), and trainings that converge as in FP32. Memory comes down with weights *stored* in BF16, or with larger batches.
+
+# %% [markdown]
+# ### What an H200 measured
+#
+# One step of mixed precision of this network is an experiment of our [records](../book/records.md). Beside what the card measured stands the replay, by the rules of that card and version.
+
+# %%
+print(CARD)
+table(
+    ["experiment", "checkpoint", "measured (B)", "replayed, off by (B)"],
+    [
+        (
+            name,
+            checkpoint,
+            row["memory_allocated"],
+            again["memory_allocated"] - row["memory_allocated"],
+        )
+        for name, checkpoint, row, again in of_experiments(
+            "amp-fp16", "amp-bf16"
+        )
+    ],
+)
 
 # %% [markdown]
 # ## The article's forms today

@@ -29,6 +29,7 @@ from every_byte import VirtualGPU, estimate, open_gpu, untracked
 from every_byte.units import GiB, MiB
 from helpers import models
 from helpers.environment import versions
+from helpers.measured import CARD, of_experiments
 from helpers.plots import stacked_bars, timeline, use_book_style
 from helpers.tables import table
 
@@ -597,6 +598,31 @@ table(
 # The long inputs come out within 0.01 GiB of Qwen's figures, though the two versions are up to twelve times apart. So the reason is named: the logits of all positions then, of the last one today (`logits_to_keep`). For one token 0.01 to 0.02 GiB are missing. What picks each of the 2,048 tokens from its scores is not in the replay. It may be that: we did not check.
 #
 # What Qwen calls GB must be GiB: in GB no row would fit.
+
+# %% [markdown]
+# ### What an H200 measured
+#
+# The loads of this page, on a card with nothing else on it. Allocated bytes are **measured**; beside them stands what the replay of that card is off by.
+
+# %%
+print(CARD)
+LOADS = [f"load-Qwen2-0.5B-{p}-to" for p in ("fp32", "fp16", "bf16")]
+LOADS += [
+    f"load-Qwen2-0.5B-{p}-device_map"
+    for p in ("fp32", "fp16", "bf16", "int8", "nf4", "nf4-double", "fp4")
+]
+table(
+    ["experiment", "checkpoint", "measured (B)", "replayed, off by (B)"],
+    [
+        (
+            name,
+            checkpoint,
+            row["memory_allocated"],
+            again["memory_allocated"] - row["memory_allocated"],
+        )
+        for name, checkpoint, row, again in of_experiments(*LOADS)
+    ],
+)
 
 # %% [markdown]
 # ## What to remember

@@ -46,6 +46,7 @@ from every_byte.estimate import SHARDING
 from every_byte.units import GB, MB, GiB
 from helpers import models
 from helpers.environment import versions
+from helpers.measured import CARD, of_experiments
 from helpers.mlp import SimpleMLP
 from helpers.plots import timeline, use_book_style
 from helpers.tables import table
@@ -813,7 +814,8 @@ table(
 # %% [markdown]
 # With PyTorch's default allocator both figures are met, to less than half a percent, on a machine that has no GPU. How much of that is luck?
 #
-# - **The allocator's setting** is not in the published page. A launch script of TorchTitan's sets expandable segments; since when, we do not know. We learned which one fits by trying both.
+# - **The allocator's setting** is not in the published page, but TorchTitan's launch script of that commit, 9dec370, sets expandable segments {cite}`torchtitan-launch`. With these our replay is the lower of the two, so the default's close fit may be luck. Later runs name the setting, and are met much closer, within 0.04 %: see [what others published](../book/records.md#what-others-published).
+# - **Garbage** is not in the replay. Reference cycles keep tensors alive there until Python collects them: TorchTitan's developers saw the memory of equal steps grow, and collect garbage at fixed steps for it ([#1230](https://github.com/pytorch/torchtitan/pull/1230)).
 # - **The order** in which a layer makes its temporaries moves the result by 0.1 to 0.3 GiB. It is theirs as far as we could read it, in sources of neighbouring dates.
 # - Either way the replay is within 4 %. What is it that takes so much?
 
@@ -836,7 +838,28 @@ print(f"one FP32 tensor like the logits: {logits / GiB:.2f} GiB")
 # - **Workspaces and the CUDA context** exist on each GPU.
 # - **What NCCL takes**, through which the GPUs speak, lies outside of PyTorch's allocator. `memory_allocated()` does not count it, `nvidia-smi` does. This page does not replay it.
 #
-# TorchTitan's figures aside, no GPU has measured this page's replays yet. `python -m helpers.record --only 'fsdp-*'` does it on one: the group answers as little there.
+# One GPU can play the first of eight as well: the group answers as little there. An H200 did:
+
+# %%
+print(CARD)
+table(
+    ["experiment", "checkpoint", "measured (B)", "replayed, off by (B)"],
+    [
+        (
+            name,
+            checkpoint,
+            row["max_memory_allocated"],
+            again["max_memory_allocated"] - row["max_memory_allocated"],
+        )
+        for name, checkpoint, row, again in of_experiments(
+            "fsdp-fp32", "fsdp-bf16"
+        )
+    ],
+)
+
+# %% [markdown]
+# These are peaks since the checkpoint before. At rest 512 B are off, a constant that an import had left on the card; the rest of what the peaks are off by, up to 66,048 B, we have not traced. `python -m helpers.record --only 'fsdp-*'` measures it on a card of yours.
+
 
 # %% [markdown]
 # ## What to remember

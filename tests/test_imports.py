@@ -40,7 +40,7 @@ FLOORS = {
         {"__main__"},
     ],
     "helpers": [
-        {"environment", "mlp", "tables", "plots"},
+        {"environment", "mlp", "tables", "plots", "measured"},
         {"placement", "mnist"},
         {"models"},
         {"experiments"},

@@ -1,9 +1,11 @@
 """What an H200 measured, replayed: single operations by signature, and whole runs."""
 
+import json
+
 import pytest
 
-from benchmarks import signatures, workloads
-from benchmarks.proof import CARD, DATA, TORCH, equal, measured_workloads
+from benchmarks import published, signatures, workloads
+from benchmarks.proof import CARD, DATA, SHOWN, TORCH, Goal, equal, measured_workloads, whole
 from every_byte.gpu import VirtualGPU
 
 # A few of every rule: the n-th signature of each operation.
@@ -55,6 +57,27 @@ def test_a_run_shows_what_it_showed_on_the_card(name: str) -> None:
     """Allocated, reserved and their peaks, at every checkpoint, to the byte."""
     told = measured_workloads()[name]
     assert workloads.replayed(name, CARD, TORCH, told["left over"]) == told["checkpoints"]
+
+
+SERIES = published.all_series()
+
+
+@pytest.mark.parametrize("number", range(len(SERIES)), ids=lambda n: SERIES[n]["replay"])
+def test_a_published_peak_is_what_the_book_shows_beside_it(number: int) -> None:
+    """The first size of each program; `make proof` has the others."""
+    one = SERIES[number]
+    shown = json.loads(SHOWN.read_text("utf-8"))["series"][number]
+    assert len(shown) == len(one["sizes"]) == len(one["printed"])
+    assert published.peak(one, one["sizes"][0]) == shown[0], "python -m benchmarks.proof --write"
+    assert abs(shown[0] / 2**20 / one["printed"][0] - 1) < 0.0015
+
+
+def test_a_gate_holds_what_was_reached_and_shows_a_missed_goal() -> None:
+    better, same, worse = (Goal("", n, 10, 8, True, whole) for n in (10, 8, 7))
+    assert (better.met, better.holds) == (True, True)
+    assert (same.met, same.holds) == (False, True)
+    assert (worse.met, worse.holds) == (False, False)
+    assert not Goal("", 9, 0, 8, False, whole).holds
 
 
 def test_a_card_says_by_what_its_figures_are() -> None:

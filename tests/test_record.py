@@ -517,6 +517,7 @@ def test_what_is_no_record_at_all_is_told() -> None:
 @pytest.fixture(scope="module")
 def extension() -> Any:
     """book/_ext/records.py, which Sphinx loads from its folder."""
+    sys.path.append(str(ROOT / "book/_ext"))  # as Sphinx does
     spec = importlib.util.spec_from_file_location("records", ROOT / "book/_ext/records.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -541,7 +542,7 @@ def test_a_record_is_shown_row_by_row(
     plain = " ".join(text.split())
     assert "| C, 1 bytes, 8.9 | torch 2.14, CUDA 12.8 | 2026-01-01 | 4 | 1 | 512 | 0 |" in plain
     kinds = "parameters 24, rounding -24"
-    assert f"| C | one, end | 1,024 | 0 | 0 | 512 | {kinds} | 1 |" in plain
+    assert f"| C | one, end | 0 | 0 | 512 | {kinds} | 1 |" in plain
     assert "1. Because." in text
     assert "- C, `two`: skipped, OutOfMemoryError: CUDA" in text
     assert "````{dropdown} Every checkpoint" in text
@@ -572,6 +573,37 @@ def test_every_difference_of_the_book_has_its_cause_or_says_not_known(extension:
         assert set(cause["of"]) <= {*FIGURES, *(kind.replace(" ", "_") for kind in KINDS)}
     text = extension.shown(extension.found(ROOT / "book/records"), causes)
     assert "not known" not in text, "name the cause in book/records/causes.toml"
+
+
+def test_what_differs_alike_by_the_same_cause_is_one_line(
+    extension: Any, whole: dict[str, Any], again: dict[str, Any]
+) -> None:
+    for side in (whole, again):
+        side["experiments"] |= {"two": side["experiments"]["one"]}
+    record = extension.Record({"card": "C"}, "", whole["experiments"], again["experiments"])
+    cause = {"of": ["rounding"], "experiments": ["*"], "text": "Because."}
+    rows = [(record, row, [1]) for row in compared(*record[2:])]
+    assert "2 checkpoints of one, two" in extension._differences(rows)
+    apart = extension._differences([(record, row, []) for _, row, _ in rows])
+    assert "| one, end" in apart and "| two, end" in apart
+    assert extension._causes_of(rows[0][1], [cause]) == [1]
+
+
+def test_the_figure_counts_what_is_equal_and_what_is_not(extension: Any) -> None:
+    pair = extension.Pair
+    pairs = {
+        "a": [pair(1e6, 1_000_000, True), pair(2e6, 2_000_001, False)],
+        "b": [pair(5e9, 5_000_000_000, True)],
+        "c": [pair(7e8, 7, False)],
+    }
+    said = extension.told(pairs)
+    assert said.startswith("2 of 4 figures (50.0 %) are equal to the last digit. a: 1 of 2")
+    drawn = extension.figure(pairs)
+    assert "a: 1 of 2 figures (50.0 %) equal" in drawn and drawn == extension.figure(pairs)
+    shown = extension.all_pairs()
+    assert len(shown) == 3 and all(len(some) >= 190 for some in shown.values())
+    for some in shown.values():
+        assert any(p.equal for p in some)
 
 
 def test_what_else_the_card_measured_is_shown(extension: Any) -> None:

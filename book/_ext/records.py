@@ -1,30 +1,37 @@
 """The tables of what real GPUs measured, made from ``book/records/`` at each build.
 
-``{records}`` shows the records of readers and authors beside their replays, ``{context}``
-and ``{articles}`` what else was measured on the same cards, ``{published}`` what others
-printed beside what the virtual GPU replays while the page is built.
+``{measured}`` draws all of it in one figure, ``{records}`` shows the records of readers and
+authors beside their replays, ``{context}`` and ``{articles}`` what else was measured on the
+same cards, ``{series}`` and ``{published}`` what others printed, beside its replay.
 """
 
+import io
 import json
+import lzma
+import math
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib.pyplot as plt
 import torch
 from docutils import nodes
+from inline_figures import inline
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 from torch import nn
 
 from every_byte.gpu import VirtualGPU
-from every_byte.units import binary
+from every_byte.units import MiB, binary
+from helpers.plots import use_book_style
 from helpers.record import Row, compared, notes, problems, replays_of, summary
 from helpers.tables import table
 
 FOLDER = Path(__file__).parent.parent / "records"
+MEASURED = FOLDER.parent.parent / "tests" / "data" / "h200-torch-2.11" / "workloads.json.xz"
 NONE_YET = """**No record of our own exists yet.** Nothing on this page was measured by us:
 a figure here is either published by others, and says by whom, or replayed."""
 
@@ -185,23 +192,173 @@ def _causes_of(row: Row, known: Sequence[dict[str, Any]]) -> list[int]:
 
 
 def _differences(rows: Sequence[tuple[Record, Row, list[int]]]) -> str:
-    lines: list[list[str | int]] = []
+    """A line for what differs alike, by the same cause; a cause not known has a line each."""
+    alike: dict[tuple[Any, ...], list[Row]] = {}
     for record, row, numbers in rows:
         off = row.difference
-        kinds = [f"{kind.replace('_', ' ')} {n:,}" for kind, n in row.by_kind().items()]
-        lines.append(
-            [
-                *_where(record, row),
-                row.measured["memory_allocated"],
-                f"{off['memory_allocated']:,}",
-                f"{off['memory_reserved']:,}",
-                f"{off['max_memory_allocated']:,}",
-                ", ".join(kinds),
-                ", ".join(map(str, numbers)) or "not known",
-            ]
+        kinds = [f"{kind.replace('_', ' ')} {n:,}" for kind, n in sorted(row.by_kind().items())]
+        told = (
+            f"{off['memory_allocated']:,}",
+            f"{off['memory_reserved']:,}",
+            f"{off['max_memory_allocated']:,}",
+            ", ".join(kinds),
+            ", ".join(map(str, numbers)) or "not known",
         )
-    columns = ["GPU", "checkpoint", "allocated, measured (B)", "difference (B)"]
+        alone = () if numbers else (row.experiment, row.checkpoint)
+        alike.setdefault((record.card, *alone, told), []).append(row)
+    lines = [[key[0], _at(together), *key[-1]] for key, together in alike.items()]
+    columns = ["GPU", "checkpoint", "difference (B)"]
     columns += ["of reserved", "of peak", "by kind", "cause"]
+    return str(table(columns, lines).data)
+
+
+def _at(rows: Sequence[Row]) -> str:
+    """One checkpoint by its name, or how many there are in which experiments."""
+    if len(rows) == 1:
+        return f"{rows[0].experiment}, {rows[0].checkpoint}"
+    experiments = ", ".join(dict.fromkeys(row.experiment for row in rows))
+    return f"{len(rows)} checkpoints of {experiments}"
+
+
+# Everything beside its replay
+
+
+class Pair(NamedTuple):
+    """A figure that was measured, and its replay, in bytes; `equal` by the digits told."""
+
+    measured: float
+    replayed: int
+    equal: bool
+
+
+def recorded_pairs(records: Sequence[Record]) -> list[Pair]:
+    """Every figure of the records."""
+    return [
+        Pair(nbytes, row.replayed[figure], row.replayed[figure] == nbytes)
+        for record in records
+        for row in compared(*record[2:])
+        for figure, nbytes in row.measured.items()
+        if figure != "by_kind"
+    ]
+
+
+def run_pairs(measured: Path, replayed: Path) -> list[Pair]:
+    """Every figure of the runs that were measured and are replayed."""
+    with lzma.open(measured, "rt") as file:
+        told = json.load(file)["workloads"]
+    again = json.loads(replayed.read_text("utf-8"))["workloads"]
+    return [
+        Pair(nbytes, other, nbytes == other)
+        for name, checkpoints in again.items()
+        for checkpoint, figures in checkpoints.items()
+        for nbytes, other in zip(told[name]["checkpoints"][checkpoint], figures, strict=True)
+    ]
+
+
+def runs_counted(measured: Path, replayed: Path) -> str:
+    """How many of the runs that were measured the figure has."""
+    with lzma.open(measured, "rt") as file:
+        every = len(json.load(file)["workloads"])
+    done = len(json.loads(replayed.read_text("utf-8"))["workloads"])
+    if done == every:
+        return f"All {every} runs of other models that were measured are among them."
+    return (
+        f"Of {every} runs of other models that were measured, {done} are replayed so far and "
+        "stand here; the others are not counted."
+    )
+
+
+def published_pairs(series: Path, replayed: Path) -> list[Pair]:
+    """Every figure of published series, which are in MiB as float32 holds them."""
+    told = tomllib.loads(series.read_text("utf-8"))["series"]
+    again = json.loads(replayed.read_text("utf-8"))["series"]
+    return [
+        Pair(printed * MiB, nbytes, printed == torch.tensor(nbytes / MiB).item())
+        for one, row in zip(told, again, strict=True)
+        for printed, nbytes in zip(one["printed"], row, strict=True)
+    ]
+
+
+def all_pairs() -> dict[str, list[Pair]]:
+    """What is measured and replayed, by source."""
+    again = FOLDER / "replayed" / "proof.json"
+    return {
+        "the book's experiments, H200": recorded_pairs(found(FOLDER)),
+        "other models' runs, H200": run_pairs(MEASURED, again),
+        "published by others": published_pairs(FOLDER / "liger.toml", again),
+    }
+
+
+def told(pairs: Mapping[str, Sequence[Pair]]) -> str:
+    """What the figure shows, in words: the alternative text, and the share that is equal."""
+    every = [pair for some in pairs.values() for pair in some]
+    parts = [f"{name}: {_share(some)}" for name, some in pairs.items()]
+    return f"{_share(every)} are equal to the last digit. {'; '.join(parts)}."
+
+
+def _share(pairs: Sequence[Pair]) -> str:
+    same = sum(pair.equal for pair in pairs)
+    return f"{same:,} of {len(pairs):,} figures ({math.floor(1000 * same / len(pairs)) / 10} %)"
+
+
+def figure(pairs: Mapping[str, Sequence[Pair]]) -> str:
+    """Measured against replayed as SVG: each point a figure, open where it differs."""
+    use_book_style()
+    shown, axes = plt.subplots(figsize=(5.4, 5.2))
+    ends = (1e7, 1e11)
+    axes.plot(ends, ends, color="black", linewidth=0.6)
+    marks = {"o": "#0a7d5c", "s": "#2f6fd0", "^": "#c2570c"}
+    for (name, some), (mark, color) in zip(pairs.items(), marks.items(), strict=True):
+        label = f"{name}: {_share(some)} equal"
+        for equal in (True, False):
+            # Points that would fall on one another are drawn once.
+            places = {
+                (round(math.log10(p.measured), 2), round(math.log10(p.replayed), 2))
+                for p in some
+                if p.equal is equal and p.measured > 0 and p.replayed > 0
+            }
+            axes.scatter(
+                [10**x for x, _ in sorted(places)],
+                [10**y for _, y in sorted(places)],
+                s=16 if equal else 40,
+                marker=mark,
+                facecolors=color if equal else "none",
+                edgecolors=color,
+                linewidths=0.4 if equal else 1.2,
+                label=label if equal else None,
+            )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(*ends)
+    axes.set_ylim(*ends)
+    ticks = [10.0**power for power in range(7, 12)]
+    names = ["10 MB", "100 MB", "1 GB", "10 GB", "100 GB"]
+    axes.set_xticks(ticks, names)
+    axes.set_yticks(ticks, names)
+    axes.minorticks_off()
+    axes.set_xlabel("measured")
+    axes.set_ylabel("replayed")
+    shown.legend(loc="outside lower center", ncols=1, handlelength=1.6)
+    file = io.StringIO()
+    shown.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(shown)
+    return file.getvalue()
+
+
+def series(path: Path, replayed: Path) -> str:
+    """The published series as a Markdown table: a line for each program on a card."""
+    told = tomllib.loads(path.read_text("utf-8"))["series"]
+    pairs = iter(published_pairs(path, replayed))
+    lines: list[list[str | int]] = []
+    for one in told:
+        row = [next(pairs) for _ in one["sizes"]]
+        shares = [pair.replayed / pair.measured - 1 for pair in row if not pair.equal]
+        off = max(shares, key=abs, default=0.0)
+        ends = f"{one['printed'][0]:,.10g} … {one['printed'][-1]:,.10g}"
+        same = f"{sum(pair.equal for pair in row)} of {len(row)}"
+        most = f"{100 * off:+.4f} %" if shares else "0"
+        lines.append([one["case"], f"{one['on']}, {one['date']}", ends, same, most])
+    columns = ["peak of", "on", "published, measured (MiB)", "equal", "replayed, off by at most"]
     return str(table(columns, lines).data)
 
 
@@ -226,6 +383,19 @@ def articles(path: Path) -> str:
     rows = [(row["script"], row["stage"], row["allocated"]) for row in told["row"]]
     columns = ["script", "stage", "allocated, measured (B)"]
     return f"{_measured_on(told)}\n\n{table(columns, rows).data}"
+
+
+class Measured(SphinxDirective):
+    """``{measured}``: everything that was measured, against its replay, in one figure."""
+
+    def run(self) -> list[nodes.Node]:
+        """The share that is equal in words, then the figure."""
+        pairs = all_pairs()
+        said = told(pairs)
+        counted = runs_counted(MEASURED, FOLDER / "replayed" / "proof.json")
+        text = self.parse_text_to_nodes(f"**{said.partition(' digit.')[0]} digit.** {counted}")
+        svg = inline(figure(pairs), "measured", f"Measured against replayed bytes. {said}")
+        return [*text, nodes.raw("", svg, format="html")]
 
 
 class Records(SphinxDirective):
@@ -253,6 +423,16 @@ class Articles(SphinxDirective):
         return self.parse_text_to_nodes(articles(FOLDER / "articles.toml"))
 
 
+class Series(SphinxDirective):
+    """``{series}``: what others published as data, beside its replay."""
+
+    def run(self) -> list[nodes.Node]:
+        """The table."""
+        return self.parse_text_to_nodes(
+            series(FOLDER / "liger.toml", FOLDER / "replayed" / "proof.json")
+        )
+
+
 class Published(SphinxDirective):
     """``{published}``: what others measured and printed."""
 
@@ -263,8 +443,10 @@ class Published(SphinxDirective):
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Sphinx calls this."""
+    app.add_directive("measured", Measured)
     app.add_directive("records", Records)
     app.add_directive("context", Context)
     app.add_directive("articles", Articles)
     app.add_directive("published", Published)
+    app.add_directive("series", Series)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -101,8 +101,6 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) < least:
             raise Refused(f"--{name} is {getattr(options, name)}: expected {least} or more")
     code = None if options.module else _code(options.script)
-    for name in ("report", "snapshot"):
-        _check_folder(name, getattr(options, name))
     import torch
 
     from every_byte import levers, page, ranks
@@ -120,8 +118,8 @@ def run(options: argparse.Namespace) -> int:
     if options.report is not None:
         try:
             page.check(options.report, options.force)
-        except (OSError, ValueError) as error:
-            raise Refused(f"--report: {error}") from None
+        except OSError as error:
+            raise Refused(f"--report: {error}".replace("with force", "with --force")) from None
 
     if options.snapshot:
         try:
@@ -193,21 +191,13 @@ def run(options: argparse.Namespace) -> int:
         name = options.script if options.module else Path(options.script).name
         try:
             page.write(where / options.report, report, watch.timeline, name, options.force)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise Refused(f"--report: {error}") from None
     return status
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _check_folder(option: str, path: Path | None) -> None:
-    """Say before the script runs, and not after, that a file cannot be written."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise Refused(f"--{option}: {path.parent} is no folder; make it first")
-    if path is not None and path.is_dir():
-        raise Refused(f"--{option}: {path} is a folder; expected a file's name")
 
 
 def _alloc_conf(more: Iterator[str]) -> str:

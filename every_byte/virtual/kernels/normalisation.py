@@ -64,11 +64,16 @@ class _FusedRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         input, _, weight = ctx.saved_tensors
         of_weight = weight is not None and ctx.needs_input_grad[2]
-        return (
+        # The kernel reads a contiguous gradient: published peaks of nn.RMSNorm, whose upper
+        # gradient is expanded, have its copy (book/records/liger.toml).
+        copy = grads[0].contiguous()
+        found = (
             torch.empty_like(input, memory_format=torch.contiguous_format),
             None,
             torch.empty_like(weight) if of_weight else None,
         )
+        del copy
+        return found
 
 
 def _fused_rms_norm(

@@ -1,0 +1,39 @@
+"""What a real card measured, for the chapters that replay the same: from ``book/records/``."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+RECORDS = Path(__file__).parent.parent / "book" / "records"
+CARD = "NVIDIA H200, torch 2.11.0"
+
+
+def of_articles(*scripts: str) -> list[dict[str, Any]]:
+    """What the articles' scripts print on `CARD`: a row for each of their stages, in bytes.
+
+    Raises:
+        KeyError: a script was not measured.
+    """
+    told = tomllib.loads((RECORDS / "articles.toml").read_text("utf-8"))["row"]
+    if missing := set(scripts) - {row["script"] for row in told}:
+        raise KeyError(f"{sorted(missing)[0]!r} was not measured: see book/records/articles.toml")
+    return [row for row in told if row["script"] in scripts]
+
+
+def of_experiments(*names: str) -> list[tuple[str, str, dict[str, int], dict[str, int]]]:
+    """Experiments, their checkpoints, and both figures in bytes: measured on `CARD`, replayed.
+
+    Raises:
+        KeyError: an experiment is not in the record.
+    """
+    name = "nvidia-h200-torch-2.11.0.json"
+    measured, replayed = (
+        json.loads((folder / name).read_text("utf-8"))["experiments"]
+        for folder in (RECORDS, RECORDS / "replayed")
+    )
+    return [
+        (experiment, checkpoint, row, replayed[experiment]["checkpoints"][checkpoint])
+        for experiment in names
+        for checkpoint, row in measured[experiment]["checkpoints"].items()
+    ]
