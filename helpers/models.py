@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from every_byte.data import known_models
-from every_byte.estimate import dimensions
 from every_byte.files import folder_beside, remove_left_over, swap
 from every_byte.gpu import VirtualGPU, open_gpu
 from every_byte.tracker import untracked
@@ -75,7 +74,8 @@ def config(name: str, **changes: Any) -> PreTrainedConfig:
     Raises:
         ValueError: it is not there; the message lists those that are.
     """
-    dimensions(name)  # refuses a name that it does not know
+    if name not in known_models():
+        raise ValueError(f"model is {name!r}: expected one of {', '.join(known_models())}")
     known = {k: v for k, v in known_models()[name].items() if k not in _NOT_OF_THE_CONFIG}
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     return AutoConfig.for_model(**{**tokens, **known, **changes})

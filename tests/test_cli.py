@@ -5,6 +5,9 @@ import os
 import pickle
 import subprocess
 import sys
+import urllib.request
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ from torch import nn
 from every_byte import cli
 from every_byte.commands import Refused
 from every_byte.commands.replay import read
-from every_byte.data import cards, known_models
-from every_byte.estimate import Setup, dimensions, memory
+from every_byte.data import cards, catalogue
+from every_byte.estimate import dimensions, fit, memory
+from every_byte.estimate.presets import PRESETS
 from every_byte.gpu import VirtualGPU
 from every_byte.units import MiB
 
@@ -49,7 +53,7 @@ def test_estimates_and_replays_need_no_torch() -> None:
     code = """
 import sys
 from every_byte import cli
-assert cli.main(["estimate", "gpt2", "--json"]) == 0
+assert cli.main(["estimate", "gpt2", "--length", "64", "--json"]) == 0
 assert cli.main(["replay", "no such file"]) == 2
 assert "torch" not in sys.modules
 """
@@ -71,7 +75,7 @@ def test_an_estimate_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     arguments = ["--dtype", "bf16", "--batch", "2", "--length", "512", "--checkpointing"]
     assert cli.main(["estimate", "Llama-3.2-1B", *arguments, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    setup = Setup(dtype="bf16", batch=2, length=512, checkpointing=True)
+    setup = replace(PRESETS["full"][1], batch=2, length=512, checkpointing=True)
     found = memory(dimensions("Llama-3.2-1B"), setup)
     assert told["total"] == found.total == sum(told["parts"].values())
     assert told["parts"]["parameters"] == found.parameters
@@ -82,7 +86,8 @@ def test_an_estimate_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_an_estimate_in_words(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["estimate", "gpt2", "--optimizer", "sgd"]) == 0
+    options = ["--optimizer", "sgd", "--dtype", "fp32", "--length", "512"]
+    assert cli.main(["estimate", "gpt2", *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     # 124,439,808 parameters of 4 bytes, and as many gradients.
     assert lines[0].split() == ["parameters", "0.498", "GB", "497,759,232", "B"]
@@ -91,28 +96,81 @@ def test_an_estimate_in_words(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("model", "status"), [("gpt2", 0), ("Llama-3.1-8B", 1)])
 def test_whether_it_fits(model: str, status: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["estimate", model, "--card", "rtx 4090", "--json"]) == status
+    arguments = ["estimate", model, "--card", "rtx 4090", "--length", "1024"]
+    assert cli.main([*arguments, "--json"]) == status
     told = json.loads(capsys.readouterr().out)
     assert told["fits"] is not bool(status)
     assert (told["card"], told["capacity"]) == ("RTX 4090", cards()["RTX 4090"].memory)
-    assert cli.main(["estimate", model, "--card", "rtx 4090"]) == status
+    assert cli.main(arguments) == status
     assert f"RTX 4090: it {'does not fit' if status else 'fits'}, " in capsys.readouterr().out
 
 
 def test_what_cannot_be_estimated(capsys: pytest.CaptureFixture[str]) -> None:
     said = refusal(capsys, "estimate", "gpt5")
     assert said.startswith("every-byte estimate: model is 'gpt5': expected one of gpt2, ")
-    said = refusal(capsys, "estimate", "gpt2", "--card", "H300")
+    said = refusal(capsys, "estimate", "gpt2", "--length", "9", "--card", "H300")
     assert said.startswith("every-byte estimate: card is 'H300': expected one of ")
     said = refusal(capsys, "estimate", "gpt2", "--quantised", "int8")
     assert "rank is 0: expected 1 or more" in said
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_you_want_to_do(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """QLoRA of Llama-3.1-8B fits on 24 GiB; full fine-tuning says what would make it fit."""
+    status = cli.main(["estimate", "Llama-3.1-8B", "--for", preset, "--gib", "24", "--json"])
+    told, setup = json.loads(capsys.readouterr().out), PRESETS[preset][1]
+    sizes, capacity = dimensions("Llama-3.1-8B"), 24 * 2**30
+    assert told["needed"] == memory(sizes, setup).needed
+    assert status == (0 if told["needed"] <= capacity else 1)
+    assert preset != "qlora" or status == 0
+    assert told["most_sequences"] == fit.most_sequences(sizes, setup, capacity)
+    ways = fit.shortest(sizes, setup, capacity)
+    assert [tuple(way["names"]) for way in told["combinations"]] == [way.names for way in ways]
+    assert bool(ways) == bool(status)
+
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+
+
+def test_a_config_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, asked = tmp_path / "config.json", []
+    path.write_text(json.dumps(CONFIG))
+    assert cli.main(["estimate", "--config", str(path), "--json"]) == 0
+    mine = json.loads(capsys.readouterr().out)
+    # Embedding and head; four square matrices and three of the MLP; norms.
+    count = 2 * 1000 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
+    assert mine["parts"]["parameters"] == 2 * count
+
+    def urlopen(address: str, timeout: float) -> BytesIO:
+        asked.append(address)
+        return BytesIO(path.read_bytes())
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    assert cli.main(["estimate", "me/mine", "--hub", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parts"] == mine["parts"]
+    assert asked == ["https://huggingface.co/me/mine/resolve/main/config.json"]
+    path.write_text(json.dumps(CONFIG | {"mlp_bias": True}))
+    assert "mlp_bias is True: expected none" in refusal(capsys, "estimate", "--config", str(path))
+    path.write_text("{")
+    assert "cannot be read" in refusal(capsys, "estimate", "--config", str(path))
+    assert "a name, or --config" in refusal(capsys, "estimate")
+    assert "expected org/name" in refusal(capsys, "estimate", "../x", "--hub")
 
 
 def test_help_names_the_models(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["estimate", "--help"])
     told = " ".join(capsys.readouterr().out.split())
-    assert f"one of {', '.join(known_models())}" in told
+    assert f"one of {', '.join(catalogue())}".replace(" ", "") in told.replace(" ", "")
     assert "--amp AMP the dtype that autocast computes in" in told
 
 

@@ -1,6 +1,7 @@
 """The estimator's page, driven in a browser as a person would, and its formulas."""
 
 import dataclasses
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -15,11 +16,12 @@ from playwright.sync_api import Browser, Page
 from every_byte import estimate
 from every_byte.data import cards
 from every_byte.estimate import Dimensions, Memory, Setup, fit
+from every_byte.estimate.presets import PRESETS
 from every_byte.kinds import FIELDS
 from every_byte.units import GiB, grouped
 from tools.repository import ROOT
 
-SCRIPTS = [ROOT / "book" / "_static" / name for name in ("estimate.js", "estimator.js")]
+SCRIPTS = [ROOT / "book" / "_static" / name for name in ("estimate.js", "fit.js", "estimator.js")]
 SIZES = [field.name for field in dataclasses.fields(Dimensions)]
 OPTIONS = [field.name for field in dataclasses.fields(Setup)]
 NUMBERS = ["batch", "length", "rank", "gpus"]
@@ -47,7 +49,8 @@ def tab(html: Path, browser: Browser) -> Iterator[Page]:
 def state(tab: Page) -> dict[str, Any]:
     """What the controls say, by name."""
     values: dict[str, Any] = tab.evaluate(
-        """() => Object.fromEntries([...document.querySelectorAll("#e-form [name]")]
+        """() => Object.fromEntries([...document.getElementById("e-form").elements]
+            .filter((c) => c.name)
             .map((c) => [c.name, c.type === "checkbox" ? c.checked : c.value]))"""
     )
     return values
@@ -65,8 +68,8 @@ def asked(values: dict[str, Any]) -> tuple[Dimensions, Setup]:
 
 def shown(tab: Page) -> list[int]:
     """The table's bytes, the sum at the end."""
-    cells = tab.locator("#e-table tr td:nth-child(2)").all_inner_texts()
-    return [int(cell.replace(",", "")) for cell in cells]
+    read = "cells => cells.map((cell) => cell.value)"
+    return [int(n) for n in tab.locator("#e-table data").evaluate_all(read)]
 
 
 def kinds_of(memory: Memory) -> list[int]:
@@ -80,18 +83,28 @@ def check(tab: Page) -> Memory:
     sizes, setup = asked(values)
     memory = estimate.memory(sizes, setup)
     assert shown(tab) == [*kinds_of(memory), memory.total]
-    moments = tab.locator("#e-moments tr").all_inner_texts()
-    assert [row.split("\t") for row in moments] == [
-        [name + " (the peak)" * (name == memory.peak_at), grouped(nbytes)]
-        for name, nbytes in memory.moments
+    names = tab.locator("#e-moments th").all_inner_texts()
+    sizes_at = tab.locator("#e-moments data").evaluate_all("all => all.map((one) => one.value)")
+    assert list(zip(names, map(int, sizes_at), strict=True)) == [
+        (name + " (the peak)" * (name == memory.peak_at), nbytes) for name, nbytes in memory.moments
     ]
-    capacity = cards()[values["card"]].memory
+    capacity, card = cards()[values["card"]].memory, values["card"]
+    if values["gib"]:
+        capacity, card = int(values["gib"]) * GiB, f"a card of {values['gib']} GiB"
     headline = tab.inner_text("#e-headline")
     fits = "does not fit on" if memory.needed > capacity else "fits on"
-    assert f"{fits} {values['card']}" in headline
+    assert f"{fits} {card}" in headline
+    assert f": {memory.needed / 1e9:,.2f} GB" in headline or memory.needed < 10**9
     assert values["task"] in headline
     levers = fit.levers(sizes, setup)
-    assert tab.locator("#e-levers button").all_inner_texts() == [lever.name for lever in levers]
+    pulled = tab.locator("#e-levers button").all_text_contents()
+    assert pulled == [lever.name for lever in levers]
+    ways = fit.shortest(sizes, setup, capacity)[:6]
+    offered = tab.locator("#e-ways button").all_inner_texts()
+    assert offered == [" + ".join(way.names) for way in ways]
+    if memory.needed <= capacity:
+        most = fit.most_sequences(sizes, setup, capacity)
+        assert f"that fits: {grouped(most)}." in tab.inner_text("#e-ways-note")
     rows = tab.locator("#e-cards tr").all_inner_texts()
     for row, (name, card) in zip(rows, cards().items(), strict=True):
         needed = fit.gpus_needed(sizes, setup, card.memory)
@@ -166,8 +179,12 @@ IN_THE_BROWSER = """(inputs) => {
             const dims = F.dimensions(sizes), held = F.memory(dims, setup);
             if (!capacity) return [...Object.keys(data.kinds).map((kind) => held[kind]),
                 ...held.moments.map(([, nbytes]) => nbytes), held.needed, held.peakAt].map(String);
+            const fit = everyByteFit(data, F);
             const levers = F.levers(dims, setup).map(({name, saved}) => [name, String(saved)]);
-            return [levers, F.gpusNeeded(dims, setup, capacity)];
+            const ways = fit.shortest(dims, setup, capacity)
+                .map(({names, needed}) => [names, String(needed)]);
+            return [levers, F.gpusNeeded(dims, setup, capacity), ways,
+                fit.mostSequences(dims, setup, capacity)];
         } catch (error) {
             if (!(error instanceof Refusal)) throw error;
             return error.message;
@@ -198,7 +215,7 @@ def test_the_port_is_equal_to_the_byte(tab: Page) -> None:
 def test_levers_and_numbers_of_gpus_are_equal(tab: Page) -> None:
     rng = random.Random(7)
     inputs = []
-    while len(inputs) < 200:
+    while len(inputs) < 30:
         sizes, setup = random_sizes(rng), random_setup(rng)
         if isinstance(in_python(sizes, setup), list):
             inputs.append((sizes, setup, rng.choice(list(cards().values())).memory))
@@ -208,7 +225,10 @@ def test_levers_and_numbers_of_gpus_are_equal(tab: Page) -> None:
     for (given, options, capacity), other in zip(inputs, found, strict=True):
         sizes, setup = Dimensions(**given), Setup(**options)
         levers = [[lever.name, str(lever.saved)] for lever in fit.levers(sizes, setup)]
-        assert other == [levers, fit.gpus_needed(sizes, setup, capacity)], (given, options)
+        ways = [[list(w.names), str(w.needed)] for w in fit.shortest(sizes, setup, capacity)]
+        most = fit.most_sequences(sizes, setup, capacity)
+        gpus = fit.gpus_needed(sizes, setup, capacity)
+        assert other == [levers, gpus, ways, most], (given, options)
 
 
 def test_the_scripts_are_small_and_plain() -> None:
@@ -255,6 +275,7 @@ CONTROLS = [  # each with a value that is not where it starts, and what else is 
     ("master_weights", True, ""),
     ("cache_dtype", "fp8", "task=inference"),
     ("card", "T4", ""),
+    ("gib", "100", ""),
     ("gpus", "5", "sharding=ZeRO+3"),
     ("sharding", "ZeRO 2", "gpus=4"),
     ("load", "device_map", "model=gpt2-large&dtype=fp32&length=1024"),
@@ -304,7 +325,7 @@ def test_a_control(tab: Page, name: str, value: str | bool, before: str) -> None
     assert state(tab)[name] == value
     second = check(tab)
     # All but the choice of the card, and what this model has no use for, change the sum.
-    if name not in ("card", "num_local_experts"):
+    if name not in ("card", "gib", "num_local_experts"):
         assert second != first
         assert bool(change_of_all(tab)) == (second.total != first.total)
     # The address brings it all back.
@@ -380,6 +401,86 @@ def test_tasks(tab: Page) -> None:
     assert length.activations > 2 * base.activations
 
 
+def test_it_starts_with_a_question(tab: Page) -> None:
+    """Llama-3.1-8B, QLoRA, 24 GiB: it fits, one click from the start."""
+    start, pressed = state(tab), "[data-preset][aria-pressed=true]"
+    assert asked(start)[1] == PRESETS["full"][1]
+    assert (start["model"], start["card"]) == ("Llama-3.1-8B", "RTX 4090")
+    assert "does not fit on RTX 4090" in tab.inner_text("#e-headline")
+    for name, (label, setup) in PRESETS.items():
+        tab.click(f"[data-preset={name}]")
+        assert asked(state(tab))[1] == setup
+        assert tab.locator(pressed).all_inner_texts() == [label]
+        check(tab)
+        if name == "qlora":
+            assert "It fits on RTX 4090" in tab.inner_text("#e-headline")
+
+
+def test_the_answer_is_on_a_phones_first_screen(tab: Page) -> None:
+    tab.set_viewport_size({"width": 390, "height": 844})
+    open_state(tab, "")
+    for selector in ("#e-model", "#e-card", "#e-headline", "#e-bar"):
+        box = tab.locator(selector).bounding_box()
+        assert box and box["y"] + box["height"] <= 844, selector
+
+
+def test_bytes_on_demand(tab: Page) -> None:
+    first = tab.locator("#e-table data").first
+    assert first.inner_text() == "16.06 GB"
+    tab.click("#e-bytes")
+    assert first.inner_text() == "16,060,522,496"
+
+
+CONFIG = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 1000,
+    "hidden_size": 64,
+    "moe_intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"head_dim": 32, "tie_word_embeddings": True},
+        {"model_type": "llama", "intermediate_size": 96},
+        {"model_type": "llama", "intermediate_size": 96, "mlp_bias": True},
+        {"model_type": "<img src=x onerror=alert(1)>"},
+        {"hidden_act": "relu"},
+        {"mlp_only_layers": [1]},
+        {"hidden_size": 1.5},
+        {"num_key_value_heads": 3},
+    ],
+)
+def test_a_config_is_read_as_python_reads_it(tab: Page, change: dict[str, Any]) -> None:
+    config, error = CONFIG | change, tab.locator("#e-config-error")
+    start = state(tab)
+    tab.fill("#e-config", json.dumps(config))
+    try:
+        sizes = estimate.from_config(config)
+    except ValueError as refused:
+        assert error.inner_text().split(":")[0] == str(refused).split(":")[0]
+        assert state(tab) == start
+        assert tab.locator("#estimator img").count() == 0
+    else:
+        assert error.is_hidden()
+        assert state(tab)["model"] == "own"
+        assert asked(state(tab))[0] == sizes
+        check(tab)
+
+
+def test_what_is_no_config(tab: Page) -> None:
+    for text in ("{", "[]", "null"):
+        tab.fill("#e-config", text)
+        assert "as config.json holds" in tab.inner_text("#e-config-error")
+
+
 def test_the_way_back(tab: Page) -> None:
     """A task is a step in the browser's history; typing is not."""
     start = state(tab)
@@ -445,24 +546,25 @@ def test_an_impossible_address(tab: Page, text: str, field: str, message: str) -
 
 def test_an_unknown_word_in_the_address(tab: Page) -> None:
     open_state(tab, "optimizer=magic&colour=blue&batch=2")
-    assert "optimizer=magic, colour=blue" in tab.inner_text("#e-look")
+    assert "optimizer=magic, colour=blue" in tab.inner_text("#e-note")
     assert state(tab)["batch"] == "2"
     check(tab)
 
 
 def test_levers_are_pulled(tab: Page) -> None:
     """Pulling the first one again and again makes Llama-3.1-8B fit on the card."""
+    tab.click("#e-single")
     for _ in range(8):
         sizes, setup = asked(state(tab))
         first = fit.levers(sizes, setup)[0]
         tab.locator("#e-levers button").first.click()
         assert asked(state(tab))[1] == first.setup
         check(tab)
-        if " fits on" in tab.inner_text("#e-headline"):
+        if "It fits on" in tab.inner_text("#e-headline"):
             break
     else:
         raise AssertionError(tab.inner_text("#e-headline"))
-    assert "to spare" in tab.inner_text("#e-levers-note")
+    assert "to spare" in tab.inner_text("#e-ways-note")
 
 
 def test_every_kind_has_its_formula(tab: Page) -> None:
@@ -512,9 +614,14 @@ def test_by_keyboard_alone(tab: Page) -> None:
                 return
         raise AssertionError(f"{selector} is not reached with the Tab key")
 
-    reach(".tasks button")
+    reach("[data-preset=lora]")
     tab.keyboard.press("Enter")
-    assert state(tab)["model"] == "gpt2-large"
+    assert state(tab)["rank"] == "16"
+    reach("#e-ways button")
+    before = shown(tab)[-1]
+    tab.keyboard.press("Enter")
+    assert shown(tab)[-1] < before
+    assert "It fits on" in tab.inner_text("#e-headline")
     reach("#e-task")
     tab.keyboard.press("ArrowDown")
     assert state(tab)["task"] == "inference"
@@ -523,12 +630,10 @@ def test_by_keyboard_alone(tab: Page) -> None:
     assert state(tab)["batch"] == "7"
     check(tab)
     reach("#e-table button")
-    assert tab.inner_text("#e-formula").startswith("parameters: 774,030,080 parameters")
-    reach("#e-levers button")
-    before = shown(tab)[-1]
+    assert tab.inner_text("#e-formula").startswith("parameters: 8,030,261,248 parameters")
+    reach(".tasks button")
     tab.keyboard.press("Enter")
-    assert shown(tab)[-1] < before
-    assert tab.evaluate("document.activeElement.matches('#e-levers button')")
+    assert state(tab)["model"] == "gpt2-large"
 
 
 def test_changes_are_announced_once_typing_pauses(tab: Page) -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from every_byte.data import cards
 from every_byte.estimate import CHOICES, Setup, dimensions, fit, known_models, memory
+from every_byte.estimate.presets import PRESETS
 from every_byte.units import GiB
 
 MODELS = st.sampled_from(["gpt2", "Qwen2-0.5B", "Llama-3.1-8B"])
@@ -121,3 +122,55 @@ def test_every_lever_has_its_use(name: str) -> None:
     )
     sizes = dimensions("gpt2-large")
     assert any(name == lever.name for setup in setups for lever in fit.levers(sizes, setup))
+
+
+def test_the_order_has_every_change() -> None:
+    assert sorted(fit.ORDER) == sorted([*fit.LEVERS, *fit.HALVES, fit.MORE_GPUS])
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(MODELS, SETUPS, st.integers(1, 60))
+def test_no_shorter_combination_fits(model: str, setup: Setup, gib: int) -> None:
+    """Each one fits; and of those a change shorter, none does: not even of all that there are."""
+    sizes, capacity = dimensions(model), gib * GiB
+    ways = fit.shortest(sizes, setup, capacity)
+    if memory(sizes, setup).needed <= capacity:
+        assert ways == []
+        return
+    for way in ways:
+        assert memory(sizes, way.setup).needed == way.needed <= capacity
+        assert len(way.names) == len(ways[0].names) == len(set(way.names))
+    single = [lever for lever in fit.levers(sizes, setup)]
+    fitting = {x.name for x in single if memory(sizes, x.setup).needed <= capacity}
+    if fitting:
+        assert {way.names for way in ways} == {(name,) for name in fitting}
+    else:
+        assert all(len(way.names) > 1 for way in ways)
+    for way in ways[:3]:  # without any one of its changes it is too large
+        changes = fit.changes(setup)
+        for left in way.names:
+            rest = {k: v for n in way.names if n != left for k, v in changes[n].items()}
+            try:
+                assert memory(sizes, replace(setup, **rest)).needed > capacity
+            except ValueError:
+                pass  # this model cannot do it
+
+
+def test_the_way_to_24_gib() -> None:
+    sizes, setup = dimensions("Llama-3.1-8B"), PRESETS["full"][1]
+    ways = [way.names for way in fit.shortest(sizes, setup, 24 * GiB)]
+    assert ("checkpointing", "LoRA of rank 16") in ways
+    assert memory(sizes, PRESETS["qlora"][1]).needed < 24 * GiB
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(MODELS, SETUPS, st.integers(1, 60))
+def test_the_largest_batch(model: str, setup: Setup, gib: int) -> None:
+    sizes, capacity = dimensions(model), gib * GiB
+    most = fit.most_sequences(sizes, setup, capacity)
+
+    def needed(batch: int) -> int:
+        return memory(sizes, replace(setup, batch=batch)).needed
+
+    assert most == 0 or needed(most) <= capacity
+    assert most == fit.MOST_SEQUENCES or needed(most + 1) > capacity

@@ -5,7 +5,7 @@ scripts read them from a JSON element.
 """
 
 import json
-from dataclasses import fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from sphinx.util.docutils import SphinxDirective
 
 from every_byte import estimate, kinds
 from every_byte.allocator import config as allocator
-from every_byte.data import cards, known_models
-from every_byte.estimate import fit
+from every_byte.data import cards, catalogue
+from every_byte.estimate import architecture, config, fit
+from every_byte.estimate.presets import PRESETS
 
 PAGE = "book/estimator"
 ALLOCATOR = ("kMinBlockSize", "kSmallSize", "kLargeBuffer", "kMinLargeAlloc", "kRoundLarge")
@@ -63,7 +64,32 @@ def data() -> dict[str, Any]:
             for field in fields(estimate.Memory)
             if field.name in kinds.FIELDS
         },
-        "models": known_models(),
+        "order": fit.ORDER,
+        "most_changes": fit.MOST_CHANGES,
+        "most_sequences": fit.MOST_SEQUENCES,
+        "presets": {name: asdict(setup) for name, (_, setup) in PRESETS.items()},
+        "config": {
+            "same": config.SAME,
+            "required": config.REQUIRED,
+            "without": config.WITHOUT,
+            "activations": config.ACTIVATIONS,
+            "gated": config.GATED,
+            "tied": config.TIED,
+            "aliases": architecture.ALIASES,
+            "needed": [
+                field.name
+                for field in fields(estimate.Dimensions)
+                if field.type is int and field.default is MISSING
+            ],
+        },
+        "models": {
+            name: {
+                field.name: sizes[field.name]
+                for field in fields(estimate.Dimensions)
+                if sizes.get(field.name)
+            }
+            for name, sizes in catalogue().items()
+        },
         "cards": {name: card.memory for name, card in cards().items()},
     }
 
@@ -84,7 +110,11 @@ class Estimator(SphinxDirective):
         constants = data()
         script = json.dumps(constants, separators=(",", ":")).replace("<", "\\u003c")
         html = environment.get_template("estimator.html").render(
-            data=constants, script=Markup(script), cards=cards()
+            data=constants,
+            script=Markup(script),
+            cards=cards(),
+            catalogue=catalogue(),
+            presets=PRESETS,
         )
         return [nodes.raw("", html, format="html")]
 
@@ -94,6 +124,7 @@ def add_files(app: Sphinx, page: str, *_: object) -> None:
     if page == PAGE:
         app.add_css_file("estimator.css")
         app.add_js_file("estimate.js", loading_method="defer")
+        app.add_js_file("fit.js", loading_method="defer")
         app.add_js_file("estimator.js", loading_method="defer")
 
 

@@ -6,10 +6,11 @@
   const form = $("e-form");
   if (!form) return;
   const data = JSON.parse($("estimator-data").textContent);
-  const F = everyByteFormulas(data);
+  const F = everyByteFormulas(data), fit = everyByteFit(data, F), root = $("estimator");
   const KINDS = Object.keys(data.kinds);
   const SIZES = ["model_type", ...data.sizes, "tie_word_embeddings"];
-  const NUMBERS = [...data.sizes, "batch", "length", "rank", "gpus"];
+  const NUMBERS = [...data.sizes, "batch", "length", "rank", "gpus", "gib"];
+  const OTHERS = [...SIZES, "model", "card", "gib"]; // what no setup has
   const LARGEST = 10n ** 12n; // of a typed number
   const controls = [...form.elements].filter((control) => control.name);
   const control = (name) => form.elements.namedItem(name);
@@ -32,6 +33,7 @@
   };
   const percent = (n, all) => (all ? Number((n * 1000n + all / 2n) / all) / 10 : 0);
   const gib = (n) => (Number(n) / GiB).toFixed(1).replace(/\.0$/, "");
+  let inBytes = false;
   const element = (tag, text, attributes = {}) => {
     const made = document.createElement(tag);
     made.textContent = text;
@@ -39,11 +41,17 @@
     return made;
   };
 
+  const cell = (n) => { // in GB, or on demand in bytes
+    const made = document.createElement("td");
+    made.append(element("data", inBytes ? grouped(n) : short(n), { value: n, title: `${grouped(n)} B` }));
+    return made;
+  };
+
   // From the form to the formulas
 
   function whole(name) {
     const text = get(control(name)).replace(/[ ,_\u202f\u00a0]/g, "");
-    if (text === "" && SIZES.includes(name)) return 0n;
+    if (text === "" && (name === "gib" || SIZES.includes(name))) return 0n;
     if (!/^\d+$/.test(text)) {
       throw new Refusal(name, get(control(name)), "a whole number, such as 1024");
     }
@@ -67,8 +75,10 @@
     try {
       const sizes = F.dimensions(Object.fromEntries(SIZES.map((name) => [name, values[name]])));
       const setup = Object.fromEntries(
-        Object.entries(values).filter(([name]) => !SIZES.includes(name) && !["model", "card"].includes(name)));
-      return { sizes, setup, card: values.card, held: F.memory(sizes, setup), refused };
+        Object.entries(values).filter(([name]) => !OTHERS.includes(name)));
+      const capacity = values.gib ? values.gib * BigInt(GiB) : BigInt(data.cards[values.card]);
+      const card = values.gib ? `a card of ${grouped(values.gib)} GiB` : values.card;
+      return { sizes, setup, card, capacity, held: F.memory(sizes, setup), refused };
     } catch (error) {
       if (!(error instanceof Refusal)) throw error;
       return { refused: [error] };
@@ -160,15 +170,15 @@
     $("e-moments").replaceChildren(...held.moments.map(([name, nbytes]) => {
       const peak = name === held.peakAt, row = element("tr", "", { class: peak ? "total" : "" });
       row.append(element("th", peak ? `${name} (the peak)` : name, { scope: "row" }),
-        element("td", grouped(nbytes)));
+        cell(nbytes));
       return row;
     }));
   }
 
-  function showBar({ held, card }, all) {
+  function showBar({ held, card, capacity }, all) {
     const rest = moment(held, "at rest");
     const sizes = { held: rest, peak: held.peak - rest, margin: held.margin, context: held.context };
-    const capacity = BigInt(data.cards[card]), scale = all > capacity ? all : capacity;
+    const scale = all > capacity ? all : capacity;
     const bar = $("e-bar"), parts = Object.keys(PARTS).filter((part) => sizes[part]);
     bar.replaceChildren(...parts.map((kind) => {
       const part = element("span", "", { "data-part": kind, title: PARTS[kind][0] });
@@ -204,14 +214,15 @@
         name.append(button);
       }
       const changed = change ? (change > 0n ? "+" : "") + short(change) : "";
-      row.append(name, element("td", grouped(nbytes)),
+      row.append(name, cell(nbytes),
         element("td", `${percent(nbytes, all).toFixed(1)} %`, { class: "share" }), element("td", changed));
       return row;
     }));
   }
 
   function explain(kind) {
-    $("e-formula").textContent = `${data.kinds[kind].name}: ${inWords(kind, shown)}.`;
+    $("e-formula").textContent = `${data.kinds[kind].name}: ${inWords(kind, shown)}. `
+      + `That is ${grouped(shown.held[kind])} B.`;
     $("e-formula").dataset.kind = kind;
     for (const part of document.querySelectorAll("#estimator [data-kind]")) {
       part.classList.toggle("pointed", part.dataset.kind === kind);
@@ -229,33 +240,55 @@
     }));
   }
 
-  function showLevers({ sizes, setup, card }, all) {
-    const capacity = BigInt(data.cards[card]), found = F.levers(sizes, setup);
-    $("e-levers-note").textContent = (all <= capacity
-      ? `It fits on ${card} with ${short(capacity - all)} to spare. `
-      : `${short(all - capacity)} too much for ${card}. `)
-      + (found.length ? "Each change by itself, the one that saves most first:" : "Nothing is left to change.");
-    $("e-levers").replaceChildren(...found.map(({ name, change, saved }) => {
-      const item = document.createElement("li"), left = all - saved;
-      const button = element("button", name, { type: "button" });
-      button.addEventListener("click", () => {
-        for (const [what, value] of Object.entries(change)) set(control(what), value === null ? "" : String(value === true ? 1 : value || ""));
-        update(true);
-        $("e-levers").querySelector("button")?.focus();
-      });
-      item.append(button, ` saves ${short(saved)}, leaves ${short(left)}`
-        + (all > capacity && left <= capacity ? ": fits" : ""));
-      return item;
-    }));
+  // A button that changes fields of the form, and then has the focus where it was.
+  function lever(list, name, change, after) {
+    const item = document.createElement("li"), button = element("button", name, { type: "button" });
+    button.addEventListener("click", () => {
+      for (const [what, value] of Object.entries(change)) set(control(what), value === null ? "" : String(value === true ? 1 : value || ""));
+      update(true);
+      ($(list).querySelector("button") ?? $("e-single")).focus();
+    });
+    item.append(button, after);
+    return item;
   }
 
-  function summary({ setup, card, held }) {
-    const all = held.needed, capacity = BigInt(data.cards[card]);
-    const model = control("model").value === "own" ? "your dimensions" : control("model").value;
+  function showLevers({ sizes, setup, card, capacity }, all) {
+    const found = F.levers(sizes, setup), fits = all <= capacity;
+    const ways = fits ? [] : fit.shortest(sizes, setup, capacity);
+    const most = grouped(BigInt(fit.mostSequences(sizes, setup, capacity)));
+    const batch = `The largest batch at this length that fits: ${most}.`;
+    if (fits) $("e-ways-note").textContent = `It fits on ${card} with ${short(capacity - all)} to spare. ${batch}`;
+    else {
+      $("e-ways-note").textContent = `${short(all - capacity)} too much for ${card}. `
+        + (ways.length ? "As few changes as there can be:" : `No ${data.most_changes} changes together are enough.`);
+    }
+    $("e-ways").replaceChildren(...ways.slice(0, 6).map(({ names, change, needed }) =>
+      lever("e-ways", names.join(" + "), change, ` needs ${short(needed)}: fits`)));
+    $("e-levers-note").textContent = found.length ? "The one that saves most first:" : "Nothing is left to change.";
+    $("e-levers").replaceChildren(...found.map(({ name, change, saved }) =>
+      lever("e-levers", name, change, ` saves ${short(saved)}, leaves ${short(all - saved)}`
+        + (!fits && all - saved <= capacity ? ": fits" : ""))));
+  }
+
+  function showPresets({ setup }) { // which of them this is, whatever the batch, length and GPUs
+    const apart = ["batch", "length", "gpus", "sharding", "load"];
+    let pressed = false;
+    for (const button of root.querySelectorAll("[data-preset]")) {
+      const preset = data.presets[button.dataset.preset];
+      const many = (batch) => preset.task === "inference" && Number(batch) > 1;
+      const is = !pressed && many(preset.batch) === many(setup.batch) && Object.entries(preset).every(([name, value]) =>
+        apart.includes(name) || String(value ?? "") === String(setup[name] ?? ""));
+      button.setAttribute("aria-pressed", String(is));
+      pressed ||= is;
+    }
+  }
+
+  function summary({ setup, card, capacity, held }) {
+    const all = held.needed;
+    const model = control("model").value === "own" ? "your model" : control("model").value;
     const gpus = setup.gpus > 1n ? ` on each of ${grouped(setup.gpus)} GPUs` : "";
-    return `${short(all)}${gpus}, estimated, for ${setup.task} with ${model}: `
-      + `${all <= capacity ? "fits on" : "does not fit on"} ${card} with its ${gib(capacity)} GiB. `
-      + `${short(moment(held, "at rest"))} stay from step to step; the peak is ${short(held.peak)} (${held.peakAt}).`;
+    return `It ${all <= capacity ? "fits on" : "does not fit on"} ${card}: ${short(all)}${gpus}, estimated, `
+      + `for ${setup.task} with ${model}, of ${short(capacity)} (${gib(capacity)} GiB).`;
   }
 
   let speaking;
@@ -279,6 +312,7 @@
     $("estimator").classList.toggle("stale", now.refused.length > 0);
     if (remember !== undefined) keepAddress(remember);
     if (now.refused.length) {
+      $("e-rest").textContent = "";
       $("e-headline").textContent = "Fix the marked field"
         + (shown ? ". The result below is still for your last valid choice." : ".");
       say(now.refused[0].message);
@@ -291,12 +325,17 @@
       control(name).placeholder = now.sizes[name] ? String(now.sizes[name]) : "none";
     }
     $("e-headline").textContent = summary(now);
+    $("e-headline").classList.toggle("fits", all <= now.capacity);
+    $("e-rest").textContent = `${short(moment(now.held, "at rest"))} stay from step to step; `
+      + `the peak is ${short(now.held.peak)} (${now.held.peakAt}).`;
+    showPresets(now);
     say(summary(now));
     showBar(now, all);
     showMoments(now);
     showTable(now, F.total(now.held));
     showLevers(now, all);
     showCards(now, all);
+    $("e-embed").textContent = `<iframe src="${location.href}" title="Every Byte: the estimator" width="100%" height="800"></iframe>`;
     if ($("e-formula").dataset.kind) explain($("e-formula").dataset.kind);
   }
 
@@ -326,12 +365,14 @@
     }
     fillSizes();
     if (own) $("e-sizes").open = true;
-    $("e-look").textContent = unknown.length ? `The address asks for what this page does not know: ${unknown.join(", ")}.` : "";
+    $("e-look").textContent = "";
+    $("e-note").textContent = unknown.length ? `The address asks for what this page does not know: ${unknown.join(", ")}.` : "";
   }
 
   let typed = null; // the field whose keystrokes make one change
-  form.addEventListener("focusin", () => { typed = null; });
-  form.addEventListener("input", ({ target }) => {
+  root.addEventListener("focusin", () => { typed = null; });
+  root.addEventListener("input", ({ target }) => {
+    if (target.form !== form || !target.name) return;
     if (target.name === "model") fillSizes();
     else if (SIZES.includes(target.name)) control("model").value = "own";
     update(false, target === typed);
@@ -345,6 +386,51 @@
       $("e-look").textContent = button.dataset.look;
     });
   }
+  for (const button of root.querySelectorAll("[data-preset]")) {
+    button.addEventListener("click", () => {
+      for (const [name, value] of Object.entries(data.presets[button.dataset.preset])) {
+        if (!["gpus", "sharding", "load"].includes(name)) set(control(name), value === true ? "1" : String(value || (value === 0 ? 0 : "")));
+      }
+      update(true);
+    });
+  }
+  $("e-bytes").addEventListener("click", ({ target }) => {
+    inBytes = !inBytes;
+    target.setAttribute("aria-pressed", String(inBytes));
+    if (shown) {
+      showMoments(shown);
+      showTable(shown, F.total(shown.held));
+    }
+  });
+
+  // A config.json, pasted, chosen or dropped
+
+  function take(text) {
+    const at = $("e-config-error");
+    at.textContent = "";
+    try {
+      const sizes = text.trim() ? fit.fromConfig(text) : null;
+      if (sizes) {
+        control("model").value = "own";
+        for (const name of SIZES) set(control(name), String(sizes[name] || ""));
+        $("e-sizes").open = true;
+        update(true);
+      }
+    } catch (error) {
+      if (!(error instanceof Refusal)) throw error;
+      at.textContent = error.message;
+    }
+    at.hidden = !at.textContent;
+  }
+  const takeFile = (file) => file?.text().then(take);
+  $("e-config").addEventListener("input", ({ target }) => take(target.value));
+  $("e-file").addEventListener("change", ({ target }) => takeFile(target.files[0]));
+  root.addEventListener("dragover", (event) => event.preventDefault());
+  root.addEventListener("drop", (event) => {
+    if (!event.dataTransfer.files.length) return;
+    event.preventDefault();
+    takeFile(event.dataTransfer.files[0]);
+  });
   $("e-reset").addEventListener("click", () => {
     restore("");
     update(true);

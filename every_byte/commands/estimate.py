@@ -2,18 +2,32 @@
 
 import argparse
 import inspect
+import json
 import re
-from dataclasses import fields
+import urllib.request
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from every_byte.commands import DONE, NO, Refused, Subparsers, print_json, subcommand
 from every_byte.data import cards
-from every_byte.estimate import CHOICES, Memory, Setup, dimensions, known_models, memory
-from every_byte.estimate.fit import levers
+from every_byte.estimate import (
+    CHOICES,
+    Dimensions,
+    Memory,
+    Setup,
+    catalogue,
+    dimensions,
+    from_config,
+    memory,
+)
+from every_byte.estimate.fit import levers, most_sequences, shortest
+from every_byte.estimate.presets import PRESETS
 from every_byte.kinds import FIELDS
-from every_byte.units import GB, grouped
+from every_byte.units import GB, GiB, grouped
 
 SHOWN = 5  # levers, of all that there are
+HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
 
 
 def add(subparsers: Subparsers) -> None:
@@ -23,25 +37,41 @@ def add(subparsers: Subparsers) -> None:
         "estimate",
         run,
         "estimate what a model takes on one GPU, by kind",
-        "By closed formulas, without PyTorch: nothing is downloaded, nothing is run. "
-        "1 GB is 10^9 B. With --card it exits with 1 where the model does not fit.",
+        "By closed formulas, without PyTorch: nothing is run, and only --hub downloads. "
+        "1 GB is 10^9 B. With a card it exits with 1 where the model does not fit.",
     )
-    parser.add_argument("model", help=f"one of {', '.join(known_models())}")
+    parser.add_argument("model", nargs="?", help=f"one of {', '.join(catalogue())}")
+    parser.add_argument("--config", type=Path, help="a config.json of your own, instead of a name")
+    parser.add_argument(
+        "--hub",
+        action="store_true",
+        help="the model is a name such as org/name on the Hugging Face hub: fetch its config.json",
+    )
     parser.add_argument("--card", help="a card by name, such as 'RTX 4090': does it fit?")
+    parser.add_argument("--gib", type=int, help="GiB of a card that has no name here")
+    parser.add_argument(
+        "--for",
+        dest="preset",
+        choices=PRESETS,
+        default="full",
+        help="what you want to do; sets what the options below do not (default: full)",
+    )
     kinds, described = get_type_hints(Setup), _attributes(Setup)
+    first = PRESETS["full"][1]
     for field in fields(Setup):
         option = f"--{field.name.replace('_', '-')}"
         known = ", ".join(filter(None, CHOICES.get(field.name, ())))
-        default = "" if field.default is None else f"default: {field.default}"
+        value = getattr(first, field.name)
+        default = "" if value is None else f"default: {value}"
         says = described.get(field.name, "").rstrip(".")
         told = "; ".join(filter(None, (says, known, default))).replace("%", "%%")
         if kinds[field.name] is bool:
             parser.add_argument(
-                option, action=argparse.BooleanOptionalAction, default=field.default, help=told
+                option, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=told
             )
         else:
             kind = int if kinds[field.name] is int else str
-            parser.add_argument(option, type=kind, default=field.default, help=told)
+            parser.add_argument(option, type=kind, default=argparse.SUPPRESS, help=told)
 
 
 def _attributes(described: type) -> dict[str, str]:
@@ -55,19 +85,22 @@ def _attributes(described: type) -> dict[str, str]:
 def run(options: argparse.Namespace) -> int:
     """Print the parts and the peak; with a card, whether it fits and what would help."""
     try:
-        sizes = dimensions(options.model)
-        setup = Setup(**{field.name: getattr(options, field.name) for field in fields(Setup)})
+        sizes = _sizes(options)
+        given = {f.name: getattr(options, f.name) for f in fields(Setup) if f.name in options}
+        setup = replace(PRESETS[options.preset][1], **given)
         found = memory(sizes, setup)
     except ValueError as error:
         raise Refused(error) from None
-    card = None if options.card is None else _card(options.card)
-    capacity = None if card is None else cards()[card].memory
+    card, capacity = _capacity(options)
     fits = None if capacity is None else found.needed <= capacity
+    ways = [] if capacity is None else shortest(sizes, setup, capacity)
+    most = None if capacity is None else most_sequences(sizes, setup, capacity)
     helps = levers(sizes, setup)
     if options.json:
         print_json(
             {
-                "model": options.model,
+                "model": options.model or str(options.config),
+                "for": options.preset,
                 "setup": {field.name: getattr(setup, field.name) for field in fields(setup)},
                 "parts": _parts(found),
                 "total": found.total,
@@ -78,6 +111,8 @@ def run(options: argparse.Namespace) -> int:
                 "card": card,
                 "capacity": capacity,
                 "fits": fits,
+                "most_sequences": most,
+                "combinations": [{"names": w.names, "needed": w.needed} for w in ways],
                 "levers": [{"name": lever.name, "saved": lever.saved} for lever in helps],
             }
         )
@@ -90,6 +125,13 @@ def run(options: argparse.Namespace) -> int:
     print(_line("a card needs, with CUDA context", found.needed))
     if capacity is not None:
         print(f"\n{card}: {_room(found.needed, capacity)}")
+        print(
+            f"the largest batch of {grouped(setup.length)} tokens that fits: {grouped(most or 0)}"
+        )
+    if ways:
+        print("\nwhat would make it fit, in as few changes as there can be:")
+    for way in ways[:SHOWN]:
+        print(_line(f"  {' + '.join(way.names)}", way.needed))
     if helps:
         print("\nwhat saves memory, one at a time:")
     for lever in helps[:SHOWN]:
@@ -99,6 +141,47 @@ def run(options: argparse.Namespace) -> int:
 
 def _parts(found: Memory) -> dict[str, Any]:
     return {name: getattr(found, name) for name in FIELDS}
+
+
+def _sizes(options: argparse.Namespace) -> Dimensions:
+    """Of a name, of a file, or, if asked for, of what the hub has.
+
+    Raises:
+        Refused: none of them or two are given, or it cannot be read.
+    """
+    if (options.model is None) == (options.config is None):
+        raise Refused("model: expected a name, or --config with a file")
+    if options.config is None and not options.hub:
+        return dimensions(options.model)
+    if options.hub and (options.model is None or not re.fullmatch(HUB_NAME, options.model)):
+        raise Refused(f"model is {options.model!r}: expected org/name, as the hub has it")
+    address = f"https://huggingface.co/{options.model}/resolve/main/config.json"
+    try:
+        if options.config is not None:
+            text = options.config.read_bytes()
+        else:
+            with urllib.request.urlopen(address, timeout=30) as answer:
+                text = answer.read()
+        config = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise Refused(f"{options.config or address}: cannot be read: {error}") from None
+    return from_config(config)
+
+
+def _capacity(options: argparse.Namespace) -> tuple[str | None, int | None]:
+    """The card in words, and its bytes.
+
+    Raises:
+        Refused: there is no such card, or it is given twice.
+    """
+    if options.gib is not None:
+        if options.card is not None or options.gib < 1:
+            raise Refused(f"gib is {options.gib}: expected 1 or more, and no card beside it")
+        return f"{options.gib} GiB", options.gib * GiB
+    if options.card is None:
+        return None, None
+    card = _card(options.card)
+    return card, cards()[card].memory
 
 
 def _card(name: str) -> str:

@@ -55,3 +55,18 @@ def cards() -> dict[str, Card]:
 def known_models() -> dict[str, dict[str, Any]]:
     """Name: what the data file says of a model (``every_byte/data/models.toml``)."""
     return _read("models.toml")
+
+
+@cache
+def catalogue() -> dict[str, dict[str, Any]]:
+    """Name: sizes of all models of the estimator: `known_models`, and more of today's.
+
+    Of ``every_byte/data/catalogue.toml``, where models of the same sizes stand together.
+    """
+    models = dict(known_models())
+    for sizes in _read("catalogue.toml")["sizes"]:
+        for address in sizes["names"]:
+            name = address.rpartition("/")[2]
+            models[name] = {k: v for k, v in sizes.items() if k not in ("names", "counted")}
+            models[name]["source"] = f"https://huggingface.co/{address}"
+    return models

@@ -8,7 +8,7 @@ rounding, which `memory` counts apart. Names of dimensions are those of
 transformers' configurations.
 """
 
-from every_byte.data import known_models
+from every_byte.data import catalogue, known_models
 from every_byte.estimate.architecture import (
     TRAITS,
     Dimensions,
@@ -18,6 +18,7 @@ from every_byte.estimate.architecture import (
     parameters,
     shapes,
 )
+from every_byte.estimate.config import from_config
 from every_byte.estimate.forward import (
     ATTENTION,
     activations,
@@ -71,7 +72,9 @@ __all__ = [
     "active_parameters",
     "block",
     "bytes_per_parameter",
+    "catalogue",
     "dimensions",
+    "from_config",
     "inference",
     "known_models",
     "kv_cache",

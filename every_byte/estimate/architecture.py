@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from every_byte.data import known_models
+from every_byte.data import catalogue
 from every_byte.estimate.checks import refuse
 
 # What tells the architectures apart, by transformers' model_type.
@@ -93,7 +93,7 @@ def dimensions(model: str | Mapping[str, Any] | object) -> Dimensions:
     """The sizes of a model: by its name in the data file, or from a configuration.
 
     Args:
-        model: a name of `known_models`; or what a ``config.json`` holds, as a dict;
+        model: a name of `catalogue`; or what a ``config.json`` holds, as a dict;
             or an object with its attributes, such as transformers' configurations.
 
     Raises:
@@ -101,7 +101,7 @@ def dimensions(model: str | Mapping[str, Any] | object) -> Dimensions:
             configuration lacks a size or has one that these formulas do not know.
     """
     if isinstance(model, str):
-        models = known_models()
+        models = catalogue()
         if model not in models:
             raise refuse("model", model, f"one of {', '.join(models)}")
         model = models[model]

@@ -1,0 +1,94 @@
+"""The estimator's list of models, and what is read of a config.json."""
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from every_byte.data import catalogue, known_models
+from every_byte.estimate import Dimensions, config, dimensions, from_config, parameters
+
+
+def test_there_are_a_hundred() -> None:
+    assert len(catalogue()) >= 100
+    assert list(catalogue())[: len(known_models())] == list(known_models())
+
+
+@pytest.mark.parametrize("name", catalogue())
+def test_a_model_has_as_many_parameters_as_published(name: str) -> None:
+    model, count = catalogue()[name], sum(parameters(dimensions(name)).values())
+    published = model["published"]
+    if isinstance(published, str):  # as far as it is given
+        digits = len(published[:-1].partition(".")[2])
+        scale = {"B": 10**9, "M": 10**6}[published[-1]]
+        assert f"{count / scale:.{digits}f}{published[-1]}" == published
+    else:
+        assert count == published
+    assert model["source"].startswith("https://huggingface.co/")
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+}
+
+
+def small(kind: str, **changes: Any) -> dict[str, Any]:
+    known = set(AutoConfig.for_model(kind).to_dict())
+    given = {k: v for k, v in {**SMALL, **changes}.items() if k in known}
+    if kind == "gpt2":
+        given = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32}
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    return AutoConfig.for_model(kind, **given, **tokens).to_dict()
+
+
+@pytest.mark.parametrize("kind", config.REQUIRED)
+def test_a_configuration_is_read_as_transformers_builds_it(kind: str) -> None:
+    given = small(kind)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given))
+    sizes = from_config(given)
+    assert sum(parameters(sizes).values()) == sum(p.numel() for p in model.parameters())
+    assert asdict(sizes)["num_hidden_layers"] == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "what"),
+    [
+        ("llama", {"attention_bias": True}, "attention_bias is True: expected none"),
+        ("llama", {"mlp_bias": True}, "mlp_bias is True"),
+        ("llama", {"hidden_act": "relu"}, "hidden_act is 'relu': expected silu"),
+        ("llama", {"intermediate_size": None}, "intermediate_size is None"),
+        ("llama", {"model_type": "bert"}, "model_type is 'bert': expected one that the formulas"),
+        ("llama", {"text_config": {}}, "text_config is 'there': expected a language model alone"),
+        ("llama", {"hidden_size": 1.5}, "hidden_size is 1.5: expected a whole number"),
+        ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
+        ("gpt2", {"activation_function": "relu"}, "hidden_act is 'relu': expected gelu_new"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ("qwen3", {"head_dim": None}, "head_dim is None"),
+    ],
+)
+def test_what_cannot_be_described_is_named(kind: str, change: dict[str, Any], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        from_config({**small(kind), **change})
+
+
+def test_a_list_is_no_configuration() -> None:
+    with pytest.raises(ValueError, match="config is 'list': expected an object"):
+        from_config([])  # type: ignore[arg-type]
+
+
+def test_sizes_are_those_of_the_type() -> None:
+    assert isinstance(from_config(small("qwen3_moe")), Dimensions)
