@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from every_byte.virtual.kernels import cudnn_attention, fused_attention, indexing, normalisation
+from every_byte.virtual.kernels import (
+    convolution,
+    cudnn_attention,
+    fused_attention,
+    indexing,
+    normalisation,
+)
 from every_byte.virtual.kernels.attention import COMPOSITES, KERNELS, attention_kernel
 from every_byte.virtual.kernels.products import by_cublaslt, product_temporaries
 from every_byte.virtual.kernels.reductions import reduction_temporaries
@@ -32,12 +38,17 @@ _OF_A_CARD: dict[Any, Callable[..., Any]] = {
     **cudnn_attention.KERNELS,
     **normalisation.KERNELS,
     **indexing.KERNELS,
+    **convolution.KERNELS,
 }
 _OF_A_CARD_COMPOSITES: dict[Any, Callable[..., Any]] = {
     **cudnn_attention.COMPOSITES,
     **normalisation.COMPOSITES,
 }
-_WITH_RULES = {**_OF_A_CARD_COMPOSITES, **fused_attention.WITH_RULES}
+_WITH_RULES = {
+    **_OF_A_CARD_COMPOSITES,
+    **fused_attention.WITH_RULES,
+    **convolution.WITH_RULES,
+}
 _in_force: list[Rules | None] = []  # of the GPUs that are open
 
 
