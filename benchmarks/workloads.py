@@ -194,7 +194,7 @@ def _steps(
         with torch.autocast("cuda", dtype=amp or torch.bfloat16, enabled=amp is not None):
             loss = loss_of()
         look(f"{number} forward")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         look(f"{number} backward")
         optimizer.step()
         look(f"{number} step")

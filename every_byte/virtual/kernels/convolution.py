@@ -27,6 +27,9 @@ _COPIES = 147
 _VECTOR = 16  # bytes that a tensor-core kernel loads at once: channels are padded to it
 _SMALL_DEPTH = 128  # numbers that a weight multiplies per output: below, a kernel for NCHW
 _FEW_CHANNELS = 32
+# A kernel that reads NHWC and writes NCHW is taken where these hold, as measured: numbers
+# summed per output, outputs per channel, outputs.
+_SHALLOW, _MANY_ROWS, _HUGE = 576, 12_544, 1 << 25
 _TILE = 128  # rows and columns of a matrix product's block
 _BATCHES = 16  # partial sums of a 1x1 convolution's weight gradient
 
@@ -75,6 +78,8 @@ def workspace(
         if unaligned and several and apart and gradient_of == "":
             return 0  # patches, such as a vision transformer's
     if size == 4 and gradient_of == "":
+        if depth <= _SHALLOW and _MANY_ROWS <= y.numel() // y.size(1) and y.numel() < _HUGE:
+            return x.nbytes + weight.nbytes + _COPIES  # a kernel that writes NCHW
         return x.nbytes + y.nbytes + (weight.nbytes if several else 0) + _COPIES
     return padded(x) + padded(y) + (filters if several else 0) + partial + _COPIES
 
@@ -192,21 +197,18 @@ def _convolution_backward(
     stride = [stride[d % len(stride)] for d in range(input.dim() - 2)]
     x, y = (grad, copy) if transposed else (copy, grad)
     made: dict[str, Tensor] = {}
-
-    def gradient(of: str, like: Tensor) -> None:
+    wanted = [("input", input, output_mask[0]), ("weight", weight, output_mask[1])]
+    if depthwise and input.dtype is torch.float32:
+        wanted.reverse()  # conv_depthwise2d_backward in native/cuda/DepthwiseConv2d.cu
+    for of, like, asked in wanted:
+        if not asked:
+            continue
         made[of] = torch.empty(
             like.shape, dtype=like.dtype, device=like.device, memory_format=layout
         )
         if not depthwise:
             kind = "" if transposed and of == "input" else of
             _borrow(input, workspace(kind, x, y, filters, stride, rules))
-
-    wanted = [("input", input, output_mask[0]), ("weight", weight, output_mask[1])]
-    if depthwise and input.dtype is torch.float32:
-        wanted.reverse()  # conv_depthwise2d_backward in native/cuda/DepthwiseConv2d.cu
-    for of, like, asked in wanted:
-        if asked:
-            gradient(of, like)
     del grad, filters, x, y
     bias = None
     if output_mask[2]:
