@@ -237,6 +237,7 @@ class VirtualMemory(CachingAllocator):
         with ExitStack() as stack:
             stack.enter_context(patches.optimizers_as_on_cuda())
             stack.enter_context(patches.modules_move_as_on_cuda())
+            stack.enter_context(patches.recurrent_weights_are_flat())
             stack.enter_context(patches.nothing_is_compiled())
             stack.enter_context(patches.four_bits_are_refused())
             stack.enter_context(cuda_autocast())

@@ -1,6 +1,6 @@
 """Operations that CUDA computes with kernels of its own, for their allocations alone.
 
-`attention` has what every card does; the others what one card does (`Rules`): they
+`attention` and `recurrent` have what every card does; the others what one card does (`Rules`): they
 hold for a virtual GPU that is told which card it is.
 """
 
@@ -12,13 +12,15 @@ from typing import Any
 import torch
 
 from every_byte.virtual.kernels import (
+    attention,
     convolution,
     cudnn_attention,
     fused_attention,
     indexing,
     normalisation,
+    recurrent,
 )
-from every_byte.virtual.kernels.attention import COMPOSITES, KERNELS, attention_kernel
+from every_byte.virtual.kernels.attention import attention_kernel
 from every_byte.virtual.kernels.products import by_cublaslt, product_temporaries
 from every_byte.virtual.kernels.reductions import reduction_temporaries
 from every_byte.virtual.rules import Rules
@@ -33,6 +35,8 @@ __all__ = [
     "temporaries",
 ]
 
+COMPOSITES: dict[Any, Callable[..., Any]] = {**attention.COMPOSITES, **recurrent.COMPOSITES}
+KERNELS: dict[Any, Callable[..., Any]] = {**attention.KERNELS, **recurrent.KERNELS}
 _OF_A_CARD: dict[Any, Callable[..., Any]] = {
     **fused_attention.KERNELS,
     **cudnn_attention.KERNELS,

@@ -30,6 +30,7 @@ _FEW_CHANNELS = 32
 # A kernel that reads NHWC and writes NCHW is taken where these hold, as measured: numbers
 # summed per output, outputs per channel, outputs.
 _SHALLOW, _MANY_ROWS, _HUGE = 576, 12_544, 1 << 25
+_DEEP = 4096  # numbers that are summed, from which on the sum is split, as measured
 _TILE = 128  # rows and columns of a matrix product's block
 _BATCHES = 16  # partial sums of a 1x1 convolution's weight gradient
 
@@ -77,11 +78,25 @@ def workspace(
         apart = all(s >= k for s, k in zip(stride, kernel, strict=True))
         if unaligned and several and apart and gradient_of == "":
             return 0  # patches, such as a vision transformer's
+    if several and gradient_of != "weight" and not unaligned:
+        partial = _last_wave(gradient_of, x, y, weight, rules)
     if size == 4 and gradient_of == "":
         if depth <= _SHALLOW and _MANY_ROWS <= y.numel() // y.size(1) and y.numel() < _HUGE:
             return x.nbytes + weight.nbytes + _COPIES  # a kernel that writes NCHW
-        return x.nbytes + y.nbytes + (weight.nbytes if several else 0) + _COPIES
+        return x.nbytes + y.nbytes + (weight.nbytes if several else 0) + partial + _COPIES
     return padded(x) + padded(y) + (filters if several else 0) + partial + _COPIES
+
+
+def _last_wave(of: str, x: Tensor, y: Tensor, weight: Tensor, rules: Rules) -> int:
+    """Partial results where a long sum's last blocks are shared by two multiprocessors."""
+    made = x if of == "input" else y
+    summed = weight.numel() // made.size(1)
+    if summed < _DEEP:
+        return 0
+    tiles = -(-(made.numel() // made.size(1)) // _TILE) * -(-made.size(1) // _TILE)
+    if 2 * tiles < rules.multiprocessors:
+        return 0
+    return 2 * (tiles % rules.multiprocessors) * 64 * KiB
 
 
 def _partial_sums(weight: Tensor, rules: Rules) -> int:
