@@ -159,6 +159,7 @@ class Report:
         after_step: ``memory_allocated()`` after each optimizer step.
         left: line: bytes that each step leaves behind.
         assumptions: values that were read though nobody knows them, in words, and how often.
+        estimates: what the figures contain that is estimated, in words.
     """
 
     card: str
@@ -172,6 +173,7 @@ class Report:
     after_step: list[int]
     left: dict[str, int]
     assumptions: dict[str, int]
+    estimates: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, watch: Watch, fits: bool) -> "Report":
@@ -191,6 +193,7 @@ class Report:
             after_step=watch.after_step,
             left=dict(watch.left.most_common(5)) if grown > 0 else {},
             assumptions={str(a): n for a, n in gpu.memory.values.assumptions.items()},
+            estimates=gpu.estimates,
         )
 
     def others(self) -> dict[str, bool]:
@@ -236,4 +239,9 @@ class Report:
             yield "Assumed, because the values depend on weights or data that are not computed:"
             for text, count in self.assumptions.items():
                 yield f"  {text}" + (f", {count} times" if count > 1 else "")
-        yield "All figures are replayed."
+        for text in self.estimates:
+            yield f"Estimated: {text}."
+        if self.estimates:
+            yield "All other figures are replayed."
+        else:
+            yield "All figures are replayed."

@@ -30,6 +30,7 @@ __all__ = [
     "KERNELS",
     "attention_kernel",
     "by_cublaslt",
+    "estimate_in",
     "kernel_of",
     "registered",
     "temporaries",
@@ -64,6 +65,16 @@ def kernel_of(operation: Any, rules: Rules | None) -> Callable[..., Any] | None:
         if (kernel := _OF_A_CARD.get(operation)) is not None:
             return kernel
     return KERNELS.get(operation)
+
+
+_ESTIMATES = {
+    packet: module.ESTIMATE for module in (convolution, recurrent) for packet in module.OPERATIONS
+}
+
+
+def estimate_in(operation: Any) -> str | None:
+    """What of an operation is estimated, in words; None where its allocations are by rule."""
+    return _ESTIMATES.get(operation.overloadpacket)
 
 
 def temporaries(
