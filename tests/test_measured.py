@@ -161,3 +161,26 @@ def test_batch_norm_of_channels_last_stages_its_sums() -> None:
                 assert signatures.replayed(gpu, one.signature) in one.variants, one.signature
                 found += 1
         assert found > 10
+
+
+def test_convolutions_refuse_what_PyTorch_refuses() -> None:
+    import torch
+
+    with VirtualGPU(CARD, torch=TORCH) as gpu:
+        layer = torch.nn.Conv2d(8, 16, 3, device=gpu.device)
+        with pytest.raises(RuntimeError, match="to have 8 channels, but got 4"):
+            layer(torch.empty(2, 4, 16, 16, device=gpu.device))
+        with pytest.raises(RuntimeError, match="should be the same"):
+            layer(torch.empty(2, 8, 16, 16, device=gpu.device, dtype=torch.half))
+
+
+def test_recurrent_layers_follow_autocast() -> None:
+    import torch
+
+    with VirtualGPU(CARD, torch=TORCH) as gpu:
+        layer = torch.nn.LSTM(8, 8, device=gpu.device)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            output, _ = layer(torch.empty(4, 2, 8, device=gpu.device))
+        assert output.dtype is torch.bfloat16
+        output.float().sum().backward()
+        assert all(p.grad is not None and p.grad.dtype is torch.float32 for p in layer.parameters())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from every_byte.tracker import untracked
 from every_byte.units import KiB
 from every_byte.virtual.rules import Rules
 
@@ -144,31 +145,6 @@ def _is_depthwise(input: Tensor, weight: Tensor, transposed: bool, groups: int) 
     )
 
 
-def _output_shape(
-    input: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> list[int]:
-    every = range(input.dim() - 2)
-    stride, padding, dilation, output_padding = (
-        [n[d % len(n)] for d in every] for n in (stride, padding, dilation, output_padding)
-    )
-    reach = [dilation[d] * (weight.size(d + 2) - 1) for d in every]
-    if transposed:
-        sizes = [
-            (input.size(d + 2) - 1) * stride[d] - 2 * padding[d] + reach[d] + output_padding[d] + 1
-            for d in every
-        ]
-        return [input.size(0), weight.size(1) * groups, *sizes]
-    sizes = [(input.size(d + 2) + 2 * padding[d] - reach[d] - 1) // stride[d] + 1 for d in every]
-    return [input.size(0), weight.size(0), *sizes]
-
-
 def _borrow(tensor: Tensor, nbytes: int) -> None:
     tensor.new_empty(nbytes, dtype=torch.uint8)  # and gone again
 
@@ -185,9 +161,21 @@ def _convolution(
     output_padding: list[int],
     groups: int,
 ) -> Tensor:
-    shape = _output_shape(
-        input, weight, stride, padding, dilation, transposed, output_padding, groups
-    )
+    if input.dtype is not weight.dtype:
+        raise RuntimeError(
+            f"Input type ({input.dtype}) and weight type ({weight.dtype}) should be the same"
+        )
+    expected = weight.size(0) if transposed else weight.size(1) * groups
+    if input.size(1) != expected:  # in the words of check_shape_forward in Convolution.cpp
+        raise RuntimeError(
+            f"Given groups={groups}, weight of size {list(weight.shape)}, expected "
+            f"input{list(input.shape)} to have {expected} channels, but got {input.size(1)} "
+            "channels instead"
+        )
+    with untracked():  # PyTorch's own rule for the shape, and its own refusals
+        shape = aten.convolution.default(
+            *(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+        ).shape
     layout = _layout(input, weight)
     copy = input.contiguous(memory_format=layout)
     filters = weight.contiguous(memory_format=layout)

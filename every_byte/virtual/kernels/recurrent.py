@@ -178,8 +178,16 @@ def _by_cudnn(
     hx, cx = hidden[0], hidden[1] if mode == _LSTM else None
     size = hx.size(2) if mode != _LSTM or cx is None else cx.size(2)
     projected = hx.size(2) if size != hx.size(2) else 0
+    weights = params
+    if torch.is_autocast_enabled("cuda") and input.dtype is torch.float32:
+        # _cudnn_rnn_cast_reflatten in native/cudnn/RNN.cpp: the weights once more, cast.
+        dtype = torch.get_autocast_dtype("cuda")
+        params, input, hx = [w.to(dtype) for w in params], input.to(dtype), hx.to(dtype)
+        cx = None if cx is None else cx.to(dtype)
     storages = {w.untyped_storage()._cdata for w in params}
-    flat = params[0].detach() if len(storages) == 1 and len(params) > 1 else None
+    # Of cast weights each is its own block, which together are as large as the one of CUDA.
+    one = len(storages) == 1 or params[0].dtype is not weights[0].dtype
+    flat = params[0].detach() if one else None
     results = aten._cudnn_rnn(
         *(input, params, (4 if has_biases else 2) + (1 if projected else 0), flat, hx, cx),
         *(mode, size, projected, num_layers, batch_first, dropout, train, bidirectional),
