@@ -302,6 +302,119 @@ WORKLOADS: dict[str, Callable[[VirtualGPU, Look], None]] = {
 """The runs by the names under which they were measured: each on a GPU that is open."""
 
 
+# Convolutions and recurrent layers
+
+
+def _steps(
+    model: nn.Module,
+    loss_of: Callable[[], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    look: Look,
+    amp: torch.dtype | None = None,
+) -> None:
+    look("loaded")
+    for number in range(2):
+        with torch.autocast("cuda", dtype=amp or torch.bfloat16, enabled=amp is not None):
+            loss = loss_of()
+        look(f"{number} forward")
+        loss.backward()
+        look(f"{number} backward")
+        optimizer.step()
+        look(f"{number} step")
+        optimizer.zero_grad()
+        del loss
+        look(f"{number} zeroed")
+
+
+def _vision(
+    name: str,
+    gpu: VirtualGPU,
+    look: Look,
+    *,
+    amp: torch.dtype | None = None,
+    layout: torch.memory_format = torch.contiguous_format,
+    train: bool = True,
+) -> None:
+    import torchvision
+
+    with gpu.device:
+        model = getattr(torchvision.models, name)()
+    model = model.to(memory_format=layout)
+    images = torch.zeros(16, 3, 224, 224).to(gpu.device).to(memory_format=layout)
+    labels = torch.zeros(16, dtype=torch.int64).to(gpu.device)
+    if not train:
+        model.eval()
+        look("loaded")
+        with torch.inference_mode():
+            out = model(images)
+        look("inferred")
+        del out
+        return
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    loss = nn.functional.cross_entropy
+    _steps(model, lambda: loss(model(images), labels), optimizer, look, amp)
+
+
+def _lstm(gpu: VirtualGPU, look: Look) -> None:
+    with gpu.device:
+        model = nn.LSTM(512, 1024, 2, batch_first=True)
+    inputs = torch.zeros(32, 128, 512).to(gpu.device)
+    optimizer = torch.optim.Adam(model.parameters())
+    _steps(model, lambda: model(inputs)[0].mean(), optimizer, look)
+
+
+def _double(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        *(nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs)),
+        *(nn.ReLU(inplace=True), nn.Conv2d(outputs, outputs, 3, padding=1)),
+        *(nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)),
+    )
+
+
+class _UNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = _double(3, 64), _double(64, 128), _double(128, 256)
+        self.u1, self.u2 = nn.ConvTranspose2d(256, 128, 2, 2), nn.ConvTranspose2d(128, 64, 2, 2)
+        self.d1, self.d2, self.out = _double(256, 128), _double(128, 64), nn.Conv2d(64, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pool = partial(nn.functional.max_pool2d, kernel_size=2)
+        a = self.a(x)
+        b = self.b(pool(a))
+        c = self.c(pool(b))
+        y = self.d1(torch.cat([self.u1(c), b], 1))
+        y = self.d2(torch.cat([self.u2(y), a], 1))
+        out: torch.Tensor = self.out(y)
+        return out
+
+
+def _unet(gpu: VirtualGPU, look: Look) -> None:
+    with gpu.device:
+        model = _UNet()
+    images = torch.zeros(8, 3, 256, 256).to(gpu.device)
+    labels = torch.zeros(8, 256, 256, dtype=torch.int64).to(gpu.device)
+    optimizer = torch.optim.Adam(model.parameters())
+    loss = nn.functional.cross_entropy
+    _steps(model, lambda: loss(model(images), labels), optimizer, look)
+
+
+WORKLOADS |= {
+    **{
+        f"tv-{name}-fp32": partial(_vision, name)
+        for name in (
+            *("resnet18", "resnet50", "vgg16", "mobilenet_v3_large", "vit_b_16", "swin_t"),
+        )
+    },
+    "tv-resnet50-amp-bf16-cl": partial(
+        _vision, "resnet50", amp=torch.bfloat16, layout=torch.channels_last
+    ),
+    "tv-resnet50-infer": partial(_vision, "resnet50", train=False),
+    "lstm": _lstm,
+    "unet-small": _unet,
+}
+
+
 @contextmanager
 def _workspaces() -> Iterator[None]:
     """cuBLAS's workspaces as they were set where it was measured."""

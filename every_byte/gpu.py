@@ -377,6 +377,14 @@ class VirtualGPU(GPU[VirtualMemory]):
         """Bytes that it has; None without bounds."""
         return self.memory.capacity
 
+    @property
+    def estimates(self) -> tuple[str, ...]:
+        """What its figures contain so far that is estimated, each with its error, in words.
+
+        Empty where everything follows from PyTorch's rules.
+        """
+        return tuple(self.memory.estimates)
+
 
 def open_gpu() -> GPU:
     """The GPU that this machine has, opened: a `CudaGPU`, or else a `VirtualGPU`.

@@ -74,6 +74,7 @@ class Report:
         needed, needed_allocated: peaks of ``memory_reserved()`` and ``memory_allocated()`` that
             it would have without a bound, where it does not fit and that was asked for.
         useless: names of levers that were tried, and save nothing.
+        estimates: what the figures contain that is estimated, in words.
     """
 
     card: str
@@ -96,6 +97,7 @@ class Report:
     useless: list[str] = field(default_factory=list)
     needed: int | None = None
     needed_allocated: int | None = None
+    estimates: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -135,6 +137,7 @@ class Report:
             ],
             phases=_phases(watch),
             assumptions={str(a): n for a, n in gpu.memory.values.assumptions.items()},
+            estimates=gpu.estimates,
         )
 
     def others(self) -> dict[str, bool | None]:
@@ -166,7 +169,12 @@ class Report:
             yield "Assumed, because the values depend on weights or data that are not computed:"
             for text, count in self.assumptions.items():
                 yield f"  {text}" + (f", {count} times" if count > 1 else "")
-        yield "All figures are replayed."
+        for text in self.estimates:
+            yield f"Estimated: {text}."
+        if self.estimates:
+            yield "All other figures are replayed."
+        else:
+            yield "All figures are replayed."
 
     def _verdict(self) -> Iterator[str]:
         size = f"{self.capacity / GB:.2f} GB"

@@ -97,6 +97,7 @@ class VirtualMemory(CachingAllocator):
         placement = None if rules is None else Downwards()
         super().__init__(capacity, alloc_conf, context, placement)
         self.name, self.rules, self._note = name, rules, note
+        self.estimates: dict[str, None] = {}  # what the figures contain that is no rule, in order
         self.default_workspace: int | None = None if rules is None else rules.cublas_workspace
         self.device = torch.device("meta")
         self._streams = count(1)  # numbers for those that a program makes
@@ -165,6 +166,8 @@ class VirtualMemory(CachingAllocator):
         tensors = (t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
         if not any(t.is_meta for t in tensors):
             return None  # the host has its own
+        if estimate := kernels.estimate_in(operation):
+            self.estimates[estimate] = None
         return self.values.beside(operation, kernel)
 
     def computed(
@@ -237,6 +240,7 @@ class VirtualMemory(CachingAllocator):
         with ExitStack() as stack:
             stack.enter_context(patches.optimizers_as_on_cuda())
             stack.enter_context(patches.modules_move_as_on_cuda(self.rules is not None))
+            stack.enter_context(patches.recurrent_weights_are_flat())
             stack.enter_context(patches.nothing_is_compiled())
             stack.enter_context(patches.four_bits_are_refused())
             stack.enter_context(cuda_autocast())

@@ -443,6 +443,34 @@ def _tables_of_a_gpu() -> Iterator[None]:
             sys.modules["bitsandbytes.functional"].name2qmap.update(before)
 
 
+@contextmanager
+def recurrent_weights_are_flat() -> Iterator[None]:
+    """Let recurrent layers keep their weights in one block, as cuDNN has them.
+
+    ``flatten_parameters`` does so on CUDA alone.
+    """
+    flatten = torch.nn.RNNBase.flatten_parameters
+
+    def flattened(module: torch.nn.RNNBase) -> None:
+        weights = [weight for layer in module.all_weights for weight in layer]
+        first = weights[0]
+        if (
+            not is_tracked()
+            or not all(w.is_meta and w.dtype is first.dtype for w in weights)
+            or not torch.backends.cudnn.enabled
+        ):
+            return flatten(module)
+        with torch.no_grad():
+            flat = first.new_zeros(sum(weight.numel() for weight in weights))
+            at = 0
+            for weight in weights:
+                weight.data = flat[at : at + weight.numel()].view_as(weight)
+                at += weight.numel()
+
+    with mock.patch.object(torch.nn.RNNBase, "flatten_parameters", flattened):
+        yield
+
+
 def refuse_quantised(parameter: object) -> None:
     """Refuse a parameter of bitsandbytes' that is about to leave the host.
 

@@ -1,6 +1,6 @@
 """Operations that CUDA computes with kernels of its own, for their allocations alone.
 
-`attention` has what every card does; the others what one card does (`Rules`): they
+`attention` and `recurrent` have what every card does; the others what one card does (`Rules`): they
 hold for a virtual GPU that is told which card it is.
 """
 
@@ -12,13 +12,16 @@ from typing import Any
 import torch
 
 from every_byte.virtual.kernels import (
+    attention,
+    convolution,
     cudnn_attention,
     fused_attention,
     indexing,
     normalisation,
     quantised,
+    recurrent,
 )
-from every_byte.virtual.kernels.attention import COMPOSITES, KERNELS, attention_kernel
+from every_byte.virtual.kernels.attention import attention_kernel
 from every_byte.virtual.kernels.products import by_cublaslt, product_temporaries
 from every_byte.virtual.kernels.reductions import reduction_temporaries
 from every_byte.virtual.rules import Rules
@@ -28,22 +31,30 @@ __all__ = [
     "KERNELS",
     "attention_kernel",
     "by_cublaslt",
+    "estimate_in",
     "kernel_of",
     "registered",
     "temporaries",
 ]
 
+COMPOSITES: dict[Any, Callable[..., Any]] = {**attention.COMPOSITES, **recurrent.COMPOSITES}
+KERNELS: dict[Any, Callable[..., Any]] = {**attention.KERNELS, **recurrent.KERNELS}
 _OF_A_CARD: dict[Any, Callable[..., Any]] = {
     **fused_attention.KERNELS,
     **cudnn_attention.KERNELS,
     **normalisation.KERNELS,
     **indexing.KERNELS,
+    **convolution.KERNELS,
 }
 _OF_A_CARD_COMPOSITES: dict[Any, Callable[..., Any]] = {
     **cudnn_attention.COMPOSITES,
     **normalisation.COMPOSITES,
 }
-_WITH_RULES = {**_OF_A_CARD_COMPOSITES, **fused_attention.WITH_RULES}
+_WITH_RULES = {
+    **_OF_A_CARD_COMPOSITES,
+    **fused_attention.WITH_RULES,
+    **convolution.WITH_RULES,
+}
 _in_force: list[Rules | None] = []  # of the GPUs that are open
 
 
@@ -59,6 +70,16 @@ def kernel_of(operation: Any, rules: Rules | None) -> Callable[..., Any] | None:
         if (kernel := _OF_A_CARD.get(operation)) is not None:
             return kernel
     return KERNELS.get(operation)
+
+
+_ESTIMATES = {
+    packet: module.ESTIMATE for module in (convolution, recurrent) for packet in module.OPERATIONS
+}
+
+
+def estimate_in(operation: Any) -> str | None:
+    """What of an operation is estimated, in words; None where its allocations are by rule."""
+    return _ESTIMATES.get(operation.overloadpacket)
 
 
 def temporaries(

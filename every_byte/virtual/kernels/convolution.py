@@ -1,0 +1,325 @@
+"""Convolutions and batch norms: results to the byte, cuDNN's workspaces by estimate.
+
+What convolutions return and copy follows from ``aten/src/ATen/native/Convolution.cpp`` and
+``cudnn/ConvShared.cpp`` of PyTorch 2.11. Which of its kernels cuDNN takes no source says.
+But what they borrow is mostly copies: its tensor-core kernels read and write NHWC, so that
+tensors in NCHW are copied before and after, and channels are padded to whole vectors of
+16 bytes. `workspace` says when; where it is unclear it takes the larger.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from every_byte.tracker import untracked
+from every_byte.units import KiB
+from every_byte.virtual.rules import Rules
+
+aten = torch.ops.aten
+
+ESTIMATE = (
+    "cuDNN's workspaces of convolutions, mostly copies in NHWC: they put the peaks of nine "
+    "networks on an H200 off by -0.3 to +0.6 %"
+)
+OPERATIONS = (aten.convolution, aten.convolution_backward)
+
+_DIRECT = 400  # bytes that a kernel for NCHW borrows, as measured; 16 to 147 one for NHWC
+_COPIES = 147
+_VECTOR = 16  # bytes that a tensor-core kernel loads at once: channels are padded to it
+_SMALL_DEPTH = 128  # numbers that a weight multiplies per output: below, a kernel for NCHW
+_FEW_CHANNELS = 32
+# A kernel that reads NHWC and writes NCHW is taken where these hold, as measured: numbers
+# summed per output, outputs per channel, outputs.
+_SHALLOW, _MANY_ROWS, _HUGE = 576, 12_544, 1 << 25
+_DEEP = 4096  # numbers that are summed, from which on the sum is split, as measured
+_ROWS = 256  # of a partial sum, at least
+_BLOCK = 64 * KiB  # accumulators of a block, in FP32
+_TILE = 128  # rows and columns of a matrix product's block
+_BATCHES = 16  # partial sums of a 1x1 convolution's weight gradient
+
+
+def workspace(
+    gradient_of: str, x: Tensor, y: Tensor, weight: Tensor, stride: Sequence[int], rules: Rules
+) -> int:
+    """Bytes that cuDNN borrows for a convolution of `x` to `y`: estimated.
+
+    Args:
+        gradient_of: "" for the convolution itself, or "input", or "weight".
+        x, y: what it reads and what it makes, of a transposed one the other way round.
+        weight: its filters.
+        stride: of the convolution.
+        rules: of the card.
+    """
+    kernel, size = weight.shape[2:], weight.element_size()
+    if x.dtype is torch.float64 or not torch.backends.cudnn.enabled or not x.numel():
+        return 0
+    depth = weight[0].numel()
+    several = any(n > 1 for n in kernel)
+    channels = (weight.size(1), weight.size(0))
+    vector = _VECTOR // size
+    unaligned = any(n % vector for n in channels)
+
+    def padded(tensor: Tensor) -> int:
+        many = tensor.size(1)
+        return tensor.nbytes // many * (-(-many // vector) * vector)
+
+    filters = math.prod(-(-n // vector) * vector for n in channels) * math.prod(kernel) * size
+    partial = 0
+    if gradient_of == "weight":
+        partial = _partial_sums(y, weight, rules)
+    if _is_channels_last(x) or _is_channels_last(weight):
+        copied = sum(padded(t) for t in (x, y) if t.size(1) % vector)
+        return (copied + filters if unaligned else 0) + partial
+    if size == 4:
+        if not several and all(n == 1 for n in stride) and not math.prod(x.shape[2:]) % 4:
+            if gradient_of != "weight":
+                return _DIRECT
+            if min(channels) >= _FEW_CHANNELS and not unaligned:
+                return min(x.size(0), _BATCHES) * weight.nbytes + _DIRECT
+        if unaligned and several and depth < _SMALL_DEPTH:
+            return 0
+        apart = all(s >= k for s, k in zip(stride, kernel, strict=True))
+        if unaligned and several and apart and gradient_of == "":
+            return 0  # patches, such as a vision transformer's
+    if several and gradient_of != "weight" and not unaligned:
+        partial = _last_wave(gradient_of, x, y, weight, rules)
+    if size == 4 and gradient_of == "":
+        if depth <= _SHALLOW and _MANY_ROWS <= y.numel() // y.size(1) and y.numel() < _HUGE:
+            return x.nbytes + weight.nbytes + _COPIES  # a kernel that writes NCHW
+        return x.nbytes + y.nbytes + (weight.nbytes if several else 0) + partial + _COPIES
+    return padded(x) + padded(y) + (filters if several else 0) + partial + _COPIES
+
+
+def _last_wave(of: str, x: Tensor, y: Tensor, weight: Tensor, rules: Rules) -> int:
+    """Partial results where a long sum's last blocks are shared by two multiprocessors."""
+    made = x if of == "input" else y
+    summed = weight.numel() // made.size(1)
+    if summed < _DEEP:
+        return 0
+    tiles = -(-(made.numel() // made.size(1)) // _TILE) * -(-made.size(1) // _TILE)
+    if 2 * tiles < rules.multiprocessors:
+        return 0
+    return 2 * (tiles % rules.multiprocessors) * _BLOCK
+
+
+def _partial_sums(y: Tensor, weight: Tensor, rules: Rules) -> int:
+    """Partial sums of a weight's gradient, in FP32: as many as fill the multiprocessors.
+
+    They are of the blocks of the last wave, and of no fewer than `_ROWS` rows each.
+    """
+    rows, columns = weight.size(0), weight[0].numel()
+    tile = _TILE if rows > _TILE // 2 else _TILE // 2
+    tiles = -(-rows // tile) * -(-columns // tile)
+    summed = y.numel() // y.size(1)
+    last = tiles % rules.multiprocessors or rules.multiprocessors
+    splits = min(rules.multiprocessors // last, summed // _ROWS)
+    if splits > 1:
+        return splits * (4 * weight.numel() if last == tiles else last * _BLOCK)
+    return rules.multiprocessors // 2 * _BLOCK if summed >= _DEEP else 0
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    if tensor.dim() not in (4, 5) or tensor.is_contiguous():
+        return False
+    form = torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+    return tensor.is_contiguous(memory_format=form)
+
+
+def _layout(*tensors: Tensor) -> torch.memory_format:
+    # cudnn_conv_suggest_memory_format in native/ConvUtils.h: if the input or weights ask for it.
+    if any(map(_is_channels_last, tensors)):
+        return torch.channels_last if tensors[0].dim() == 4 else torch.channels_last_3d
+    return torch.contiguous_format
+
+
+def _is_depthwise(input: Tensor, weight: Tensor, transposed: bool, groups: int) -> bool:
+    # ConvParams::is_depthwise in native/Convolution.cpp, of inputs in one or two dimensions.
+    return (
+        not transposed
+        and groups == input.size(1) > 1
+        and weight.size(0) % groups == 0
+        and input.dim() <= 5
+    )
+
+
+def _borrow(tensor: Tensor, nbytes: int) -> None:
+    tensor.new_empty(nbytes, dtype=torch.uint8)  # and gone again
+
+
+def _convolution(
+    rules: Rules,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Tensor:
+    if input.dtype is not weight.dtype:
+        raise RuntimeError(
+            f"Input type ({input.dtype}) and weight type ({weight.dtype}) should be the same"
+        )
+    expected = weight.size(0) if transposed else weight.size(1) * groups
+    if input.size(1) != expected:  # in the words of check_shape_forward in Convolution.cpp
+        raise RuntimeError(
+            f"Given groups={groups}, weight of size {list(weight.shape)}, expected "
+            f"input{list(input.shape)} to have {expected} channels, but got {input.size(1)} "
+            "channels instead"
+        )
+    with untracked():  # PyTorch's own rule for the shape, and its own refusals
+        shape = aten.convolution.default(
+            *(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+        ).shape
+    layout = _layout(input, weight)
+    copy = input.contiguous(memory_format=layout)
+    filters = weight.contiguous(memory_format=layout)
+    result = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
+    if not _is_depthwise(input, weight, transposed, groups):
+        x, y = (result, copy) if transposed else (copy, result)
+        stride = [stride[d % len(stride)] for d in range(input.dim() - 2)]
+        of = "input" if transposed else ""
+        _borrow(result, workspace(of, x, y, filters, stride, rules))
+    return result
+
+
+def _convolution_backward(
+    rules: Rules,
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias_sizes: list[int] | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    layout = _layout(input, weight)
+    depthwise = _is_depthwise(input, weight, transposed, groups)
+    copy = input.contiguous(memory_format=layout) if output_mask[1] else input
+    grad = grad_output.contiguous(memory_format=layout)
+    filters = weight.contiguous(memory_format=layout)
+    stride = [stride[d % len(stride)] for d in range(input.dim() - 2)]
+    x, y = (grad, copy) if transposed else (copy, grad)
+    made: dict[str, Tensor] = {}
+    wanted = [("input", input, output_mask[0]), ("weight", weight, output_mask[1])]
+    if depthwise and input.dtype is torch.float32:
+        wanted.reverse()  # conv_depthwise2d_backward in native/cuda/DepthwiseConv2d.cu
+    for of, like, asked in wanted:
+        if not asked:
+            continue
+        made[of] = torch.empty(
+            like.shape, dtype=like.dtype, device=like.device, memory_format=layout
+        )
+        if not depthwise:
+            kind = "" if transposed and of == "input" else of
+            _borrow(input, workspace(kind, x, y, filters, stride, rules))
+    del grad, filters, x, y
+    bias = None
+    if output_mask[2]:
+        bias = grad_output.sum([0, *range(2, grad_output.dim())])
+    del copy
+    return made.get("input"), made.get("weight"), bias
+
+
+# Batch norm
+
+
+def _stages(input: Tensor) -> tuple[int, int]:
+    """Blocks along rows, and along channels: `flexible_launch_configs`, Normalization.cuh."""
+    channels = input.size(1)
+    rows = input.numel() // channels
+
+    def power(number: int) -> int:
+        return 1 << max(number.bit_length() - 1, 0)
+
+    width = min(power(channels), 32)
+    height = min(power(-(-rows // 16)), 512 // width)
+    if width * height != 512:
+        width = min(power(channels), 512 // height)
+    down = min(-(-rows // (height * 16)), 128)
+    return (1 if down < 8 else down), -(-channels // width)
+
+
+def _stage(input: Tensor, numbers: int) -> None:
+    # batch_norm_stats_channels_last_cuda_template and batch_norm_backward_reduce_...
+    # in native/cuda/Normalization.cuh.
+    down, across = _stages(input)
+    if down > 1:
+        staged = input.new_empty(numbers * input.size(1) * down, dtype=torch.float32)
+        _borrow(input, 4 * across)
+        del staged
+
+
+def _native_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    exact = torch.float64 if input.dtype is torch.float64 else torch.float32
+    result = torch.empty_like(input)
+    channels = input.size(1) if training else 0
+    mean, invstd = (input.new_empty(channels, dtype=exact) for _ in range(2))
+    if training and _by_channels(input):
+        _stage(input, 4)
+    return result, mean, invstd
+
+
+def _by_channels(input: Tensor) -> bool:
+    # batch_norm_choose_impl in native/cuda/Normalization.cu, where cuDNN is not taken:
+    # _select_batch_norm_backend in native/Normalization.cpp has it for FP32 and FP16.
+    return _is_channels_last(input) and input.dtype is torch.bfloat16
+
+
+def _native_batch_norm_backward(
+    grad_out: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    save_mean: Tensor | None,
+    save_invstd: Tensor | None,
+    train: bool,
+    eps: float,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    exact = torch.float64 if input.dtype is torch.float64 else torch.float32
+    channels = input.size(1)
+    of_weight = exact if weight is None else weight.dtype
+    if train and _by_channels(input):
+        sums = [input.new_empty(channels, dtype=exact) for _ in range(2)]
+        grads = [input.new_empty(channels, dtype=of_weight) if m else None for m in output_mask[1:]]
+        _stage(input, 2)
+        result = torch.empty_like(input)
+        del sums
+        return result, *grads
+    copy = grad_out
+    if not grad_out.is_contiguous() and grad_out.stride() != input.stride():
+        copy = grad_out.contiguous()
+    made = torch.empty_like(input) if output_mask[0] else None
+    grads = [input.new_empty(channels, dtype=of_weight) if m else None for m in output_mask[1:]]
+    del copy
+    return made, *grads
+
+
+WITH_RULES: dict[Any, Callable[..., Any]] = {
+    aten.convolution.default: _convolution,
+    aten.convolution_backward.default: _convolution_backward,
+}
+KERNELS: dict[Any, Callable[..., Any]] = {
+    aten.native_batch_norm.default: _native_batch_norm,
+    aten.native_batch_norm_backward.default: _native_batch_norm_backward,
+}
