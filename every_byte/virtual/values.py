@@ -53,6 +53,14 @@ _FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16
 _HOST = torch.device("cpu")
 
 
+class _Even(str):
+    """What made an assumption: a choice among equals, taken to fall on each as often.
+
+    So a mixture of experts routes its tokens, and no result is larger for it than an even
+    choice makes it; the most that there could be is said beside it.
+    """
+
+
 class UnknownValueError(RuntimeError):
     """A program reads a value that the virtual GPU does not have."""
 
@@ -499,14 +507,18 @@ class Values:
 
 
 def _known(given: tuple[Any, ...]) -> tuple[bool, str | None]:
-    """Whether the values of all tensors are known, and on which assumption, if on one."""
-    origin = None
+    """Whether the values of all tensors are known, and on which assumption, if on one.
+
+    Of several, an even choice is the last to be named: it alone says how large a result is.
+    """
+    origin: str | None = None
     for tensor in _tensors(given):
         if tensor.is_meta:
             copy = _copy_of(tensor)
             if copy is None:
                 return False, None
-            origin = origin or copy.origin
+            if copy.origin is not None and (origin is None or isinstance(origin, _Even)):
+                origin = copy.origin
     return True, origin
 
 
@@ -607,6 +619,12 @@ _LARGEST = "the largest result that there can be"
 _ZEROS = "a result as if the unknown numbers were 0; it can be larger"
 
 
+def _of_at_most(even: Any, largest: Any) -> str:
+    """What is said of a result that depends on an even choice, with the worst case."""
+    counts = [tree_leaves(result)[0].size(0) for result in (even, largest)]
+    return f"what an even choice gives, {counts[0]} rows; at worst it is {max(counts)}"
+
+
 def _sized(
     what: str, assumed: Callable[..., Any], assumption: str = _LARGEST
 ) -> Callable[..., Any]:
@@ -619,6 +637,10 @@ def _sized(
         if known and not origin:
             host = func(*tree_map(_value, args), **tree_map(_value, kwargs))
             return _made(values, args[0], host, None)
+        if isinstance(origin, _Even):
+            host = func(*tree_map(_value, args), **tree_map(_value, kwargs))
+            values._read(what, origin, _of_at_most(host, assumed(func, *args, **kwargs)))
+            return _made(values, args[0], host, origin)
         values._read(what, origin or "", assumption)
         made_by = origin or values._origin(func)
         return _made(values, args[0], assumed(func, *args, **kwargs), made_by)
@@ -667,8 +689,11 @@ def _masked_select(values: Values, func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     known, origin = _known((mask,))
     shape = torch.broadcast_shapes(tensor.shape, mask.shape)
-    if known and not origin:
+    if known and (not origin or isinstance(origin, _Even)):
         count = int(_value(mask).expand(shape).sum())
+        if origin:
+            at_most = f"{count} elements; at worst it is {math.prod(shape)}"
+            values._read("masked_select()", origin, f"what an even choice gives, {at_most}")
     else:
         values._read("masked_select()", origin or "", _LARGEST)
         count = math.prod(shape)
@@ -697,6 +722,31 @@ def _nms(func: Any, boxes: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.arange(boxes.size(0), device=_HOST)
 
 
+def _chosen(values: Values, func: Any, args: Any, kwargs: Any) -> Any:
+    """The places that ``topk`` chooses by unknown numbers: for each row the next ones.
+
+    They are different within a row, as they must be, and each is chosen as often.
+    """
+    if not args[0].is_meta or _known(args)[0]:
+        return NotImplemented
+    result = func(*args, **kwargs)
+    places = result[1]
+    if not _is_small(places) or not places.numel():
+        return result
+    dimension = args[2] if len(args) > 2 else kwargs.get("dim", -1)
+    with _out_of_sight():
+        count = args[0].size(dimension) if args[0].dim() else 1
+        each = torch.arange(places.numel(), device=_HOST) % count
+        width = places.size(dimension) if places.dim() else 1
+        moved = list(places.shape)
+        if moved:
+            moved.append(moved.pop(dimension))
+            each = each.view(moved).movedim(-1, dimension)
+        assert width <= count
+        _on_host(places, _blank(places, _Even(values._origin(func)))).copy_(each)
+    return result
+
+
 _ANSWERS: dict[str, Callable[..., Any]] = {
     "aten::_local_scalar_dense": _item,
     "aten::item": _item,
@@ -712,6 +762,7 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
     "aten::repeat_interleave": _repeat_interleave,
     "aten::masked_select": _masked_select,
     "aten::isin": _isin,
+    "aten::topk": _chosen,
     "torchvision::nms": _sized("nms()", _nms),
 }
 

@@ -11,7 +11,13 @@ from typing import Any
 
 import torch
 
-from every_byte.virtual.kernels import cudnn_attention, fused_attention, indexing, normalisation
+from every_byte.virtual.kernels import (
+    cudnn_attention,
+    fused_attention,
+    grouped,
+    indexing,
+    normalisation,
+)
 from every_byte.virtual.kernels.attention import COMPOSITES, KERNELS, attention_kernel
 from every_byte.virtual.kernels.products import by_cublaslt, product_temporaries
 from every_byte.virtual.kernels.reductions import reduction_temporaries
@@ -43,6 +49,8 @@ _in_force: list[Rules | None] = []  # of the GPUs that are open
 
 def kernel_of(operation: Any, rules: Rules | None) -> Callable[..., Any] | None:
     """What allocates in an operation's place as CUDA's kernel does; None for most."""
+    if (function := grouped.WITH_RULES.get(operation)) is not None:
+        return partial(function, rules)
     if rules is not None:
         if (function := _WITH_RULES.get(operation)) is not None:
             return partial(function, rules)
