@@ -641,8 +641,13 @@ def _sized(
             host = func(*tree_map(_value, args), **tree_map(_value, kwargs))
             values._read(what, origin, _of_at_most(host, assumed(func, *args, **kwargs)))
             return _made(values, args[0], host, origin)
-        values._read(what, origin or "", assumption)
         made_by = origin or values._origin(func)
+        if known and assumed is _all_different and bool((_value(args[0]) != 0).any()):
+            # chosen from known values, such as the classes of a detector's boxes
+            values._read(what, made_by, "what it is of the largest choice that there can be")
+            host = func(*tree_map(_value, args), **tree_map(_value, kwargs))
+            return _made(values, args[0], host, made_by)
+        values._read(what, origin or "", assumption)
         return _made(values, args[0], assumed(func, *args, **kwargs), made_by)
 
     return answer
