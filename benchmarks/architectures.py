@@ -49,7 +49,8 @@ BLOCK = 512  # bytes that the allocator rounds to
 WORKSPACE = 32 * MiB  # of cuBLAS on Hopper, for each thread that multiplies matrices
 LENGTH = 128  # tokens
 
-_LAYERS = re.compile(r"^(num_(hidden|encoder|decoder)?_?layers|n_layers?|(en|de)coder_layers)$")
+_LAYERS = re.compile(r"^(num_(hidden|encoder|decoder)?_?layers|n_layers?|(en|de)coder_layers|depth)$")
+_STAGES = ("out_features", "out_indices", "stage_names")
 _PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type")
 
 
@@ -172,17 +173,14 @@ def trained(gpu: "every_byte.VirtualGPU", workload: Workload) -> Checked:
     loss.backward()
     optimizer.step()
     del loss
-    others = {id(t): t for t in _reachable(gpu)}
-    for tensor in (*_held(model), *(p.grad for p in model.parameters() if p.grad is not None)):
-        others.pop(id(tensor), None)
-    for state in optimizer.state.values():
-        for tensor in state.values():
-            others.pop(id(tensor), None)
+    own = [*_held(model), *(p.grad for p in model.parameters() if p.grad is not None)]
+    own += [t for state in optimizer.state.values() for t in state.values()]
+    # Besides there are inputs, and what a model keeps without calling it a buffer.
+    more = _bytes_of(iter([*own, *_reachable(gpu)])) - _bytes_of(iter(own))
     expected = _at_rest(model)
-    more = _bytes_of(iter(others.values()))  # inputs, and what a model keeps beside its buffers
     _same("after the step", gpu.memory_allocated(), expected + more)
     did = "a training step"
-    others.clear()
+    del own
     if workload.generate is not None:
         optimizer.zero_grad()
         model.eval()
@@ -196,8 +194,10 @@ def trained(gpu: "every_byte.VirtualGPU", workload: Workload) -> Checked:
 
 def _short(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration with two layers of each stack."""
-    for name, value in config.items():
-        if isinstance(value, dict):
+    for name, value in list(config.items()):
+        if name in _STAGES:
+            del config[name]  # follow from the layers
+        elif isinstance(value, dict):
             _short(value)
         elif _LAYERS.match(str(name)) and isinstance(value, int):
             config[name] = min(value, 2)
@@ -211,9 +211,8 @@ def _transformers(name: str, about: dict[str, Any]) -> Workload:
 
     given = about.get("config", {})
     config = transformers.AutoConfig.for_model(name, **copy.deepcopy(given))
-    config = type(config).from_dict({**_short(config.to_dict()), **given})
-    if hasattr(config, "return_dict"):
-        config.return_dict = True
+    if not about.get("whole"):
+        config = type(config).from_dict({**_short(config.to_dict()), **given})
     head = getattr(transformers, about["head"])
     with torch.device("cuda"):
         make = getattr(head, "from_config", None) or getattr(head, "_from_config")

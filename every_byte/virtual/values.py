@@ -153,6 +153,14 @@ def _value(x: Any) -> Any:
     return x
 
 
+def _unwritten(tensor: Tensor) -> Tensor:
+    """Memory of a tensor's shape on the host, that takes no pages until it is touched."""
+    with _out_of_sight():
+        return torch.empty_strided(
+            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=_HOST
+        )
+
+
 def _is_small(tensor: Tensor) -> bool:
     """Whether the values of a meta tensor's storage are kept, where they are known."""
     if tensor.layout is not torch.strided:
@@ -195,6 +203,7 @@ class _Operation:
     is_empty: bool  # makes memory that nothing is written to
     overwrites: bool  # its first argument, whatever was in it
     is_random: bool
+    takes_a_shape: bool  # of its first argument, and not its numbers
     mutates: tuple[int | str, ...]  # places or names of arguments that it writes to
 
 
@@ -202,6 +211,12 @@ _EMPTY = frozenset(
     (
         *("empty", "empty_strided", "empty_like", "empty_permuted", "new_empty"),
         *("new_empty_strided", "empty_quantized"),
+    )
+)
+_TAKES_A_SHAPE = frozenset(
+    (
+        *("full_like", "zeros_like", "ones_like", "rand_like", "randn_like", "randint_like"),
+        *("new_full", "new_zeros", "new_ones"),
     )
 )
 _OVERWRITES = frozenset(
@@ -227,6 +242,7 @@ def _about(func: Any) -> _Operation:
         is_empty=name in _EMPTY,
         overwrites=name in _OVERWRITES,
         is_random=torch.Tag.nondeterministic_seeded in func.tags,
+        takes_a_shape=name in _TAKES_A_SHAPE,
         mutates=written,
     )
 
@@ -253,6 +269,21 @@ def _healthy(func: Any, args: tuple[Any, ...]) -> bool | None:
             "aten::gt": right < 0,
         }[name]
     return None
+
+
+def _are_corners(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a later part of a tensor is asked to be no less than an earlier one of it.
+
+    So programs check that boxes have their second corner behind their first.
+    """
+    if func._schema.name != "aten::ge" or not all(isinstance(t, Tensor) for t in args[:2]):
+        return False
+    late, early = args[:2]
+    return (
+        late.shape == early.shape
+        and late.untyped_storage()._cdata == early.untyped_storage()._cdata
+        and late.storage_offset() > early.storage_offset()
+    )
 
 
 _active: list["Values"] = []
@@ -381,6 +412,8 @@ class Values:
                 if tensor.dtype in WHOLE:
                     _blank(tensor)
             return
+        if about.takes_a_shape and args[0].is_meta:
+            args = (_unwritten(args[0]), *args[1:])
         known, origin = _known((*args, *kwargs.values()))
         if known:
             try:
@@ -394,7 +427,7 @@ class Values:
         for tensor in made:
             if tensor.dtype in WHOLE:
                 copy = _blank(tensor, None if healthy is not None else self._origin(func))
-                if healthy:
+                if healthy or (healthy is None and _are_corners(func, args)):
                     _on_host(tensor, copy).fill_(True)
 
     def _note_in_place(

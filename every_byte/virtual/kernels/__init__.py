@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from every_byte.virtual.kernels import (
+    ctc,
     cudnn_attention,
     fused_attention,
     grouped,
@@ -56,7 +57,7 @@ def kernel_of(operation: Any, rules: Rules | None) -> Callable[..., Any] | None:
             return partial(function, rules)
         if (kernel := _OF_A_CARD.get(operation)) is not None:
             return kernel
-    return KERNELS.get(operation)
+    return KERNELS.get(operation) or ctc.KERNELS.get(operation)
 
 
 def temporaries(
