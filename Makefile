@@ -50,8 +50,9 @@ lint: env ## check style and types, of Python, pages and workflows
 	@$(PY) -m check_jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@.venv/bin/zizmor --offline --quiet .github
 
-bench: env ## speed and accuracy beside a peer
+bench: env ## speed and accuracy beside a peer, and which architectures and libraries run
 	@$(PY) -m benchmarks.training_step
+	@$(PY) -m benchmarks.architectures
 
 lock: env ## bring requirements.lock up to date with requirements.txt and pyproject.toml
 	@$(PY) -m uv pip compile requirements.txt --group dev --universal --python-version 3.11 \

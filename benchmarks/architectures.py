@@ -44,12 +44,14 @@ CASES = Path(__file__).parent / "architectures.toml"
 RESULTS = Path(__file__).parent / "architectures.json"
 CARD = "H200"
 CAPACITY = 1 << 50  # what fits is not the question here
-SECONDS, MEMORY = 60, 12 * GiB  # that a case may take on the host
+SECONDS, MEMORY = 120, 12 * GiB  # that a case may take on the host
 BLOCK = 512  # bytes that the allocator rounds to
 WORKSPACE = 32 * MiB  # of cuBLAS on Hopper, for each thread that multiplies matrices
 LENGTH = 128  # tokens
 
-_LAYERS = re.compile(r"^(num_(hidden|encoder|decoder)?_?layers|n_layers?|(en|de)coder_layers|depth)$")
+_LAYERS = re.compile(
+    r"^(num_(hidden|encoder|decoder)?_?layers|n_layers?|(en|de)coder_layers|depth)$"
+)
 _STAGES = ("out_features", "out_indices", "stage_names")
 _PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type")
 
@@ -215,7 +217,7 @@ def _transformers(name: str, about: dict[str, Any]) -> Workload:
         config = type(config).from_dict({**_short(config.to_dict()), **given})
     head = getattr(transformers, about["head"])
     with torch.device("cuda"):
-        make = getattr(head, "from_config", None) or getattr(head, "_from_config")
+        make = getattr(head, "from_config", None) or head._from_config
         model = make(config)
         inputs = _INPUTS[about.get("inputs", "auto")](config, about)
 
@@ -391,7 +393,8 @@ def _torchvision(kind: str, name: str) -> Workload:
         options = {"weights_backbone": None} if kind == "segmentation" else {}
         model = models.get_model(name, weights=None, **options)
         shape = {"video": (2, 3, 16, 224, 224), "optical flow": (1, 3, 256, 256)}.get(
-            kind, (2, 3, 299 if name == "inception_v3" else 224, 299 if "inception" in name else 224)
+            kind,
+            (2, 3, 299 if name == "inception_v3" else 224, 299 if "inception" in name else 224),
         )
         x = torch.randn(shape)
     inputs = (x, x.clone()) if kind == "optical flow" else (x,)
@@ -587,6 +590,7 @@ def _trl(gpu: "every_byte.VirtualGPU", name: str) -> Checked:
             )
             trainer = trl.DPOTrainer(
                 _llama(),
+                ref_model=_llama(),
                 args=trl.DPOConfig(**_of_trainer(folder), max_length=64),
                 train_dataset=rows,
                 processing_class=tokenizer,

@@ -156,9 +156,7 @@ def _value(x: Any) -> Any:
 def _unwritten(tensor: Tensor) -> Tensor:
     """Memory of a tensor's shape on the host, that takes no pages until it is touched."""
     with _out_of_sight():
-        return torch.empty_strided(
-            tensor.size(), tensor.stride(), dtype=tensor.dtype, device=_HOST
-        )
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=_HOST)
 
 
 def _is_small(tensor: Tensor) -> bool:

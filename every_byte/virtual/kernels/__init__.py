@@ -14,6 +14,7 @@ import torch
 from every_byte.virtual.kernels import (
     ctc,
     cudnn_attention,
+    flatten,
     fused_attention,
     grouped,
     indexing,
@@ -34,6 +35,11 @@ __all__ = [
     "temporaries",
 ]
 
+_OF_EVERY_CARD: dict[Any, Callable[..., Any]] = {
+    **KERNELS,
+    **ctc.KERNELS,
+    **flatten.KERNELS,
+}
 _OF_A_CARD: dict[Any, Callable[..., Any]] = {
     **fused_attention.KERNELS,
     **cudnn_attention.KERNELS,
@@ -57,7 +63,7 @@ def kernel_of(operation: Any, rules: Rules | None) -> Callable[..., Any] | None:
             return partial(function, rules)
         if (kernel := _OF_A_CARD.get(operation)) is not None:
             return kernel
-    return KERNELS.get(operation) or ctc.KERNELS.get(operation)
+    return _OF_EVERY_CARD.get(operation)
 
 
 def temporaries(
