@@ -843,9 +843,11 @@ def main(arguments: list[str] | None = None) -> None:
             continue  # what was found earlier stays
         known[place] = in_its_own_process(case)
         print(*place, known[place]["result"], known[place].get("why", ""), flush=True)
-    rows = [known[place] for place in ((c.group, c.name) for c in cases()) if place in known]
-    told = {"card": CARD, "versions": {**before.get("versions", {}), **versions()}, "cases": rows}
-    options.output.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        rows = [known[place] for place in ((c.group, c.name) for c in cases()) if place in known]
+        told = {"card": CARD, "versions": {**before.get("versions", {}), **versions()}}
+        text = json.dumps({**told, "cases": rows}, indent=1, ensure_ascii=False)
+        options.output.write_text(text + "\n", "utf-8")  # each time: a run may be cut off
+    rows = list(known.values())
     ran = sum(row["result"] == "runs" for row in rows)
     print(f"{ran} of {len(rows)} run", file=sys.stderr)
 

@@ -24,8 +24,10 @@ def _reason(row: dict[str, Any]) -> str:
     return why if len(why) <= _LONGEST else why[:_LONGEST].rstrip() + " ..."
 
 
-def _assumed(row: dict[str, Any]) -> str:
-    return ", ".join(row["assumed"])
+def _figures(row: dict[str, Any]) -> list[str | int]:
+    """What ran, and with what; empty where a row was noted without its figures."""
+    figures = [row.get(of, "") for of in ("did", "parameters", "at rest")]
+    return [*figures, ", ".join(row.get("assumed", []))]
 
 
 def shown(told: dict[str, Any]) -> str:
@@ -44,9 +46,7 @@ def shown(told: dict[str, Any]) -> str:
         if row["result"] != "runs"
     ]
     every = [
-        [*(row[of] for of in ("group", "name", "did", "parameters", "at rest")), _assumed(row)]
-        for row in cases
-        if row["result"] == "runs"
+        [row["group"], row["name"], *_figures(row)] for row in cases if row["result"] == "runs"
     ]
     with_versions = ", ".join(f"{name} {number}" for name, number in told["versions"].items())
     parts = [
