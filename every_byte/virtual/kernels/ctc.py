@@ -28,7 +28,8 @@ def _ctc_loss(
     blank: int = 0,
     zero_infinity: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    lengths = [length.to("cpu", torch.int64).tolist() for length in (input_lengths, target_lengths)]
+    host: dict[str, Any] = {"dtype": torch.int64, "device": torch.device("cpu")}
+    lengths = [aten._to_copy(each, **host).tolist() for each in (input_lengths, target_lengths)]
     _kept = _on_the_card(log_probs)
     return aten._ctc_loss(log_probs, targets, *lengths, blank, zero_infinity)
 
