@@ -28,8 +28,10 @@ def _ctc_loss(
     blank: int = 0,
     zero_infinity: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    host: dict[str, Any] = {"dtype": torch.int64, "device": torch.device("cpu")}
-    lengths = [aten._to_copy(each, **host).tolist() for each in (input_lengths, target_lengths)]
+    lengths = [
+        torch.empty(each.shape, dtype=torch.int64, device="cpu").copy_(each).tolist()
+        for each in (input_lengths, target_lengths)
+    ]
     _kept = _on_the_card(log_probs)
     return aten._ctc_loss(log_probs, targets, *lengths, blank, zero_infinity)
 
