@@ -1,3 +1,5 @@
+# Libraries that are not in the lock, and have no types here:
+# mypy: disable-error-code="import-not-found,var-annotated,arg-type,assignment,unused-ignore"
 """What of other people's models and libraries runs unchanged on a virtual card.
 
 ``python -m benchmarks.architectures`` runs each case of ``architectures.toml`` in a process of
