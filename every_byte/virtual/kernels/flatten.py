@@ -17,7 +17,8 @@ def _flattened(weights: list[Tensor], *_: Any) -> Tensor:
     block = weights[0].new_empty(sum(weight.numel() for weight in weights))
     begin = 0
     for weight in weights:
-        weight.set_(block.narrow(0, begin, weight.numel()).view(weight.shape))
+        part = block.narrow(0, begin, weight.numel()).view(weight.shape)
+        weight.set_(part.untyped_storage(), begin, part.shape, part.stride())
         begin += weight.numel()
     return block
 
