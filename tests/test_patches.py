@@ -15,7 +15,10 @@ from every_byte.virtual.patches import PRIVATE_NAMES, find
 
 ROOT = Path(__file__).parent.parent
 TABLE = {private.name for private in PRIVATE_NAMES}
-OF_TRANSFORMERS = {"_beam_search"}  # recognised on the stack, so that it is refused by name
+# One is recognised on the stack, so that beam search is refused by name; one tells what a
+# lever would change.
+OF_TRANSFORMERS = {"_beam_search": "GenerationMixin", "_attn_implementation": "PreTrainedConfig"}
+DOCUMENTED = {"_saved_"}  # of a graph's nodes: "Autograd mechanics" in PyTorch's documentation
 OF_BITSANDBYTES = {
     *("_gemm_4bit_custom_max_m", "_gemm_4bit_use_custom_cuda", "_gpu_dispatch_props")
 }
@@ -92,7 +95,7 @@ def operators() -> set[str]:
 
 @cache
 def names_in_use() -> set[str]:
-    others = OF_TRANSFORMERS | OF_BITSANDBYTES | {"__future__", "_getframe"}
+    others = OF_TRANSFORMERS.keys() | OF_BITSANDBYTES | DOCUMENTED | {"__future__", "_getframe"}
     ours = own_names() | operators() | others
     found = set()
     for name in (name for tree in parsed() for name in used(tree)):
@@ -118,8 +121,9 @@ def is_in_table(name: str) -> bool:
 
 
 def test_transformers_has_the_private_names_that_are_recognised() -> None:
-    generation = pytest.importorskip("transformers.generation")
-    assert all(hasattr(generation.GenerationMixin, name) for name in OF_TRANSFORMERS)
+    transformers = pytest.importorskip("transformers")
+    for name, owner in OF_TRANSFORMERS.items():
+        assert hasattr(getattr(transformers, owner), name)
 
 
 def test_bitsandbytes_has_the_private_names_that_decide_its_kernels() -> None:

@@ -223,6 +223,18 @@ PRIVATE_NAMES = (
         "one_of() cannot open a process group",
         "ranks",
     ),
+    PrivateName(
+        "torch.nn.parallel.distributed._verify_param_shape_across_processes",
+        "is left out: the other processes of DistributedDataParallel are pretended",
+        "DistributedDataParallel waits for what nobody sends",
+        "ranks",
+    ),
+    PrivateName(
+        "torch._C._get_accelerator",
+        "names the device of collectives that name none",
+        "a script's init_process_group() finds no device",
+        "ranks",
+    ),
     # Values, and an unchanged CUDA script
     PrivateName(
         "torch._C.DisableTorchFunction",

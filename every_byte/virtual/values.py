@@ -53,6 +53,14 @@ _FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16
 _HOST = torch.device("cpu")
 
 
+class _Even(str):
+    """What made an assumption: a choice among equals, taken to fall on each as often.
+
+    So a mixture of experts routes its tokens, and no result is larger for it than an even
+    choice makes it; the most that there could be is said beside it.
+    """
+
+
 class UnknownValueError(RuntimeError):
     """A program reads a value that the virtual GPU does not have."""
 
@@ -152,6 +160,12 @@ def _value(x: Any) -> Any:
     return x
 
 
+def _unwritten(tensor: Tensor) -> Tensor:
+    """Memory of a tensor's shape on the host, that takes no pages until it is touched."""
+    with _out_of_sight():
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=_HOST)
+
+
 def _is_small(tensor: Tensor) -> bool:
     """Whether the values of a meta tensor's storage are kept, where they are known."""
     if tensor.layout is not torch.strided:
@@ -194,6 +208,7 @@ class _Operation:
     is_empty: bool  # makes memory that nothing is written to
     overwrites: bool  # its first argument, whatever was in it
     is_random: bool
+    takes_a_shape: bool  # of its first argument, and not its numbers
     mutates: tuple[int | str, ...]  # places or names of arguments that it writes to
 
 
@@ -201,6 +216,12 @@ _EMPTY = frozenset(
     (
         *("empty", "empty_strided", "empty_like", "empty_permuted", "new_empty"),
         *("new_empty_strided", "empty_quantized"),
+    )
+)
+_TAKES_A_SHAPE = frozenset(
+    (
+        *("full_like", "zeros_like", "ones_like", "rand_like", "randn_like", "randint_like"),
+        *("new_full", "new_zeros", "new_ones"),
     )
 )
 _OVERWRITES = frozenset(
@@ -226,6 +247,7 @@ def _about(func: Any) -> _Operation:
         is_empty=name in _EMPTY,
         overwrites=name in _OVERWRITES,
         is_random=torch.Tag.nondeterministic_seeded in func.tags,
+        takes_a_shape=name in _TAKES_A_SHAPE,
         mutates=written,
     )
 
@@ -252,6 +274,21 @@ def _healthy(func: Any, args: tuple[Any, ...]) -> bool | None:
             "aten::gt": right < 0,
         }[name]
     return None
+
+
+def _are_corners(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether a later part of a tensor is asked to be no less than an earlier one of it.
+
+    So programs check that boxes have their second corner behind their first.
+    """
+    if func._schema.name != "aten::ge" or not all(isinstance(t, Tensor) for t in args[:2]):
+        return False
+    late, early = args[:2]
+    return (
+        late.shape == early.shape
+        and late.untyped_storage()._cdata == early.untyped_storage()._cdata
+        and late.storage_offset() > early.storage_offset()
+    )
 
 
 _active: list["Values"] = []
@@ -380,6 +417,8 @@ class Values:
                 if tensor.dtype in WHOLE:
                     _blank(tensor)
             return
+        if about.takes_a_shape and args[0].is_meta:
+            args = (_unwritten(args[0]), *args[1:])
         known, origin = _known((*args, *kwargs.values()))
         if known:
             try:
@@ -393,7 +432,7 @@ class Values:
         for tensor in made:
             if tensor.dtype in WHOLE:
                 copy = _blank(tensor, None if healthy is not None else self._origin(func))
-                if healthy:
+                if healthy or (healthy is None and _are_corners(func, args)):
                     _on_host(tensor, copy).fill_(True)
 
     def _note_in_place(
@@ -506,14 +545,18 @@ class Values:
 
 
 def _known(given: tuple[Any, ...]) -> tuple[bool, str | None]:
-    """Whether the values of all tensors are known, and on which assumption, if on one."""
-    origin = None
+    """Whether the values of all tensors are known, and on which assumption, if on one.
+
+    Of several, an even choice is the last to be named: it alone says how large a result is.
+    """
+    origin: str | None = None
     for tensor in _tensors(given):
         if tensor.is_meta:
             copy = _copy_of(tensor)
             if copy is None:
                 return False, None
-            origin = origin or copy.origin
+            if copy.origin is not None and (origin is None or isinstance(origin, _Even)):
+                origin = copy.origin
     return True, origin
 
 
@@ -614,6 +657,12 @@ _LARGEST = "the largest result that there can be"
 _ZEROS = "a result as if the unknown numbers were 0; it can be larger"
 
 
+def _of_at_most(even: Any, largest: Any) -> str:
+    """What is said of a result that depends on an even choice, with the worst case."""
+    counts = [tree_leaves(result)[0].size(0) for result in (even, largest)]
+    return f"what an even choice gives, {counts[0]} rows; at worst it is {max(counts)}"
+
+
 def _sized(
     what: str, assumed: Callable[..., Any], assumption: str = _LARGEST
 ) -> Callable[..., Any]:
@@ -626,8 +675,17 @@ def _sized(
         if known and not origin:
             host = func(*tree_map(_value, args), **tree_map(_value, kwargs))
             return _made(values, args[0], host, None)
-        values._read(what, origin or "", assumption)
+        if isinstance(origin, _Even):
+            host = func(*tree_map(_value, args), **tree_map(_value, kwargs))
+            values._read(what, origin, _of_at_most(host, assumed(func, *args, **kwargs)))
+            return _made(values, args[0], host, origin)
         made_by = origin or values._origin(func)
+        if known and assumed is _all_different and bool((_value(args[0]) != 0).any()):
+            # chosen from known values, such as the classes of a detector's boxes
+            values._read(what, made_by, "what it is of the largest choice that there can be")
+            host = func(*tree_map(_value, args), **tree_map(_value, kwargs))
+            return _made(values, args[0], host, made_by)
+        values._read(what, origin or "", assumption)
         return _made(values, args[0], assumed(func, *args, **kwargs), made_by)
 
     return answer
@@ -674,8 +732,11 @@ def _masked_select(values: Values, func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     known, origin = _known((mask,))
     shape = torch.broadcast_shapes(tensor.shape, mask.shape)
-    if known and not origin:
+    if known and (not origin or isinstance(origin, _Even)):
         count = int(_value(mask).expand(shape).sum())
+        if origin:
+            at_most = f"{count} elements; at worst it is {math.prod(shape)}"
+            values._read("masked_select()", origin, f"what an even choice gives, {at_most}")
     else:
         values._read("masked_select()", origin or "", _LARGEST)
         count = math.prod(shape)
@@ -704,6 +765,31 @@ def _nms(func: Any, boxes: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.arange(boxes.size(0), device=_HOST)
 
 
+def _chosen(values: Values, func: Any, args: Any, kwargs: Any) -> Any:
+    """The places that ``topk`` chooses by unknown numbers: for each row the next ones.
+
+    They are different within a row, as they must be, and each is chosen as often.
+    """
+    if not args[0].is_meta or _known(args)[0]:
+        return NotImplemented
+    result = func(*args, **kwargs)
+    places = result[1]
+    if not _is_small(places) or not places.numel():
+        return result
+    dimension = args[2] if len(args) > 2 else kwargs.get("dim", -1)
+    with _out_of_sight():
+        count = args[0].size(dimension) if args[0].dim() else 1
+        each = torch.arange(places.numel(), device=_HOST) % count
+        width = places.size(dimension) if places.dim() else 1
+        moved = list(places.shape)
+        if moved:
+            moved.append(moved.pop(dimension))
+            each = each.view(moved).movedim(-1, dimension)
+        assert width <= count
+        _on_host(places, _blank(places, _Even(values._origin(func)))).copy_(each)
+    return result
+
+
 _ANSWERS: dict[str, Callable[..., Any]] = {
     "aten::_local_scalar_dense": _item,
     "aten::item": _item,
@@ -719,6 +805,7 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
     "aten::repeat_interleave": _repeat_interleave,
     "aten::masked_select": _masked_select,
     "aten::isin": _isin,
+    "aten::topk": _chosen,
     "torchvision::nms": _sized("nms()", _nms),
 }
 

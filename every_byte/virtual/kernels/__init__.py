@@ -14,8 +14,10 @@ import torch
 from every_byte.virtual.kernels import (
     attention,
     convolution,
+    ctc,
     cudnn_attention,
     fused_attention,
+    grouped,
     indexing,
     normalisation,
     quantised,
@@ -38,7 +40,7 @@ __all__ = [
 ]
 
 COMPOSITES: dict[Any, Callable[..., Any]] = {**attention.COMPOSITES, **recurrent.COMPOSITES}
-KERNELS: dict[Any, Callable[..., Any]] = {**attention.KERNELS, **recurrent.KERNELS}
+KERNELS: dict[Any, Callable[..., Any]] = {**attention.KERNELS, **recurrent.KERNELS, **ctc.KERNELS}
 _OF_A_CARD: dict[Any, Callable[..., Any]] = {
     **fused_attention.KERNELS,
     **cudnn_attention.KERNELS,
@@ -60,6 +62,8 @@ _in_force: list[Rules | None] = []  # of the GPUs that are open
 
 def kernel_of(operation: Any, rules: Rules | None) -> Callable[..., Any] | None:
     """What allocates in an operation's place as CUDA's kernel does; None for most."""
+    if (function := grouped.WITH_RULES.get(operation)) is not None:
+        return partial(function, rules)
     if rules is not None:
         if operation.namespace == "bitsandbytes":
             if (function := quantised.WITH_RULES.get(str(operation))) is not None:
