@@ -665,6 +665,18 @@ def test_a_tensor_made_of_numbers_counts(gpu: VirtualGPU, name: str) -> None:
     assert gpu.memory_allocated() == 0
 
 
+def test_a_storage_lives_as_long_as_its_tensor(gpu: VirtualGPU) -> None:
+    """Python's garbage collector may take the Python object, while PyTorch keeps the storage."""
+    tensor = torch.empty(1000, device=gpu.device)
+    cycle: list[object] = [tensor.untyped_storage()]
+    cycle.append(cycle)
+    del cycle
+    gc.collect()
+    assert gpu.memory_allocated() == 4096
+    del tensor
+    assert gpu.memory_allocated() == 0
+
+
 # The timeline
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from every_byte.cli import main
 
+CARD = ("--card", "RTX 4090", "--torch", "2.14")  # whose rules say where the peak is
 TRAIN = """
 import sys
 import torch
@@ -42,7 +43,7 @@ def script(folder: Path, text: str) -> str:
 
 def test_a_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = script(tmp_path, TRAIN)
-    assert main(["run", path, "a", "--card", "RTX 4090", "--", "--lr", "3"]) == 0
+    assert main(["run", path, "a", *CARD, "--", "--lr", "3"]) == 0
     said = capsys.readouterr().out
     assert "step 1 loss nan ['a', '--lr', '3'] __main__" in said
     assert "step 2 loss" not in said  # the third step of the optimizer ends it
@@ -54,7 +55,7 @@ def test_a_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_a_leak_is_named_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = script(tmp_path, TRAIN)
-    assert main(["run", path, "leak", "--card", "RTX 4090", "--steps", "4", "--json"]) == 0
+    assert main(["run", path, "leak", *CARD, "--steps", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     (left,) = found["left"]
     assert (left["bytes"], left["made"]) == (4096, "train.py:14")
@@ -72,7 +73,7 @@ def test_out_of_memory_is_pytorchs_own_and_status_3(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = script(tmp_path, "import torch\nx = torch.zeros(30 * 2**30, device='cuda')\n")
-    assert main(["run", path, "--card", "RTX 4090"]) == 3
+    assert main(["run", path, *CARD]) == 3
     said = capsys.readouterr()
     assert "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 120.00 GiB." in said.err
     assert 'train.py", line 2' in said.err
@@ -92,16 +93,22 @@ def test_out_of_memory_is_pytorchs_own_and_status_3(
 def test_the_exit_status_is_the_scripts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, status: int, said: str
 ) -> None:
-    assert main(["run", script(tmp_path, text), "--card", "T4"]) == status
+    assert main(["run", script(tmp_path, text), "--card", "T4", "--torch", "2.14"]) == status
     assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nowhere.py", "--card", "T4"], "nowhere.py: No such file or directory"),
+        (
+            ["nowhere.py", "--card", "T4", "--torch", "2.14"],
+            "nowhere.py: No such file or directory",
+        ),
         (["nowhere.py", "--card", "T5"], "--card is 'T5': expected one of"),
-        (["nowhere.py", "--card", "T4", "--steps", "-1"], "--steps is -1: expected 0 or more"),
+        (
+            ["nowhere.py", "--card", "T4", "--torch", "2.14", "--steps", "-1"],
+            "--steps is -1: expected 0 or more",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_line(
@@ -115,7 +122,7 @@ def test_what_cannot_be_run_is_refused_in_one_line(
 
 def test_unknown_values_can_be_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = script(tmp_path, TRAIN)
-    assert main(["run", path, "--card", "T4", "--values", "refuse"]) == 2
+    assert main(["run", path, "--card", "T4", "--torch", "2.14", "--values", "refuse"]) == 2
     assert "item() at train.py:15 reads a value" in capsys.readouterr().err
 
 
@@ -164,7 +171,7 @@ def test_a_leak_is_traced_to_what_keeps_it(
     by_graph: bool,
 ) -> None:
     path = script(tmp_path, LEAKS.format(before=before, line=line))
-    assert main(["run", path, "--card", "T4", "--steps", "4", "--json"]) == 0
+    assert main(["run", path, "--card", "T4", "--torch", "2.14", "--steps", "4", "--json"]) == 0
     left = json.loads(capsys.readouterr().out)["left"]
     assert any(leak["holder"] == holder for leak in left), left
     text = next(x["words"] for x in left if x["holder"] == holder)
@@ -174,7 +181,17 @@ def test_a_leak_is_traced_to_what_keeps_it(
 
 def test_ctrl_c_ends_with_the_report_so_far(tmp_path: Path) -> None:
     text = TRAIN.replace("range(10)", "range(10**9)").replace("__name__)", "__name__, flush=True)")
-    command = [sys.executable, "-m", "every_byte", "run", script(tmp_path, text), "--card", "T4"]
+    command = [
+        sys.executable,
+        "-m",
+        "every_byte",
+        "run",
+        script(tmp_path, text),
+        "--card",
+        "T4",
+        "--torch",
+        "2.14",
+    ]
     page = tmp_path / "report.html"
     with subprocess.Popen(
         [*command, "--steps", "0", "--report", str(page)],
@@ -254,7 +271,7 @@ def test_what_needs_a_real_gpu_is_one_line(
     for name in ("flash_attn", "triton"):
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     path = script(tmp_path, text)
-    assert main(["run", path, "--card", "T4"]) == 1
+    assert main(["run", path, "--card", "T4", "--torch", "2.14"]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1, error
     assert re.search(said.format(path=re.escape(path)), error)
@@ -266,9 +283,9 @@ def test_a_module_is_run(
     (tmp_path / "a_package_of_mine").mkdir()
     (tmp_path / "a_package_of_mine" / "__main__.py").write_text(TRAIN)
     monkeypatch.chdir(tmp_path)
-    assert main(["run", "-m", "a_package_of_mine", "--card", "T4"]) == 0
+    assert main(["run", "-m", "a_package_of_mine", "--card", "T4", "--torch", "2.14"]) == 0
     assert "in backward, at __main__.py:11" in capsys.readouterr().out
-    assert main(["run", "-m", "a_package_of_nobody", "--card", "T4"]) == 2
+    assert main(["run", "-m", "a_package_of_nobody", "--card", "T4", "--torch", "2.14"]) == 2
     assert "there is no such module" in capsys.readouterr().err
 
 
@@ -276,7 +293,7 @@ def test_an_error_is_not_reported_as_a_fit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "import torch\nx = torch.zeros(9, device='cuda')\n1 / 0\n"
-    assert main(["run", script(tmp_path, text), "--card", "T4", "--json"]) == 1
+    assert main(["run", script(tmp_path, text), "--card", "T4", "--torch", "2.14", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["failed"] is True
 
 
@@ -312,7 +329,7 @@ def test_a_script_runs_again_in_a_process_of_its_own(tmp_path: Path) -> None:
     from every_byte import levers
 
     path = script(tmp_path, "import torch\nx = torch.zeros(99, device='cuda')\n")
-    arguments = ["run", path, "--card", "T4", "--unbounded", "--json"]
+    arguments = ["run", path, "--card", "T4", "--torch", "2.14", "--unbounded", "--json"]
     told = levers.again(arguments, tmp_path, dict(os.environ))
     assert told is not None and told["peak"] == 512
     assert levers.again(arguments[:-1], tmp_path, dict(os.environ)) is None
@@ -321,14 +338,14 @@ def test_a_script_runs_again_in_a_process_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("in_this_process")
 def test_levers_are_replayed_and_sorted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = script(tmp_path, PLAIN)
-    assert main(["run", path, "--card", "T4", "--levers", "--json"]) == 0
+    assert main(["run", path, "--card", "T4", "--torch", "2.14", "--levers", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     names = [lever["lever"] for lever in told["levers"]] + told["useless"]
     assert sorted(names) == ["expandable-segments", "fused", "half-batch"]  # nothing else applies
     saved = {lever["lever"]: lever["saved"] for lever in told["levers"]}
     assert saved["fused"] > 4 * 640 * 640  # foreach takes copies of the parameters
     assert max(told["levers"], key=lambda lever: lever["saved_reserved"]) == told["levers"][0]
-    assert main(["run", path, "--card", "T4", "--lever", "fused", "--json"]) == 0
+    assert main(["run", path, "--card", "T4", "--torch", "2.14", "--lever", "fused", "--json"]) == 0
     assert told["peak"] - json.loads(capsys.readouterr().out)["peak"] == saved["fused"]
 
 
@@ -344,7 +361,12 @@ x = torch.zeros(2**18, 8192, device="cuda")  # 8.6 GB
 y = model(x)
 z = y * y
 """
-    assert main(["run", script(tmp_path, text), "--card", "T4", "--levers", "--json"]) == 3
+    assert (
+        main(
+            ["run", script(tmp_path, text), "--card", "T4", "--torch", "2.14", "--levers", "--json"]
+        )
+        == 3
+    )
     told = json.loads(capsys.readouterr().out)
     assert told["needed"] >= told["needed_allocated"] > 3 * 2**18 * 8192 * 4
     assert told["others"]["A100 80 GB"] is True and told["others"]["RTX 4090"] is False
@@ -353,7 +375,7 @@ z = y * y
 
 def test_an_unknown_lever_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = script(tmp_path, "")
-    assert main(["run", path, "--card", "T4", "--lever", "magic"]) == 2
+    assert main(["run", path, "--card", "T4", "--torch", "2.14", "--lever", "magic"]) == 2
     assert "--lever is 'magic': expected one of fused, " in capsys.readouterr().err
 
 
@@ -384,7 +406,10 @@ def test_the_first_of_several_gpus(tmp_path: Path, capsys: pytest.CaptureFixture
     path = script(tmp_path, MANY)
     weights = 4 * 4 * (1024 * 1024 + 1024)
     for gpus, gradients in ((4, 2), (2, 2)):  # DDP's buckets hold them once more
-        assert main(["run", path, "--card", "T4", "--gpus", str(gpus), "--json"]) == 0
+        assert (
+            main(["run", path, "--card", "T4", "--torch", "2.14", "--gpus", str(gpus), "--json"])
+            == 0
+        )
         told = json.loads(capsys.readouterr().out)
         assert told["by_kind"]["parameters"] == weights
         assert told["by_kind"]["gradients"] == gradients * weights
@@ -396,7 +421,7 @@ def test_what_one_of_several_cannot_be_is_refused(
 ) -> None:
     text = MANY.replace("DistributedDataParallel(model, device_ids=[rank])", "wrap(model)")
     path = script(tmp_path, "from torch.distributed.fsdp import fully_shard as wrap\n" + text)
-    assert main(["run", path, "--card", "T4", "--gpus", "2"]) == 1
+    assert main(["run", path, "--card", "T4", "--torch", "2.14", "--gpus", "2"]) == 1
     assert "NotImplementedError: fully_shard of a script is not replayed" in capsys.readouterr().err
 
 
@@ -406,7 +431,7 @@ def test_a_snapshot_replaces_no_file_of_another_kind(
     """Refused before the script runs; a snapshot of an earlier run is replaced."""
     path, precious = script(tmp_path, TRAIN), tmp_path / "precious.pt"
     precious.write_text("weights")
-    command = ["run", path, "--card", "RTX 4090", "--steps", "1", "--snapshot"]
+    command = ["run", path, *CARD, "--steps", "1", "--snapshot"]
     assert main([*command, str(precious)]) == 2
     said = capsys.readouterr()
     assert "step 0" not in said.out and precious.read_text() == "weights"

@@ -56,6 +56,16 @@ PRIVATE_NAMES = (
         checked=("2.14", "2.15"),
     ),
     PrivateName(
+        "torch._C._storage_Use_Count",
+        "tells whether a storage is dead, or in a cycle that Python's garbage collector takes",
+        "what torch.save wrote leaves the account too early with PyTorch 2.8",
+    ),
+    PrivateName(
+        "torch.UntypedStorage._new_with_weak_ptr",
+        "finds such a storage again",
+        "what torch.save wrote leaves the account too early with PyTorch 2.8",
+    ),
+    PrivateName(
         "torch.utils._python_dispatch.is_traceable_wrapper_subclass",
         "finds the parts of a DTensor, for breakdown()",
         "a DTensor's bytes count as activations",
