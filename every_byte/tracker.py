@@ -721,8 +721,8 @@ class Tracker(TorchDispatchMode):
         if torch._C._storage_Use_Count(key) > 1:
             # The garbage collector of Python clears weak references to a storage in a cycle,
             # such as torch.save leaves behind, though PyTorch keeps it for its tensor (2.8).
-            storage = torch.UntypedStorage._new_with_weak_ptr(key)
-            weakref.finalize(storage, self._died, key).atexit = False
+            alive = torch.UntypedStorage._new_with_weak_ptr(key)
+            weakref.finalize(alive, self._died, key).atexit = False
             return
         storage = self._storages.pop(key)
         self._log(storage, -1)

@@ -78,12 +78,17 @@ def test_at_most_two_layers_are_gathered_at_once(gpu: VirtualGPU) -> None:
 
 
 def test_what_is_gathered_can_stay_until_backward(gpu: VirtualGPU) -> None:
-    with one_of(8) as mesh:
-        model = sharded(gpu, mesh, reshard_after_forward=False)
-        _, recorded = step(gpu, model, optim.SGD(model.parameters()))
-    last = recorded.steps[recorded.marks["backward"]]
-    assert WHOLE <= last["gathered"] <= part(8) * 8
-    assert max(row["gathered"] for row in recorded.steps) >= WHOLE > 2 * LARGEST
+    def gathered(stays: bool) -> tuple[int, int]:
+        with one_of(8) as mesh:
+            model = sharded(gpu, mesh, reshard_after_forward=not stays)
+            _, recorded = step(gpu, model, optim.SGD(model.parameters()))
+        rows = [row["gathered"] for row in recorded.steps]
+        return rows[recorded.marks["backward"]], max(rows)
+
+    (at_backward, most), (given_back, fewer) = gathered(stays=True), gathered(stays=False)
+    assert WHOLE <= at_backward <= part(8) * 8
+    assert given_back < WHOLE
+    assert most > fewer
 
 
 def test_half_precision_is_gathered_in_half_the_bytes(gpu: VirtualGPU) -> None:

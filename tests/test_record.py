@@ -583,10 +583,10 @@ def test_what_differs_alike_by_the_same_cause_is_one_line(
     record = extension.Record({"card": "C"}, "", whole["experiments"], again["experiments"])
     cause = {"of": ["rounding"], "experiments": ["*"], "text": "Because."}
     rows = [(record, row, [1]) for row in compared(*record[2:])]
-    assert "2 checkpoints of one, two" in extension._differences(rows)
-    apart = extension._differences([(record, row, []) for _, row, _ in rows])
+    assert "2 checkpoints of one, two" in extension.differences(rows)
+    apart = extension.differences([(record, row, []) for _, row, _ in rows])
     assert "| one, end" in apart and "| two, end" in apart
-    assert extension._causes_of(rows[0][1], [cause]) == [1]
+    assert extension.causes_of(rows[0][1], [cause]) == [1]
 
 
 def test_the_figure_counts_what_is_equal_and_what_is_not(extension: Any) -> None:

@@ -138,10 +138,10 @@ def shown(records: Sequence[Record], known: Sequence[dict[str, Any]]) -> str:
     off = [(record, row) for record, row in rows if any(row.difference.values())]
     if off:
         # Numbered as they are needed: Markdown leaves no number out.
-        met = {number for _, row in off for number in _causes_of(row, known)}
+        met = {number for _, row in off for number in causes_of(row, known)}
         needed = [cause for number, cause in enumerate(known, 1) if number in met]
-        why = [(record, row, _causes_of(row, needed)) for record, row in off]
-        parts += ["**What differs**, and the cause by its number below:", _differences(why)]
+        why = [(record, row, causes_of(row, needed)) for record, row in off]
+        parts += ["**What differs**, and the cause by its number below:", differences(why)]
         parts.append("\n".join(f"{n}. {cause['text']}" for n, cause in enumerate(needed, 1)))
     else:
         parts.append("Every figure agrees to the byte.")
@@ -180,7 +180,7 @@ def _pairs(row: Row) -> Iterator[int]:
         yield row.replayed[figure]
 
 
-def _causes_of(row: Row, known: Sequence[dict[str, Any]]) -> list[int]:
+def causes_of(row: Row, known: Sequence[dict[str, Any]]) -> list[int]:
     """The numbers of the causes that name this experiment, and a figure or kind that is off."""
     off = {figure for figure, nbytes in row.difference.items() if nbytes} | row.by_kind().keys()
     return [
@@ -191,7 +191,7 @@ def _causes_of(row: Row, known: Sequence[dict[str, Any]]) -> list[int]:
     ]
 
 
-def _differences(rows: Sequence[tuple[Record, Row, list[int]]]) -> str:
+def differences(rows: Sequence[tuple[Record, Row, list[int]]]) -> str:
     """A line for what differs alike, by the same cause; a cause not known has a line each."""
     alike: dict[tuple[Any, ...], list[Row]] = {}
     for record, row, numbers in rows:
