@@ -74,7 +74,7 @@ def config(name: str, **changes: Any) -> PreTrainedConfig:
     Raises:
         ValueError: it is not there; the message lists those that are.
     """
-    if name not in known_models():
+    if not isinstance(name, str) or name not in known_models():
         raise ValueError(f"model is {name!r}: expected one of {', '.join(known_models())}")
     known = {k: v for k, v in known_models()[name].items() if k not in _NOT_OF_THE_CONFIG}
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -98,8 +98,15 @@ def build(
         dtype: of the parameters; the configuration's if None.
 
     Raises:
-        ValueError: the name is unknown, or `dtype` is no floating-point type.
+        ValueError: the name or the device is unknown, `model` is something else, or `dtype` is
+            no floating-point type.
     """
+    if not isinstance(model, (str, PreTrainedConfig)):
+        raise ValueError(f"model is {model!r}: expected a name, or a configuration")
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device is {device!r}: expected one of PyTorch's, or meta") from None
     settings = config(model) if isinstance(model, str) else deepcopy(model)
     wanted = settings.dtype if dtype is None else dtype
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:

@@ -732,7 +732,7 @@ def test_impossible_sizes_are_refused(change: dict[str, object], message: str) -
         ),
         (
             lambda s: estimate.activations(s, 1, 1, checkpointing=-1),
-            "checkpointing is -1: expected a number of layers, 0 for none",
+            "checkpointing is -1: expected a whole number from 0 up, 0 for none",
         ),
         (
             lambda s: estimate.inference(s, quantised="int3"),

@@ -29,7 +29,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "autocast is -1": lambda: estimate.activations(GPT2, 1, 8, autocast=-1),  # type: ignore
     **{
         f"checkpointing is {n!r}": lambda n=n: estimate.activations(GPT2, 1, 8, checkpointing=n)
-        for n in (True, NAN, -1)
+        for n in (1.5, NAN, -1)
     },
     **{f"nbytes is {n}": lambda n=n: estimate.block(n) for n in (-1, 1.5, NAN, True)},
     "nbytes is -2": lambda: estimate.shard(-2, 2),
@@ -62,7 +62,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "model is 'x'": lambda: breakdown("x"),
     "model is None": lambda: build(None, "meta"),  # type: ignore[arg-type]
     "device is 'nowhere'": lambda: build("gpt2", "nowhere"),
-    "model_type is": lambda: config({}),  # type: ignore[arg-type]
+    "model is {}": lambda: config({}),  # type: ignore[arg-type]
 }
 
 

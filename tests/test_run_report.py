@@ -95,7 +95,11 @@ def test_a_file_of_another_kind_is_kept(
     arguments = ["run", str(script), "--card", "T4", "--report"]
     assert main([*arguments, str(other)]) == 2
     said = capsys.readouterr()
-    assert said.out == "" and "is no report of every-byte: --force replaces it" in said.err
+    assert (
+        said.out == ""
+        and "is not a report of every-byte run: name another file, or replace it with --force"
+        in said.err
+    )
     assert other.read_text() == "<p>mine"
     assert main([*arguments, str(other), "--force"]) == 0
     assert main([*arguments, str(other)]) == 0  # its own kind

@@ -88,6 +88,8 @@ def run(options: argparse.Namespace) -> int:
         sizes = _sizes(options)
         given = {f.name: getattr(options, f.name) for f in fields(Setup) if f.name in options}
         setup = replace(PRESETS[options.preset][1], **given)
+        if "length" not in given and sizes.has("learned positions"):
+            setup = replace(setup, length=min(setup.length, sizes.max_position_embeddings))
         found = memory(sizes, setup)
     except ValueError as error:
         raise Refused(error) from None

@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from every_byte.data import catalogue
+from every_byte.data import catalogue, known_models
 from every_byte.estimate.checks import refuse
 
 # What tells the architectures apart, by transformers' model_type.
@@ -101,7 +101,7 @@ def dimensions(model: str | Mapping[str, Any] | object) -> Dimensions:
             configuration lacks a size or has one that these formulas do not know.
     """
     if isinstance(model, str):
-        models = catalogue()
+        models = {**catalogue(), **known_models()}
         if model not in models:
             raise refuse("model", model, f"one of {', '.join(models)}")
         model = models[model]

@@ -185,7 +185,8 @@ def activations(
         adapters,
         lora_dropout,
     )
-    check_whole("checkpointing", checkpointing, 0, "0 for none")
+    if not isinstance(checkpointing, bool):  # True: of each layer
+        check_whole("checkpointing", checkpointing, 0, "0 for none")
     b, h, layers = computed_width(dtype), sizes.hidden_size, sizes.num_hidden_layers
     wide = 4 if autocast else b
     norm = _norm_input(sizes, wide)

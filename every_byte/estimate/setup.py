@@ -652,7 +652,8 @@ def training(
         ValueError: impossible sizes, an unknown dtype, optimizer, attention or
             sharding, or dropout where the architecture has none.
     """
-    check_whole("checkpointing", checkpointing, 0, "0 for none")
+    if not isinstance(checkpointing, bool):  # True: of each layer
+        check_whole("checkpointing", checkpointing, 0, "0 for none")
     setup = Setup(
         task="training",
         optimizer=optimizer,
