@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
 from every_byte import estimate
 from every_byte.data import cards
@@ -637,13 +637,12 @@ def test_by_keyboard_alone(tab: Page) -> None:
 
 
 def test_changes_are_announced_once_typing_pauses(tab: Page) -> None:
-    tab.wait_for_function("document.getElementById('e-status').textContent")
+    status = expect(tab.locator("#e-status"))  # which asks again and again, without eval
+    status.not_to_have_text("")
     change(tab, "batch", "2")
     headline = tab.inner_text("#e-headline")
     assert tab.text_content("#e-status") != headline
-    tab.wait_for_function(
-        "text => document.getElementById('e-status').textContent === text", arg=headline
-    )
+    status.to_have_text(headline)
 
 
 STATES = [
