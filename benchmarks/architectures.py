@@ -514,18 +514,24 @@ def _closes(gpu: "every_byte.VirtualGPU", model: nn.Module, did: str) -> Checked
     )
 
 
-def _peft(gpu: "every_byte.VirtualGPU", name: str) -> Checked:
-    import peft
+def _loaded(device_map: str, **bits: bool) -> Any:
+    """A small Llama that transformers loads and bitsandbytes quantises."""
     import transformers
 
+    with tempfile.TemporaryDirectory() as folder:
+        _llama().save_pretrained(folder)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config=transformers.BitsAndBytesConfig(**bits),
+            device_map=device_map,
+        )
+
+
+def _peft(gpu: "every_byte.VirtualGPU", name: str) -> Checked:
+    import peft
+
     if name == "QLoRA":
-        with tempfile.TemporaryDirectory() as folder:
-            _llama().save_pretrained(folder)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True),
-                device_map="cuda",
-            )
+        model = _loaded("cuda", load_in_4bit=True)
         model = peft.prepare_model_for_kbit_training(model)
     else:
         model = _llama().cuda()
@@ -651,13 +657,7 @@ def _trainer(gpu: "every_byte.VirtualGPU", name: str) -> Checked:
     import transformers
 
     if name.startswith("device_map"):
-        with tempfile.TemporaryDirectory() as folder:
-            _llama().save_pretrained(folder)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True),
-                device_map="auto",
-            )
+        model = _loaded("auto", load_in_8bit=True)
         ids = torch.randint(0, 1000, (2, 64)).cuda()
         with torch.no_grad():
             model(input_ids=ids)

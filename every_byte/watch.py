@@ -25,6 +25,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from every_byte.estimate import block
 from every_byte.gpu import VirtualGPU
 from every_byte.leaks import Holder, holders
 from every_byte.tracker import Timeline, in_backward
@@ -36,8 +37,6 @@ LIMIT = 1_000_000
 
 EVERY = 10.0
 """Seconds between two lines of progress."""
-
-_BLOCK = 512  # what the allocator rounds to (kMinBlockSize of PyTorch's CUDACachingAllocator.h)
 
 
 class EnoughSteps(BaseException):
@@ -228,7 +227,7 @@ class Watch:
         if last < 2 or self.after_step[-1] <= self.after_step[-2]:
             return
         left = {
-            handle: (-(-nbytes // _BLOCK) * _BLOCK, line)
+            handle: (block(nbytes), line)
             for handle, (step, nbytes, line) in list(self._births.items())
             if step == last - 1
         }

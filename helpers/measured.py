@@ -37,3 +37,23 @@ def of_experiments(*names: str) -> list[tuple[str, str, dict[str, int], dict[str
         for experiment in names
         for checkpoint, row in measured[experiment]["checkpoints"].items()
     ]
+
+
+COLUMNS = ("experiment", "checkpoint", "measured (B)", "replayed, off by (B)")
+"""Of the rows of `beside_replay`."""
+
+
+def beside_replay(*names: str, figure: str = "memory_allocated") -> list[tuple[str, str, int, int]]:
+    """Experiments, checkpoints, what was measured on `CARD`, and how much more is replayed.
+
+    Args:
+        names: of experiments.
+        figure: one of ``torch.cuda``'s, such as "max_memory_allocated".
+
+    Raises:
+        KeyError: an experiment is not in the record, or has no such figure.
+    """
+    return [
+        (name, checkpoint, row[figure], again[figure] - row[figure])
+        for name, checkpoint, row, again in of_experiments(*names)
+    ]

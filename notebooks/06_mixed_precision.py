@@ -32,7 +32,7 @@ from every_byte.estimate import Dimensions
 from every_byte.formats import BF16, FP16
 from every_byte.units import GB, MB
 from helpers.environment import versions
-from helpers.measured import CARD, of_experiments
+from helpers.measured import CARD, COLUMNS, beside_replay
 from helpers.mlp import SimpleMLP
 from helpers.mnist import mnist
 from helpers.plots import COLORS, stacked_bars, use_book_style
@@ -865,20 +865,7 @@ print(
 
 # %%
 print(CARD)
-table(
-    ["experiment", "checkpoint", "measured (B)", "replayed, off by (B)"],
-    [
-        (
-            name,
-            checkpoint,
-            row["memory_allocated"],
-            again["memory_allocated"] - row["memory_allocated"],
-        )
-        for name, checkpoint, row, again in of_experiments(
-            "amp-fp16", "amp-bf16"
-        )
-    ],
-)
+table(COLUMNS, beside_replay("amp-fp16", "amp-bf16"))
 
 # %% [markdown]
 # ## The article's forms today

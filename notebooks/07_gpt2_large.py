@@ -25,7 +25,7 @@ from every_byte import estimate, open_gpu, untracked
 from every_byte.units import GB, MiB
 from every_byte.virtual.memory import CUBLAS_WORKSPACE, cublas_workspace_size
 from helpers.environment import versions
-from helpers.measured import CARD, of_experiments
+from helpers.measured import CARD, COLUMNS, beside_replay
 from helpers.models import build, checkpoint, load
 from helpers.plots import segments, stacked_bars, use_book_style
 from helpers.tables import table
@@ -457,18 +457,7 @@ LOADS += [
     f"load-gpt2-large-{p}-device_map"
     for p in ("fp32", "fp16", "bf16", "int8", "nf4", "nf4-double", "fp4")
 ]
-table(
-    ["experiment", "checkpoint", "measured (B)", "replayed, off by (B)"],
-    [
-        (
-            name,
-            checkpoint,
-            row["memory_allocated"],
-            again["memory_allocated"] - row["memory_allocated"],
-        )
-        for name, checkpoint, row, again in of_experiments(*LOADS)
-    ],
-)
+table(COLUMNS, beside_replay(*LOADS))
 
 # %% [markdown]
 # ## What to remember

@@ -29,7 +29,7 @@ from every_byte import VirtualGPU, estimate, open_gpu, untracked
 from every_byte.units import GiB, MiB
 from helpers import models
 from helpers.environment import versions
-from helpers.measured import CARD, of_experiments
+from helpers.measured import CARD, COLUMNS, beside_replay
 from helpers.plots import stacked_bars, timeline, use_book_style
 from helpers.tables import table
 
@@ -611,18 +611,7 @@ LOADS += [
     f"load-Qwen2-0.5B-{p}-device_map"
     for p in ("fp32", "fp16", "bf16", "int8", "nf4", "nf4-double", "fp4")
 ]
-table(
-    ["experiment", "checkpoint", "measured (B)", "replayed, off by (B)"],
-    [
-        (
-            name,
-            checkpoint,
-            row["memory_allocated"],
-            again["memory_allocated"] - row["memory_allocated"],
-        )
-        for name, checkpoint, row, again in of_experiments(*LOADS)
-    ],
-)
+table(COLUMNS, beside_replay(*LOADS))
 
 # %% [markdown]
 # ## What to remember

@@ -46,7 +46,7 @@ from every_byte.estimate import SHARDING
 from every_byte.units import GB, MB, GiB
 from helpers import models
 from helpers.environment import versions
-from helpers.measured import CARD, of_experiments
+from helpers.measured import CARD, COLUMNS, beside_replay
 from helpers.mlp import SimpleMLP
 from helpers.plots import timeline, use_book_style
 from helpers.tables import table
@@ -842,20 +842,8 @@ print(f"one FP32 tensor like the logits: {logits / GiB:.2f} GiB")
 
 # %%
 print(CARD)
-table(
-    ["experiment", "checkpoint", "measured (B)", "replayed, off by (B)"],
-    [
-        (
-            name,
-            checkpoint,
-            row["max_memory_allocated"],
-            again["max_memory_allocated"] - row["max_memory_allocated"],
-        )
-        for name, checkpoint, row, again in of_experiments(
-            "fsdp-fp32", "fsdp-bf16"
-        )
-    ],
-)
+FIGURE = "max_memory_allocated"
+table(COLUMNS, beside_replay("fsdp-fp32", "fsdp-bf16", figure=FIGURE))
 
 # %% [markdown]
 # These are peaks since the checkpoint before. At rest 512 B are off, a constant that an import had left on the card; the rest of what the peaks are off by, up to 66,048 B, we have not traced. `python -m helpers.record --only 'fsdp-*'` measures it on a card of yours.

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn, optim
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers import logging as transformers_logging
-from transformers.pytorch_utils import Conv1D
 
 from benchmarks import estimates
 from every_byte import estimate
@@ -50,16 +49,10 @@ def build(
     sizes: Dimensions, dtype: str, attention: str = "eager", dropout: float = 0.0
 ) -> PreTrainedModel:
     """The real model of these sizes, on the device in force."""
-    given = dataclasses.asdict(sizes) | {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    if not sizes.num_local_experts:
-        del given["num_local_experts"], given["num_experts_per_tok"]
-    if sizes.model_type == "gpt2":
-        del given["intermediate_size"], given["num_key_value_heads"], given["head_dim"]
-        given |= dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), dropout)
-    config = AutoConfig.for_model(
-        given.pop("model_type"), attn_implementation=attention, use_cache=False, **given
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).train()
+    device = torch.get_default_device()
+    model: PreTrainedModel = estimates.build(sizes, DTYPES[dtype], device, attention, dropout)
+    model.config.use_cache = False
+    return model.train()
 
 
 def step(
@@ -76,7 +69,7 @@ def step(
     with gpu.device:
         model = build(sizes, dtype)
     if lora:
-        with_lora(model, lora)
+        estimates.with_lora(model, lora, DTYPES[dtype], 0.0)
     ids = torch.zeros(batch, length, dtype=torch.int64).to(gpu.device)
     causal = torch.zeros(batch, 1, length, length, dtype=DTYPES[dtype]).to(gpu.device)
     positions = torch.arange(length)[None].to(gpu.device)
@@ -125,31 +118,6 @@ def test_a_training_step_is_as_estimated(
     assert rows["optimizer states"] == expected.optimizer_states
     # To the byte, but for the loss: its value, its mean's weight, and its counters.
     assert 0 <= held - expected.activations - expected.logits <= 64
-
-
-class LoRA(nn.Module):
-    """LoRA in plain PyTorch, beside a linear layer of either of transformers' kinds."""
-
-    def __init__(self, linear: nn.Linear | Conv1D, rank: int) -> None:
-        super().__init__()
-        self.linear = linear.requires_grad_(False)
-        n, m = linear.weight.shape if isinstance(linear, Conv1D) else linear.weight.shape[::-1]
-        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        self.down = nn.Linear(n, rank, bias=False, **like)
-        self.up = nn.Linear(rank, m, bias=False, **like)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) + self.up(self.down(x))
-
-
-def with_lora(model: PreTrainedModel, rank: int) -> PreTrainedModel:
-    model.requires_grad_(False)
-    for block in [m for m in model.modules() if isinstance(m, nn.Module) and m is not model]:
-        for name, child in list(block.named_children()):
-            inside = not isinstance(block, LoRA) and not isinstance(child, nn.Embedding)
-            if inside and isinstance(child, nn.Linear | Conv1D):
-                setattr(block, name, LoRA(child, rank))
-    return model
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from every_byte.virtual.kernels import attention
+from every_byte.virtual.kernels.borrowing import borrow
 from every_byte.virtual.rules import Rules
 
 aten = torch.ops.aten
@@ -95,10 +96,6 @@ def _like(query: Tensor, size: int) -> Tensor:
     return dense.permute([order.index(d) for d in range(4)])
 
 
-def _workspace(like: Tensor, nbytes: int) -> None:
-    like.new_empty(nbytes, dtype=torch.uint8)  # and gone again
-
-
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -117,7 +114,7 @@ def _forward(
     result = _like(query, value.size(-1))
     rows = (batch, heads, length, 1) if compute_log_sumexp else (0,)
     logsumexp = query.new_empty(rows, dtype=torch.float32)
-    _workspace(query, _workspace_size(query, key))
+    borrow(query, _workspace_size(query, key))
     nothing = query.new_empty(0)
     return result, logsumexp, None, None, length, key.size(2), *states, nothing
 
@@ -144,7 +141,7 @@ def _backward(
     nbytes = 4 * batch * heads * length * (size + 1) + 256
     if key.size(1) != heads:
         nbytes += 2 * query.element_size() * batch * heads * key.size(2) * size
-    _workspace(query, nbytes)
+    borrow(query, nbytes)
     return tuple(grads)
 
 

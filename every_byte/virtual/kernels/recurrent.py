@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from every_byte.virtual.kernels.borrowing import borrow
+
 aten = torch.ops.aten
 
 ESTIMATE = (
@@ -49,10 +51,6 @@ def _spaces(
         (kept + between) * rows * width + _RESERVE_END,
         (rows + 2 * batch) * kept * width + _WORKSPACE_END,
     )
-
-
-def _borrow(tensor: Tensor, nbytes: int) -> None:
-    tensor.new_empty(nbytes, dtype=torch.uint8)  # and gone again
 
 
 def _sizes(
@@ -140,13 +138,13 @@ def _cudnn_rnn_backward(
     of_hidden = torch.empty_like(hx)
     of_cell = None if cx is None else torch.empty_like(cx)
     _, borrowed = _sizes(input, hx, mode, hidden_size, num_layers, bidirectional)
-    _borrow(input, borrowed)
+    borrow(input, borrowed)
     copies.clear()
     of_weights: list[Tensor] = []
     if output_mask[3]:
         copies.append(steps.contiguous())
         flat = input.new_empty(sum(w.numel() for w in weight))
-        _borrow(input, borrowed)
+        borrow(input, borrowed)
         copies.clear()
         at = 0
         for one in weight:
