@@ -209,7 +209,33 @@ def test_an_unfinished_environment_is_made_afresh(installed, wheels):
 def test_another_pythons_environment_is_made_afresh(installed, wheels):
     before = VENV_FAILS + OTHER_PYTHON
     assert "made afresh" in the_line(run(installed, before, wheels=wheels))
-    assert not (installed / ".venv" / "installed").exists()
+
+
+def test_what_works_stays_where_its_replacement_fails(installed, wheels):
+    assert run(installed, VENV_FAILS + OTHER_PYTHON, wheels=wheels).returncode == 1
+    assert is_current(installed)
+    (installed / "backend.py").write_text("raise SystemExit('broken')\n")
+    done = run(installed, VENV_IS_QUICK + OTHER_PYTHON, wheels=wheels)
+    assert done.returncode == 1 and "failed" in done.stderr.splitlines()[-1]
+    assert is_current(installed)
+    subprocess.run([installed / ".venv/bin/python", "-c", "import the_project"], check=True)
+    assert not (installed / ".venv.before").exists()
+
+
+def test_a_kill_between_the_two_is_undone(installed):
+    venv, before = installed / ".venv", installed / ".venv.before"
+    venv.rename(before)
+    venv.mkdir()  # as far as the replacement came
+    assert is_current(installed)
+    assert not before.exists()
+
+
+def test_too_little_disk_beside_what_works(installed, wheels):
+    with (installed / ".venv" / "large").open("wb") as file:
+        file.truncate(12 * 2**30)  # takes no room
+    line = the_line(run(installed, FULL_DISK + "\n" + OTHER_PYTHON, wheels=wheels))
+    assert "1.0 GiB of disk are free" in line and "or remove .venv itself" in line
+    (installed / ".venv" / "large").unlink()
 
 
 def test_a_failed_update_says_why_and_leaves_no_stamp(installed, wheels):

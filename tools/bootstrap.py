@@ -4,7 +4,8 @@
 
 .venv/installed records what a finished environment was made from: as long as that is unchanged,
 this does nothing. Only a finished environment is updated in place. One that was interrupted, moved
-or made by another Python is made afresh, from pip's cache as far as that goes.
+or made by another Python is made afresh, from pip's cache as far as that goes; one that works waits
+in .venv.before, and comes back if that fails.
 
 Standard library only, in syntax that every Python since 3.6 can read: whoever runs this with one
 that is too old gets a sentence and not a SyntaxError. The slower imports wait until needed.
@@ -47,16 +48,21 @@ def check_venv() -> None:
         )
 
 
-def check_disk(root: Path) -> None:
+def check_disk(root: Path, works: bool) -> None:
     import shutil
 
     free = shutil.disk_usage(str(root)).free
-    for folder, _, names in os.walk(root / ".venv"):  # will be deleted first
-        free += sum(os.lstat(os.path.join(folder, name)).st_size for name in names)
+    there = 0
+    for folder, _, names in os.walk(root / ".venv"):
+        there += sum(os.lstat(os.path.join(folder, name)).st_size for name in names)
+    if not works:  # will be deleted first
+        free += there
     if free < GIB_NEEDED * 2**30:
+        enough = works and free + there >= GIB_NEEDED * 2**30
         raise Stop(
             f"{free / 2**30:.1f} GiB of disk are free for .venv in {root}, but {GIB_NEEDED} GiB "
-            "are needed: make room and run this again"
+            f"are needed: make room{', or remove .venv itself,' if enough else ''} and run this "
+            "again"
         )
 
 
@@ -88,6 +94,19 @@ def make_venv(root: Path) -> None:
         builder.create(str(root / ".venv"))
     except (ValueError, subprocess.CalledProcessError) as error:
         raise Stop(f"could not make .venv: {error}")
+
+
+def put_back(root: Path) -> None:
+    """Undo what a run left that was killed between setting .venv aside and its replacement."""
+    import shutil
+
+    venv, before = root / ".venv", root / ".venv.before"
+    if before.is_dir():
+        if (venv / "installed").is_file():
+            shutil.rmtree(str(before))
+        else:
+            shutil.rmtree(str(venv), ignore_errors=True)
+            before.rename(venv)
 
 
 def check_index(root: Path, lock: str) -> None:
@@ -138,6 +157,7 @@ def bootstrap(root: Path) -> None:
     # As UTF-8 whatever the locale is: in C a path with an umlaut could not be written down.
     where = os.fsencode(str(root)).decode("utf-8", "backslashreplace")
     maker = "Python {}.{}.{} in {}".format(*sys.version_info[:3], where)
+    put_back(root)
     stamp = root / ".venv" / "installed"
     found = stamp.read_text(encoding="utf-8").splitlines() if stamp.is_file() else []
     if found == [digest, maker] and (root / ".venv" / PYTHON).exists():
@@ -149,7 +169,7 @@ def bootstrap(root: Path) -> None:
     works = pip_works(root)
     keep = works and found[1:] == [maker]
     if not keep:
-        check_disk(root)
+        check_disk(root, works)
     # What works is not given up before the index is known to answer.
     if not works:
         stamp.unlink(missing_ok=True)
@@ -160,9 +180,22 @@ def bootstrap(root: Path) -> None:
         if not works:
             shutil.rmtree(str(root / ".venv"))
         raise
-    stamp.unlink(missing_ok=True)
-    if works and not keep:
-        make_venv(root)
+    if keep:
+        stamp.unlink(missing_ok=True)
+    elif works:
+        (root / ".venv").rename(root / ".venv.before")
+    try:
+        if works and not keep:
+            make_venv(root)
+        fill(root, lock, keep)
+        unnamed = stamp.with_suffix(".new")
+        unnamed.write_text(f"{digest}\n{maker}\n", encoding="utf-8")
+        unnamed.replace(stamp)
+    finally:
+        put_back(root)
+
+
+def fill(root: Path, lock: str, keep: bool) -> None:
     count = len(re.findall(r"^[\w.-]+==", lock, re.MULTILINE))
     size = "about 6 GB with the CUDA libraries; " if sys.platform == "linux" else ""
     if keep:
@@ -173,9 +206,6 @@ def bootstrap(root: Path) -> None:
             flush=True,
         )
     install(root)
-    unnamed = stamp.with_suffix(".new")
-    unnamed.write_text(f"{digest}\n{maker}\n", encoding="utf-8")
-    unnamed.replace(stamp)
 
 
 def main() -> int:
