@@ -4,6 +4,7 @@ nbval executes them itself, beside these tests (see Makefile: make test).
 """
 
 import copy
+import json
 import re
 import subprocess
 import sys
@@ -44,6 +45,43 @@ def test_what_is_not_compared_says_what_bounds_it(source: Path) -> None:
     for cell, of in zip(code[1:], tags[1:], strict=True):
         if "nbval-ignore-output" in of:
             assert cell.source.splitlines()[-1].startswith("assert "), cell.source
+
+
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+
+
+def said(cell: NotebookNode) -> str:
+    """What a code cell printed or displayed, as text."""
+    texts = []
+    for output in cell.outputs:
+        data = output.get("data", {})
+        texts.append(output.get("text") or data.get("text/markdown") or data.get("text/plain", ""))
+    return "\n".join(texts)
+
+
+def test_how_many_numbers_nothing_guards() -> None:
+    """A number is guarded by nbval, by an assertion that held when it was printed, or by the lock.
+
+    That it stands as it was printed is the digest's (test_a_notebook_is_in_step_with_its_source).
+    """
+    lock = (ROOT / "requirements.lock").read_text("utf-8")
+    locked = dict(re.findall(r"^([\w.-]+)==([\w.]+)", lock, re.MULTILINE))
+    numbers = unguarded = 0
+    for source in SOURCES:
+        for cell in read(source).cells:
+            if cell.cell_type != "code":
+                continue
+            text = said(cell)
+            numbers += len(NUMBER.findall(text))
+            last = cell.source.splitlines()[-1]
+            if "nbval-ignore-output" in cell.metadata.get("tags", []) and "assert" not in last:
+                for name, version in re.findall(r"(\w+) (\d+\.\d+\.\w+)", text):
+                    if name == "Python" or locked.get(name) == version:
+                        text = text.replace(f"{name} {version}", "")
+                unguarded += len(NUMBER.findall(text))
+    print(f"{unguarded} of {numbers} printed numbers are guarded by nothing")
+    assert unguarded < 0.03 * numbers
+    assert numbers > 5000
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=NAMES)
@@ -113,9 +151,15 @@ def break_with_stderr(notebook: NotebookNode) -> None:
     cell.outputs.append(nbformat.v4.new_output("stream", name="stderr", text="12%"))
 
 
+def break_output(notebook: NotebookNode) -> None:
+    cell = [c for c in notebook.cells if c.cell_type == "code" and c.outputs][-1]
+    cell.outputs[0] = nbformat.from_dict(json.loads(json.dumps(cell.outputs[0]).replace("1", "2")))
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
+        (break_output, "an output is not what its execution wrote"),
         (break_source_hash, "it was not executed since its source changed"),
         (break_cell, "its cells are not those of its source"),
         (break_order, "its cells were not executed in order"),
