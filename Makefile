@@ -56,9 +56,10 @@ lint: env ## check style and types, of Python, pages and workflows
 bench: env ## speed and accuracy beside a peer
 	@$(PY) -m benchmarks.training_step
 
-lock: env ## bring requirements.lock up to date with requirements.txt and pyproject.toml
+lock: env ## bring requirements.lock and its licences up to date with requirements.txt and pyproject.toml
 	@$(PY) -m uv pip compile requirements.txt --group dev --universal --python-version 3.11 \
 		--generate-hashes --custom-compile-command "make lock" --quiet -o requirements.lock
+	@$(PY) -m tools.licences
 
 clean: ## remove what was built; the environment, .venv, stays
 	rm -rf _build build dist .hypothesis .pytest_cache .mypy_cache .ruff_cache *.egg-info
