@@ -1,4 +1,4 @@
-# make book   make test   make notebooks [NB=04_mlp_adam_vs_sgd] [FORCE=1]   make help
+# make book   make test   make notebooks [NB=04_mlp_adam_vs_sgd] [FORCE=1] [TEXT=1]   make help
 PYTHON ?= python3
 PY := .venv/bin/python
 PORT ?= 8000
@@ -37,9 +37,9 @@ gpu-test: env ## run every notebook on this machine's CUDA GPU, and compare with
 	@$(PY) -m helpers.models $(CHECKPOINTS) >/dev/null
 	@$(PY) -m pytest -p no:xdist --nbval --nbval-current-env notebooks
 
-notebooks: env ## make and execute the notebooks from their sources  [NB=one] [FORCE=1]
-	@$(if $(filter-out 07_% 08_%,$(NB)),,$(PY) -m helpers.models $(CHECKPOINTS) >/dev/null)
-	@$(PY) -m tools.notebooks $(NB) $(if $(FORCE),--force)
+notebooks: env ## make and execute the notebooks from their sources  [NB=one] [FORCE=1] [TEXT=1]
+	@$(if $(filter-out 07_% 08_%,$(NB))$(TEXT),,$(PY) -m helpers.models $(CHECKPOINTS) >/dev/null)
+	@$(PY) -m tools.notebooks $(NB) $(if $(FORCE),--force) $(if $(TEXT),--text)
 
 proof: env ## replay everything that was measured on a card, beside what was measured
 	@$(PY) -m benchmarks.proof

@@ -1,6 +1,8 @@
 # %% [markdown]
 # # From parameters to bytes
 #
+# **How many bytes do a model's parameters take on a GPU?** Count the parameters and multiply by the bytes of their type: 4 GB for each billion in FP32, 2 GB in BF16. PyTorch counts up to a few per cent more, because it hands out memory in blocks that do not always fit.
+#
 # After this chapter you can tell from a model's configuration how many bytes its parameters take on a GPU, and name every byte that PyTorch counts on top.
 #
 # - **Time:** 20 minutes to read, under a minute to run.
@@ -15,7 +17,7 @@ from collections import Counter
 import torch
 from torch import nn
 
-from every_byte import open_gpu
+from every_byte import Breakdown, open_gpu
 from every_byte.estimate import (
     active_parameters,
     dimensions,
@@ -25,7 +27,7 @@ from every_byte.estimate import (
 from every_byte.units import GB, GiB, MiB
 from helpers.environment import versions
 from helpers.models import build, config
-from helpers.plots import segments, use_book_style
+from helpers.plots import segments, stacked_bars, use_book_style
 from helpers.tables import table
 
 use_book_style()
@@ -34,7 +36,7 @@ print(gpu)
 print(versions("torch", "transformers"))
 
 # %% [markdown]
-# The first line above says which GPU this page is about. With a real one, its figures are **measured**. Without one, they are **replayed**: PyTorch makes every tensor with its shape and no contents, and a model of its memory allocator counts the bytes.
+# The first line above names the GPU of this page. With a real one, its figures are **measured**. Without one, they are **replayed**: PyTorch makes every tensor with its shape and no contents, and a model of its memory allocator counts the bytes.
 
 # %% [markdown]
 # ## Predict
@@ -44,8 +46,21 @@ print(versions("torch", "transformers"))
 # A model is a list of numbers, its parameters. Each takes as many bytes as its type says:
 #
 # $$\text{model size} = \text{parameters} \times \text{bytes per parameter}$$
+#
+# {numref}`models-and-cards` does this for seven models in BF16. The dotted lines are a card of 24 GiB and one of 80 GiB, with nothing else in memory.
 
-# %%
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Bars of the bytes of seven models in BF16, and two dotted lines for cards of 24 and 80 GiB. Qwen2-0.5B 0.99 GB, gpt2-large 1.55, Mistral-7B 14.48, Llama-3.1-8B 16.06 and Qwen3-8B 16.38 GB lie below the first line, Mixtral-8x7B with 93.41 and Llama-3.1-70B with 141.11 GB beyond the second."}, "figure": {"name": "models-and-cards", "caption": "Parameters of seven models in BF16, by formula, and cards of 24 and 80 GiB."}}
+SHOWN = ["Qwen2-0.5B", "gpt2-large", "Mistral-7B-v0.1", "Llama-3.1-8B"]
+SHOWN += ["Qwen3-8B", "Mixtral-8x7B-v0.1", "Llama-3.1-70B"]
+bars = {
+    name: Breakdown(parameters=2 * sum(parameters(dimensions(name)).values()))
+    for name in SHOWN
+}
+figure = stacked_bars({"two bytes for each parameter": bars})
+for size in (24, 80):
+    figure.axes[0].axvline(size * GiB / GB, color="black", linestyle=":")
+
+# %% tags=["hide-input"]
 table(
     ["type", "bytes each", "1 billion (GB)", "70 billion (GB)"],
     [
@@ -56,12 +71,12 @@ table(
 )
 
 # %% [markdown]
-# So one billion parameters (1B) take 4 GB in FP32. Two of the three rows are worth keeping in mind: 4 GB per billion in FP32, 2 GB in BF16 or FP16.
+# So one billion parameters (1B) take 4 GB in FP32. Two of these three rows are worth remembering: 4 GB per billion in FP32, 2 GB in BF16 or FP16.
 
 # %% [markdown]
 # ### Seventy billion
 #
-# The source article {cite}`hoperj2024` takes Llama-3.1-70B as $70 \times 10^9$ parameters and finds 280 GB. But 70B is a name, and a round one. The exact count follows from the dimensions that its authors publish {cite}`llama3`, by a formula that comes further down.
+# An article that this book began with {cite}`hoperj2024` takes Llama-3.1-70B as $70 \times 10^9$ parameters and finds 280 GB. But 70B is a name, and a round one. The exact count follows from the dimensions that its authors publish {cite}`llama3`, by a formula further down.
 
 # %%
 exact = sum(parameters(dimensions("Llama-3.1-70B")).values())
@@ -75,7 +90,7 @@ for label, count in (("round", 70 * 10**9), ("exact", exact)):
 # %% [markdown]
 # ### GB, GiB, and real cards
 #
-# 1 GB is $10^9$ bytes, 1 GiB is $2^{30}$: 7 % more. Memory chips come in powers of two, so a card sold with "24 GB" has 24 GiB, less a little that the driver keeps.
+# 1 GB is $10^9$ bytes, 1 GiB is $2^{30}$: 7 % more. Memory chips come in powers of two, so a card sold with "24 GB" has 24 GiB, minus a little that the driver keeps.
 #
 # How many cards do the parameters of Llama-3.1-70B need, with nothing else in memory?
 
@@ -87,6 +102,7 @@ def cards(bytes_each, size):
     return -(-bytes_each * exact // (size * GiB))
 
 
+# %% tags=["hide-input"]
 table(
     ["card", "memory (GiB)", "in GB", "cards in FP32", "cards in BF16"],
     [
@@ -96,7 +112,7 @@ table(
 )
 
 # %% [markdown]
-# The article gives a 4090 "up to 48G". NVIDIA's specifications say 24 GB; 48 GB is the RTX 6000 Ada, built on the same chip {cite}`nvidia-ada`, and 80 GB the H100 {cite}`nvidia-h100`. What the article concludes stands: no consumer card holds this model.
+# The article gives a 4090 "up to 48G". NVIDIA's specifications say 24 GB. 48 GB is the RTX 6000 Ada, built on the same chip {cite}`nvidia-ada`, and 80 GB the H100 {cite}`nvidia-h100`. The article's conclusion holds: no consumer card fits this model.
 
 # %% [markdown]
 # ### A count from the configuration
@@ -124,7 +140,7 @@ print(f"Llama-3.1-8B: {L * per_layer + 2 * v * h + h:,} parameters")
 # %% [markdown]
 # `every_byte.estimate` holds such a formula for each architecture of this book. Where do the parameters sit?
 
-# %%
+# %% tags=["hide-input"]
 NAMES = ["gpt2-large", "Qwen2-0.5B", "Llama-3.1-8B", "Mixtral-8x7B-v0.1"]
 parts = [parameters(dimensions(name)) for name in NAMES]
 table(
@@ -136,12 +152,12 @@ table(
 )
 
 # %% [markdown]
-# The norms make up the rest, and in Mixtral the routers. A head of 0 % is tied to the embedding. We come to both.
+# The norms make up the rest, and in Mixtral the routers. A head of 0 % is tied to the embedding, which is explained below.
 
 # %% [markdown]
 # ## Measure
 #
-# A formula can be wrong. So we build the models themselves, with the transformers library {cite}`wolf2020`, from nothing but their configuration, and count. PyTorch's `meta` device makes that cheap: a tensor there has a shape and a type, and no storage. All 405 billion parameters of the largest model take no memory and a fraction of a second.
+# A formula can be wrong. So we build the models themselves, with the transformers library {cite}`wolf2020`, from nothing but their configuration, and count. PyTorch's `meta` device makes that cheap: a tensor there has a shape and a type, and no storage. All 405 billion parameters of the largest model take no memory, and a fraction of a second to make.
 
 
 # %%
@@ -157,9 +173,9 @@ print(f"{len(counted)} models, {sum(counted.values()):,} parameters")
 # %% [markdown]
 # ## Compare
 #
-# *Published* is, for GPT-2 {cite}`radford2019`, the count that KerasHub states {cite}`kerashub-gpt2`; for the others {cite}`qwen2,qwen3,llama3,mistral7b,mixtral`, the size of the checkpoint on the Hugging Face hub, which has two bytes for each parameter. Each name leads to its source. *Difference* is counted minus published.
+# For GPT-2 {cite}`radford2019`, *published* is the count that KerasHub states {cite}`kerashub-gpt2`. For the others {cite}`qwen2,qwen3,llama3,mistral7b,mixtral` it is the size of the checkpoint on the Hugging Face hub, which has two bytes for each parameter. Each name links to its source. *Difference* is counted minus published.
 
-# %%
+# %% tags=["hide-input"]
 table(
     ["model", "counted", "formula", "published", "difference"],
     [
@@ -175,7 +191,7 @@ table(
 )
 
 # %% [markdown]
-# Three independent counts, one number each time. If only the number always meant the same.
+# Three independent counts agree on every model. But the number does not always mean the same thing.
 
 # %% [markdown]
 # ## What "number of parameters" hides
@@ -192,6 +208,7 @@ def added_up_by_name(name):
     return sum(tensor.numel() for _, tensor in tensors)
 
 
+# %% tags=["hide-input"]
 table(
     ["model", "tied", "in memory", "added up by name"],
     [
@@ -204,7 +221,7 @@ table(
 # %% [markdown]
 # ### Buffers
 #
-# A **buffer** is a tensor that belongs to the model and is not trained. It takes memory and is no parameter. In today's transformers little is left of them: two small tables for the rotary positions.
+# A **buffer** is a tensor that belongs to the model and is not trained. It takes memory but is not a parameter. Today's transformers has few of them left: two small tables for the rotary positions.
 
 
 # %%
@@ -213,6 +230,7 @@ def buffers(name):
     return len(sizes), sum(sizes)
 
 
+# %% tags=["hide-input"]
 table(
     ["model", "buffers", "bytes"],
     [
@@ -226,7 +244,7 @@ table(
 #
 # The article gives gpt2-large "about 812M" parameters, as its page on the hub does. Its configuration gives 774M. The hub adds up whatever a checkpoint stores, and the old checkpoints of GPT-2 store a buffer beside the parameters: each layer's causal mask, a table of 1,024 x 1,024 that says which token may look at which.
 
-# %%
+# %% tags=["hide-input"]
 PUBLISHED = {"gpt2": "137,022,720", "gpt2-large": "812M"}
 rows = []
 for name, stored in PUBLISHED.items():
@@ -236,14 +254,14 @@ for name, stored in PUBLISHED.items():
 table(["model", "parameters", "mask entries", "sum", "hub, published"], rows)
 
 # %% [markdown]
-# For gpt2 the documentation of safetensors prints what the hub counts {cite}`safetensors-metadata`, and every digit agrees. The masks are not trained, and today's transformers do not even load them. So gpt2-large has 774 million parameters, as its model card says, and not 812.
+# For gpt2 the documentation of safetensors prints what the hub counts {cite}`safetensors-metadata`, and every digit agrees. The masks are not trained, and today's transformers does not even load them. So gpt2-large has 774 million parameters, as its model card says, and not 812 million.
 
 # %% [markdown]
 # ### What is loaded, and what is used
 #
-# In a **mixture of experts**, each layer has several MLPs, the experts. A small router picks a few for each token. All of them must be in memory; one token uses the ones picked. Mixtral has 8 and picks 2.
+# In a **mixture of experts**, each layer has several MLPs, the experts. A small router picks a few for each token. All of them must be in memory, but a token only uses the ones that were picked for it. Mixtral has 8 and picks 2.
 
-# %%
+# %% tags=["hide-input"]
 mixtral = dimensions("Mixtral-8x7B-v0.1")
 loaded = sum(parameters(mixtral).values())
 used = active_parameters(mixtral)
@@ -256,13 +274,12 @@ table(
 )
 
 # %% [markdown]
-# The published figures are Mistral's own {cite}`mixtral-announced`. Memory follows the first row, the time for a token the second. The "8x7B" of the name is neither: only the MLPs come eightfold.
+# The published figures are Mistral's own {cite}`mixtral-announced`. Memory follows the first row, and the time for a token the second. The "8x7B" in the name is neither: only the MLPs exist eight times.
 
 # %% [markdown]
-# ### What quantisation leaves as it is
+# ### What quantisation leaves alone
 #
 # "One byte each" does not hold for all parameters. bitsandbytes, as transformers uses it, quantises the weights of linear layers (`nn.Linear`, and GPT-2's `Conv1D`) except the head. The embedding, the norms and the biases stay in 16 bits. For the dense models:
-
 
 # %%
 from transformers.pytorch_utils import Conv1D
@@ -278,6 +295,7 @@ def quantisable(model):
     )
 
 
+# %%
 dense = [n for n in known_models() if not dimensions(n).num_local_experts]
 linear = {name: quantisable(build(name, "meta")) for name in dense}
 stays = {name: counted[name] - linear[name] for name in dense}
@@ -285,7 +303,7 @@ stays = {name: counted[name] - linear[name] for name in dense}
 # %% [markdown]
 # The last column is an **estimate** by formula: one byte for each quantised weight, two for the rest, as a share of two bytes for all.
 
-# %%
+# %% tags=["hide-input"]
 table(
     ["model", "stays in 16 bits", "% of all", "INT8 / FP16"],
     [
@@ -300,14 +318,14 @@ table(
 )
 
 # %% [markdown]
-# The smaller the model and the larger its vocabulary, the more stays. Of Qwen2-0.5B it is more than a quarter, almost all of it the embedding. So the promised half is nearer to two thirds.
+# The smaller the model and the larger its vocabulary, the more stays in 16 bits. In Qwen2-0.5B it is more than a quarter, almost all of it the embedding. So INT8 takes not half the bytes, but nearly two thirds.
 
 # %% [markdown]
 # ## From parameters to `memory_allocated`
 #
 # ### A prediction that fails
 #
-# Back to bytes, and to a GPU. gpt2-large in FP32 should take four bytes for each parameter. We empty the card of what came before, make the model on it, at full size, and ask PyTorch.
+# Back to bytes, and to a GPU. gpt2-large in FP32 should take four bytes for each parameter. We empty the card, make the model on it at full size, and ask PyTorch.
 
 
 # %%
@@ -327,9 +345,9 @@ print(f"memory_allocated(): {allocated:,} B")
 print(f"difference:         {allocated - P:13,} B")
 
 # %% [markdown]
-# 2.5 % too much, and it is no buffer: gpt2-large has none. `breakdown` says what kind it is.
+# 2.5 % too much, and not because of buffers: gpt2-large has none. `breakdown` says what it is.
 
-# %%
+# %% tags=["hide-input"]
 rows = gpu.breakdown(model)
 table(
     ["kind", "bytes"],
@@ -346,9 +364,9 @@ table(
 # - above 1 MiB and below 10 MiB: from the large pool, segments of 20 MiB;
 # - from 10 MiB up: a segment of its own, the request rounded up to 2 MiB.
 #
-# We make one layer of gpt2-large and draw what the allocator holds.
+# We make one layer of gpt2-large. {numref}`one-layer` draws what the allocator holds for it.
 
-# %% mystnb={"image": {"alt": "Five segments that hold one layer of gpt2-large. A small one of 2 MiB holds 65 KiB of biases and norms. Two of 20 MiB hold the attention's matrices of 6.25 and 18.75 MiB, the rest of each is free. Two of 26 MiB hold one MLP matrix of 25 MiB each, and the last MiB of each is handed out with it."}}
+# %% mystnb={"image": {"alt": "Five segments that hold one layer of gpt2-large. A small one of 2 MiB holds 65 KiB of biases and norms. Two of 20 MiB hold the attention's matrices of 6.25 and 18.75 MiB, the rest of each is free. Two of 26 MiB hold one MLP matrix of 25 MiB each, and the last MiB of each is handed out with it."}, "figure": {"name": "one-layer", "caption": "What the allocator holds for one layer of gpt2-large: segments, and the blocks in them."}}
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 del model
@@ -360,9 +378,9 @@ figure = segments(gpu.memory_snapshot())
 # %% [markdown]
 # ### What is not split off
 #
-# The free part of a segment serves later requests. But in the large pool a rest of 1 MiB or less is not split off: it goes with the block, and `memory_allocated` counts it. A matrix of 25 MiB gets a segment of 26 MiB, and all 26 count.
+# The free part of a segment serves later requests. But in the large pool, a remainder of 1 MiB or less is not split off. It stays with the block, and `memory_allocated` counts it. A matrix of 25 MiB gets a segment of 26 MiB, and all 26 count.
 #
-# In a few lines, for a tensor that gets a segment of its own or shares one without loss:
+# The rule in a few lines, for a tensor that gets a segment of its own or shares one without loss:
 
 
 # %%
@@ -383,7 +401,7 @@ for mib in (18.75, 25):
 # %% [markdown]
 # ### Every byte of the difference
 #
-# We make the whole model again, let that rule predict it tensor by tensor, and look into the allocator's own books for each block that is larger than its request.
+# We make the whole model again and let that rule predict it tensor by tensor. Then we ask the allocator for each block that is larger than its request.
 
 # %%
 del layer
@@ -401,7 +419,7 @@ larger = Counter(
 print(f"predicted:          {predicted:,} B")
 print(f"memory_allocated(): {gpu.memory_allocated():,} B")
 
-# %%
+# %% tags=["hide-input"]
 shape = {p.nbytes: " x ".join(map(str, p.shape)) for p in model.parameters()}
 rows = [
     (shape[asked], asked, got, count, count * (got - asked))
@@ -414,12 +432,12 @@ table(
 )
 
 # %% [markdown]
-# Two MLP matrices in each of 36 layers, 1 MiB each, and the end of the embedding's segment: that is every byte. The order does not matter here, so `.to("cuda")` gives the same sum as making the model on the GPU.
+# Two MLP matrices in each of 36 layers, 1 MiB each, and the end of the embedding's segment: that is every byte. The order doesn't matter here, so `.to("cuda")` gives the same sum as making the model on the GPU.
 
 # %% [markdown]
 # ### The article's 3.21 GB
 #
-# The article measured 3.21 GB for this model, with the transformers library of 2024. That one still kept two buffers in each layer: the causal mask, one byte for each entry, and a single number to put where the mask forbids. We add them.
+# The article measured 3.21 GB for this model, with the transformers library of 2024. That version still kept two buffers in each layer: the causal mask, one byte for each entry, and a single number to put where the mask forbids attention. We add them.
 
 # %%
 before = gpu.memory_allocated()
@@ -450,7 +468,7 @@ for count, size in ((1, 1000), (1000, 1)):
 # %% [markdown]
 # ### One segment for all
 #
-# What is not split off depends on how a model is loaded. Say one block as large as all parameters was taken and given back first. Then one large segment is there, the tensors are cut from it one after the other, and nothing is left over:
+# How a model is loaded matters too. Suppose that one block as large as all parameters was taken and given back first. Then there is one large segment, the tensors are cut from it one after the other, and nothing is left over:
 
 # %%
 del model, old_buffers
@@ -463,14 +481,14 @@ print(f"parameters:         {P:,} B")
 print(f"memory_allocated(): {allocated:,} B, {allocated - P} B more")
 
 # %% [markdown]
-# This is what `from_pretrained(..., device_map=...)` does in today's transformers, to load faster. A later chapter loads models both ways. For now: who predicts bytes has to know the way of loading, too.
+# This is what `from_pretrained(..., device_map=...)` does in today's transformers, to load faster. [gpt2-large](07_gpt2_large.ipynb) loads models both ways. To predict bytes, you have to know how the model is loaded.
 
 # %% [markdown]
 # ## What to remember
 #
 # - Bytes are parameters times bytes per parameter: **4 GB** per billion in FP32, **2 GB** in BF16. Ask what was counted: tied matrices, buffers, all experts or the active ones.
 # - A configuration is enough to count a model exactly, on the `meta` device or by formula. Nothing needs to be downloaded.
-# - PyTorch hands out blocks of **512 B** steps, and rests of up to **1 MiB** go with a large block. It is the tensors' shapes that decide whether you notice.
+# - PyTorch hands out blocks in steps of **512 B**, and a large block keeps a remainder of up to **1 MiB**. The tensors' shapes decide whether you notice.
 
 # %% [markdown]
 # ## Exercises
@@ -504,12 +522,12 @@ print(f"a matrix of 12.5 MiB leaves {14 - 12.5} MiB of its segment")
 # %% [markdown]
 # <details><summary>Why none at all?</summary>
 #
-# Half of 25 MiB is 12.5 MiB. Its segment has 14 MiB, and the rest of 1.5 MiB is more than 1 MiB: it is split off and free for others. The embedding's rest, too, is now larger than 1 MiB.
+# Half of 25 MiB is 12.5 MiB. Its segment has 14 MiB, and the remaining 1.5 MiB is more than 1 MiB: it is split off and free for others. What is left of the embedding's segment is now larger than 1 MiB, too.
 #
 # </details>
 
 # %% [markdown]
-# **3.** Mixtral is called "8x7B". Eight models of Mistral-7B's size would have a quarter more parameters. Where are they missing?
+# **3.** Mixtral is called "8x7B". Eight models of Mistral-7B's size would have a quarter more parameters. Which ones are missing?
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
 one = parameters(dimensions("Mistral-7B-v0.1"))
@@ -526,4 +544,4 @@ table(
 # %% [markdown]
 # ## Where to go next
 #
-# Parameters are only where it begins. [Adam against SGD](04_mlp_adam_vs_sgd.ipynb) follows one training step and finds gradients, optimizer states and activations beside them. The [references](../book/references.md) list the sources.
+# Parameters are only the beginning. [One training step](04_mlp_adam_vs_sgd.ipynb) finds gradients, optimizer states and activations beside them, and [Training and inference](03_training_and_inference.ipynb) counts these for a model of a billion. The [references](../book/references.md) list the sources.

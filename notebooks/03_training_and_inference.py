@@ -1,6 +1,8 @@
 # %% [markdown]
 # # Training and inference: what a model needs beside itself
 #
+# **What does a model need on the GPU beside its parameters?** Training adds a gradient and the optimizer's states to each of them, 16 bytes in all with Adam in FP32, and the activations of the batch. Inference adds only the KV cache, which grows with every token.
+#
 # After this chapter you can say what an optimizer, a precision, a batch or a context length adds to a model's bytes, and check it.
 #
 # - **Time:** 20 minutes to read, half a minute to run.
@@ -25,7 +27,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from every_byte import estimate, open_gpu
-from every_byte.estimate import Dimensions
+from every_byte.estimate import Dimensions, Setup
 from every_byte.units import GB, GiB
 from helpers import models
 from helpers.environment import versions
@@ -40,9 +42,7 @@ print(versions("torch", "transformers", "bitsandbytes"))
 # %% [markdown]
 # ## A model of one billion parameters
 #
-# The source article {cite}`hoperj2024` uses a model of one billion parameters as its example: 4 GB of them in FP32, 4 GB of gradients, 8 GB of Adam's states. 16 GB in all. The article only calculates it. Here we build it.
-#
-# We take a transformer like Llama and choose its sizes so that it comes to a billion.
+# The article that this book began with {cite}`hoperj2024` has a model of one billion parameters as its example: 4 GB of them in FP32, 4 GB of gradients, 8 GB of Adam's states. 16 GB in all. The article only calculates it. Here we build it, as a transformer like Llama whose sizes come to a billion.
 
 # %%
 ONE_BILLION = Dimensions(
@@ -60,6 +60,18 @@ N = sum(parts.values())
 print({part: f"{count:,}" for part, count in parts.items() if count})
 print(f"N = {N:,} parameters")
 
+# %% [markdown]
+# {numref}`training-and-inference` says by formula what it takes to train it and to use it, on a batch of 4 texts of 512 tokens.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Stacked bars for the billion-parameter model, estimated. Training with Adam in FP32: 4 GB parameters, 4 GB gradients, 8 GB states, about 10.6 GB activations with logits. Inference in FP32: 4 GB of parameters and a thin slice of KV cache."}, "figure": {"name": "training-and-inference", "caption": "A model of a billion parameters: training with Adam, and inference, both in FP32. Estimated."}}
+BATCH, LENGTH = 4, 512
+WORK = {"batch": BATCH, "length": LENGTH}
+train = estimate.training(ONE_BILLION, "adam", "fp32", **WORK)
+infer = estimate.inference(ONE_BILLION, "fp32", **WORK)
+figure = stacked_bars(
+    {"fp32": {"training": by_kind(train), "inference": by_kind(infer)}}
+)
+
 
 # %%
 def build(dtype=torch.float32):
@@ -71,6 +83,7 @@ def build(dtype=torch.float32):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
+# %% tags=["hide-input"]
 def empty_card():
     gc.collect()
     gpu.clear_cublas_workspaces()
@@ -78,6 +91,7 @@ def empty_card():
     gpu.reset_peak_memory_stats()
 
 
+# %%
 model = build()
 counted = sum(parameter.numel() for parameter in model.parameters())
 print(
@@ -97,7 +111,7 @@ print(
 # | 8-bit Adam {cite}`dettmers2022optimizers` | two bytes, and a scale for each 256 |
 # | Adafactor {cite}`shazeer2018` | of a matrix, one number for each row and column |
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the cases", "code_prompt_hide": "Hide the cases"}
 ADAM8 = bitsandbytes.optim.Adam8bit
 CASES = {
     "SGD": ("sgd", "fp32", optim.SGD, {}),
@@ -111,7 +125,7 @@ CASES = {
     "8-bit Adam, bf16": ("adam 8-bit", "bf16", ADAM8, {}),
 }
 
-# %%
+# %% tags=["hide-input"]
 predicted = {
     name: estimate.training(ONE_BILLION, optimizer, dtype).total
     for name, (optimizer, dtype, _, _) in CASES.items()
@@ -125,7 +139,7 @@ for name, n in predicted.items():
 # Each row now takes a training step: the real module, the real optimizer class, a small batch. Then we count parameters, gradients and states.
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the batch and the loss", "code_prompt_hide": "Hide the batch and the loss"}
 def inputs(batch, length, dtype):
     """Token ids, a causal mask and positions, on the GPU."""
     scores = torch.zeros(1, 1, length, length, dtype=dtype)
@@ -158,6 +172,7 @@ def replay(dtype, optimizer_class, options):
     return sum(row[kind] for kind in STATES)
 
 
+# %%
 del model
 held = {name: replay(*case[1:]) for name, case in CASES.items()}
 
@@ -166,7 +181,7 @@ held = {name: replay(*case[1:]) for name, case in CASES.items()}
 #
 # *Predicted* is the formula's figure, *this GPU* the one named at the top of the page. Both are before the allocator's rounding.
 
-# %%
+# %% tags=["hide-input"]
 table(
     [
         "optimizer",
@@ -182,14 +197,16 @@ table(
 )
 
 # %% [markdown]
-# Every row agrees to the byte. The 8-bit states come to a little over two bytes: the scales, and the small tensors that stay in FP32.
+# Every row agrees to the byte. The 8-bit states take a little over two bytes: there are scales, and small tensors stay in FP32.
 #
 # ### Other models
 #
-# One model may be luck. So here are four published ones, at full size, in three ways each. This time we also look at what forward leaves for backward, the activations, on 2 texts of 256 tokens. Their formula comes further below.
+# One model may be luck. So here are four published ones at full size, each trained in three ways. This time we also count what forward leaves for backward, the activations, on 2 texts of 256 tokens. Their formula comes further below.
+#
+# The states agree to the byte in all twelve rows. The activations are 4 or 8 B more than the formula: the loss, and the number it was divided by.
 
 
-# %%
+# %% tags=["hide-input"]
 def published(name, dtype):
     changes = {"attn_implementation": "eager", "use_cache": False}
     if name.startswith("gpt2"):  # alone in having dropout, which we turn off
@@ -198,6 +215,7 @@ def published(name, dtype):
     return models.build(config, gpu.device, DTYPES[dtype]).train()
 
 
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how they are counted", "code_prompt_hide": "Hide how they are counted"}
 def differences(name, optimizer, dtype, optimizer_class, options):
     empty_card()
     model, given = published(name, dtype), inputs(2, 256, DTYPES[dtype])
@@ -215,7 +233,7 @@ def differences(name, optimizer, dtype, optimizer_class, options):
     return states, off, kept, kept - memory.activations - memory.logits
 
 
-# %%
+# %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the twelve rows, in bytes", "code_prompt_hide": "Hide the twelve rows, in bytes"}
 NAMES = ("gpt2", "gpt2-large", "Qwen2-0.5B", "Qwen3-0.6B")
 WAYS = ("SGD", "Adam", "AdamW, all in bf16")
 table(
@@ -235,11 +253,11 @@ table(
 )
 
 # %% [markdown]
-# *States* are parameters, gradients and optimizer states together, by formula. *Activations* are this GPU's, and *off by* is this GPU's figure less the formula's. The 4 or 8 bytes are the loss and the number it was divided by.
+# *States* are parameters, gradients and optimizer states together, by formula. *Activations* are this GPU's, and *off by* is this GPU's figure minus the formula's.
 #
 # ### Rows that this page does not replay
 #
-# **Adafactor** looks at its values while it steps (`.item()`), and the virtual GPU has none. So we run it for real on the host, on two small tensors, and count there.
+# **Adafactor** looks at its values while it steps. So we run it for real on the host, on two small tensors, and count there.
 
 # %%
 small = nn.Linear(1000, 500)
@@ -253,6 +271,8 @@ states = [
     if k != "step"
 ]
 remembered = sum(value.nbytes for value in states if value is not None)
+
+# %% tags=["hide-input"]
 formula = estimate.optimizer_states(
     [p.shape for p in small.parameters()], "adafactor"
 )
@@ -266,9 +286,9 @@ print(
 )
 
 # %% [markdown]
-# **Mixed precision (AMP)** keeps parameters, gradients and states in FP32: the same 16 bytes with Adam {cite}`micikevicius2018`. Autocast adds a copy of each weight in half precision while forward and backward run. So it saves no bytes of parameters, it adds two each. What it can save is activations. The next figures are estimates; [Mixed precision](06_mixed_precision.ipynb) replays them, and shows when the two added bytes count.
+# **Mixed precision (AMP)** keeps parameters, gradients and states in FP32: the same 16 bytes with Adam {cite}`micikevicius2018`. Autocast adds a copy of each weight in half precision while forward and backward run. So it saves no bytes of parameters: it adds two to each. What it can save is activations. The next figures are estimates. [Mixed precision](06_mixed_precision.ipynb) replays them, and shows when the two added bytes count.
 
-# %%
+# %% tags=["hide-input"]
 amp = estimate.training(ONE_BILLION, "adam", "fp32").total
 copies = estimate.parameter_bytes(ONE_BILLION, "bf16")
 print(f"FP32 with Adam:        {amp / N:.0f} B per parameter")
@@ -309,7 +329,7 @@ loss_of(model, inputs(1, 64, torch.bfloat16)).backward()
 optimizer.step()
 lora = gpu.breakdown(model, optimizer)
 
-# %%
+# %% tags=["hide-input"]
 adapters = estimate.lora_parameters(ONE_BILLION, RANK)
 base = estimate.parameter_bytes(ONE_BILLION, "bf16")
 formula = {
@@ -325,7 +345,7 @@ table(
 )
 
 # %% [markdown]
-# QLoRA {cite}`dettmers2023` also stores the frozen matrices in four bits. Quantising needs values, so this row is an estimate here too.
+# QLoRA {cite}`dettmers2023` also stores the frozen matrices in four bits. That is an estimate here.
 
 # %%
 quantised = estimate.parameter_bytes(ONE_BILLION, "bf16", "nf4 double")
@@ -336,10 +356,9 @@ print(f"                  {total / N:.3f} B per parameter of the model")
 # %% [markdown]
 # ## The article's 16 GB, made real
 #
-# Now a whole step of the billion with Adam in FP32, on a batch of 4 texts of 512 tokens. The article counts what hangs on the parameters. The rest comes to light at the peak.
+# Now a whole step of the billion with Adam in FP32, on a batch of 4 texts of 512 tokens. The article counts what belongs to the parameters. The rest shows at the peak.
 
 # %%
-BATCH, LENGTH = 4, 512
 model = optimizer = trained = layer = block = child = None
 empty_card()
 model = build()
@@ -355,7 +374,10 @@ with gpu.record(model, optimizer) as recorded:
     recorded.mark("optimizer")
     optimizer.step()
 
-# %%
+# %% mystnb={"image": {"alt": "Allocated memory during one training step of the billion-parameter model, stacked by kind. Forward piles about 10.6 GB of activations on 4 GB of parameters. Backward turns activations into 4 GB of gradients. The optimizer adds 8 GB of states and, for a moment, a temporary of 4 GB: the peak, a little over 20 GB."}, "figure": {"name": "step-of-a-billion", "caption": "Allocated memory during one training step of the billion with Adam in FP32, by kind."}}
+figure = timeline(recorded)
+
+# %% tags=["hide-input"]
 end, peak = recorded.steps[-1], recorded.steps[recorded.peak]
 ARTICLE = {"parameters": "4", "gradients": "4", "optimizer states": "8"}
 table(
@@ -368,22 +390,19 @@ table(
     + [("in all", "16", f"{end.total / GB:.3f}", f"{peak.total / GB:.3f}")],
 )
 
-# %% mystnb={"image": {"alt": "Allocated memory during one training step of the billion-parameter model, stacked by kind. Forward piles about 10.6 GB of activations on 4 GB of parameters. Backward turns activations into 4 GB of gradients. The optimizer adds 8 GB of states and, for a moment, a temporary of 4 GB: the peak, a little over 20 GB."}}
-figure = timeline(recorded)
-
 # %% [markdown]
-# The article's 4, 4 and 8 GB are there. A card of 16 GB would still fail: the peak is five times the parameters, because Adam's step needs a temporary as large as the model. [Adam against SGD](04_mlp_adam_vs_sgd.ipynb) takes that apart.
+# The article's 4, 4 and 8 GB are there, and yet a card of 16 GB would fail. {numref}`step-of-a-billion` shows why: the peak is five times the parameters, because Adam's step needs a temporary as large as the model. [One training step](04_mlp_adam_vs_sgd.ipynb) takes that apart. With `optim.Adam(..., fused=True)` there is no such temporary.
 
 # %% [markdown]
 # ### Activations by formula
 #
-# Forward leaves behind what backward will need. For a layer like Llama's, with eager attention in FP32, these are so many numbers for each token:
+# Forward leaves behind what backward will need. A layer like Llama's, with eager attention in FP32, keeps this many numbers for each token:
 #
 # $$6h + 4ad + 4i + aS$$
 #
-# with width $h$, $a$ heads of size $d$, MLP width $i$, and length $S$. The last term, one row of scores for each head, is what grows with the square of the length. The way of counting is that of {cite:t}`korthikanti2022`, the numbers are those that transformers' layers save.
+# with width $h$, $a$ heads of size $d$, MLP width $i$, and length $S$. The last term, one row of scores for each head, is what grows with the square of the length. We count as {cite:t}`korthikanti2022` do, with the tensors that transformers' layers save.
 
-# %%
+# %% tags=["hide-input"]
 activations = estimate.activations(ONE_BILLION, BATCH, LENGTH)
 scores = 2 * estimate.logits(ONE_BILLION, BATCH, LENGTH)
 print(f"layers, by formula:           {activations:16,} B")
@@ -399,7 +418,7 @@ print(f"in neither, but the loss:     {left:16,} B")
 #
 # $$\text{KV cache} = 2 \cdot L \cdot k \cdot d \cdot S \cdot B \cdot \text{bytes}$$
 #
-# with $L$ layers and $k$ key-value heads of size $d$. Grouped-query attention {cite}`ainslie2023` has fewer of these than heads: 8 instead of 32 here, a quarter of the cache.
+# with $L$ layers, $k$ key-value heads of size $d$, $S$ tokens so far and a batch of $B$. Grouped-query attention {cite}`ainslie2023` has fewer key-value heads than heads: 8 instead of 32 here, so a quarter of the cache.
 
 # %%
 model = optimizer = logits = loss = given = None
@@ -414,6 +433,7 @@ with torch.inference_mode():
     ).logits
     del scores
 
+# %% tags=["hide-input"]
 taken = gpu.memory_allocated() - before
 peak = gpu.max_memory_allocated() - before
 workspace = gpu.breakdown()["workspaces"]
@@ -423,13 +443,13 @@ print(f"by formula:                {formula:14,} B")
 print(f"peak over it:              {peak - taken:14,} B")
 
 # %% [markdown]
-# The peak over the cache is what one layer computes with at a time, most of it attention's scores.
+# *Peak over it* is what one layer computes with at a time, most of it attention's scores.
 #
 # ### Batch and length
 #
-# The cache grows with both, the parameters with neither. For Llama-3.1-8B in BF16, estimated:
+# The cache grows with both, the parameters with neither. Here is Llama-3.1-8B in BF16, estimated:
 
-# %%
+# %% tags=["hide-input"]
 llama = estimate.dimensions("Llama-3.1-8B")
 LENGTHS, BATCHES = (1_024, 8_192, 32_768, 131_072), (1, 8, 32)
 
@@ -443,7 +463,7 @@ table(
     [(n, *(gib(n, batch) for batch in BATCHES)) for n in LENGTHS],
 )
 
-# %%
+# %% tags=["hide-input"]
 ungrouped = replace(llama, num_key_value_heads=llama.num_attention_heads)
 FIGURES = {
     "the parameters": estimate.inference(llama).parameters,
@@ -456,24 +476,19 @@ for name, nbytes in FIGURES.items():
 # %% [markdown]
 # ## The article's four tasks
 #
-# The article sends its readers to a website with four tasks. Here they are answered with `every_byte.estimate`, for the billion, a batch of 4 and 512 tokens. All figures in this section are **estimated**.
+# The article sends its readers to a website with four tasks. We answer them with `every_byte.estimate`, for the billion, a batch of 4 and 512 tokens. All figures in this section are **estimated**.
 #
 # ### 1. Compare training and inference
-
-# %% mystnb={"image": {"alt": "Stacked bars for the billion-parameter model, estimated. Training with Adam in FP32: 4 GB parameters, 4 GB gradients, 8 GB states, about 10.6 GB activations with logits. Inference in FP32: 4 GB of parameters and a thin slice of KV cache."}}
-WORK = {"batch": BATCH, "length": LENGTH}
-train = estimate.training(ONE_BILLION, "adam", "fp32", **WORK)
-infer = estimate.inference(ONE_BILLION, "fp32", **WORK)
-figure = stacked_bars(
-    {"fp32": {"training": by_kind(train), "inference": by_kind(infer)}}
-)
+#
+# That is {numref}`training-and-inference`, at the top of this page. Training takes more than six times as much.
 
 # %% [markdown]
 # ### 2. Which part does FP16 shrink?
 
-# %% mystnb={"image": {"alt": "Stacked bars, estimated. Everything in FP32, everything in FP16, and mixed precision. All in FP16 halves parameters, gradients and states, and takes well over half of the activations. Mixed precision leaves parameters, gradients and states as in FP32."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Stacked bars, estimated. Everything in FP32: 26.57 GB. Mixed precision: 27.56 GB; its activations are a tenth less than in FP32, and two GB of cast weights come on top. Everything in FP16: 14.9 GB, half of the parameters, gradients and states, and well over half of the activations."}, "figure": {"name": "what-fp16-shrinks", "caption": "The same training step in FP32, in mixed precision and in FP16. Estimated."}}
 half = estimate.training(ONE_BILLION, "adam", "fp16", **WORK)
-mixed = replace(train, activations=half.activations, logits=half.logits)
+mixed = estimate.memory(ONE_BILLION, Setup(amp="fp16", **WORK))
+mixed = replace(mixed, rounding=0, context=0)
 figure = stacked_bars(
     {
         "Adam": {
@@ -486,11 +501,13 @@ figure = stacked_bars(
 print(f"activations: {half.activations / train.activations:.0%} of FP32's")
 
 # %% [markdown]
-# All of it, if all of it is in FP16. Activations do not come down to half: norms and softmax stay in FP32. *Mixed* is drawn with the activations of pure FP16. Autocast leaves some more, and its cached copies are not drawn: it is the least that mixed precision can take.
+# All of it, if all of it is in FP16, as {numref}`what-fp16-shrinks` shows. Activations do not come down to half: norms and softmax stay in FP32. *Mixed* takes more than FP32: its activations shrink by a tenth, and autocast's copies of the weights take about twice what that saves. [Mixed precision](06_mixed_precision.ipynb) replays the same step.
 #
 # ### 3. Compare Adam, momentum and SGD
+#
+# Only the states differ in {numref}`three-optimizers`.
 
-# %% mystnb={"image": {"alt": "Stacked bars, estimated, for SGD, SGD with momentum and Adam in FP32. Parameters, gradients and activations are the same in all three. Momentum adds 4 GB of optimizer states, Adam 8 GB."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Stacked bars, estimated, for SGD, SGD with momentum and Adam in FP32. Parameters, gradients and activations are the same in all three. Momentum adds 4 GB of optimizer states, Adam 8 GB."}, "figure": {"name": "three-optimizers", "caption": "The same step with three optimizers in FP32. Estimated."}}
 figure = stacked_bars(
     {
         "fp32": {
@@ -509,9 +526,9 @@ figure = stacked_bars(
 # %% [markdown]
 # ### 4. Change one parameter at a time
 #
-# We double one thing at a time and leave the rest. The table says how many times as large the parts become.
+# We double one thing at a time and leave the rest ({numref}`one-size-doubled`). The table says how many times as large the parts become.
 
-# %%
+# %% tags=["hide-input"]
 SIZES = (
     "num_hidden_layers",
     "hidden_size",
@@ -535,14 +552,14 @@ def doubled_memory(name):
 
 changed = {name: doubled_memory(name) for name in (*WORK, *SIZES)}
 
-# %% mystnb={"image": {"alt": "Stacked bars, estimated: the billion-parameter model as it is, and with one size doubled. Twice the batch or length makes only the activations larger. Twice the layers or the width makes everything larger."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Stacked bars, estimated: the billion-parameter model as it is, and with one size doubled. Twice the batch or length makes only the activations larger. Twice the layers or the width makes everything larger."}, "figure": {"name": "one-size-doubled", "caption": "The billion as it is, and with one size doubled. Estimated."}}
 bars = {"as it is": train, **changed}
 figure = stacked_bars(
     {"doubled": {name: by_kind(m) for name, m in bars.items()}}
 )
 
 
-# %%
+# %% tags=["hide-input"]
 def two_parts(m):
     return (
         m.parameters + m.gradients + m.optimizer_states,
@@ -566,9 +583,9 @@ table(
 # %% [markdown]
 # ## What to remember
 #
-# - Training with Adam in FP32 takes **16 bytes per parameter**, and **20 at the peak** of the optimizer's step. Other optimizers change the states: from nothing to 8 bytes.
-# - Mixed precision saves no bytes of parameters. LoRA does away with nearly all gradients and states.
-# - At inference the parameters stand still and the **KV cache** grows with every token of every text.
+# - Training with Adam in FP32 takes **16 bytes per parameter**, and **20 at the peak** of the optimizer's step (not with `fused=True`). Other optimizers change the states: from nothing to 8 bytes.
+# - Mixed precision saves no bytes of parameters. LoRA removes nearly all gradients and states.
+# - At inference the parameters stay the same, and the **KV cache** grows with every token of every text.
 
 # %% [markdown]
 # ## Exercises
@@ -608,4 +625,4 @@ for attention in estimate.ATTENTION:
 # %% [markdown]
 # ## Where to go next
 #
-# [Adam against SGD](04_mlp_adam_vs_sgd.ipynb) follows one training step operation by operation, on a model small enough to train.
+# [Activations and peaks](05_activations_and_peaks.ipynb) opens up the step: what forward keeps, when the peak comes, and how to bring it down. [One training step](04_mlp_adam_vs_sgd.ipynb) follows a model small enough to train.

@@ -1,5 +1,7 @@
 # %% [markdown]
-# # Adam against SGD: one training step, to the byte
+# # One training step, every byte
+#
+# **How many bytes does one training step take, and what is each of them for?** With Adam a model holds four times the bytes of its parameters after a step: the parameters, their gradients and two states. During the step it needs five times as many for a moment, and that peak is what must fit.
 #
 # After this chapter you can say, before you press enter, how many bytes a training step will take on the GPU, and what each of them is for.
 #
@@ -19,7 +21,7 @@ from every_byte import open_gpu
 from every_byte.units import MB, mb
 from every_byte.virtual.memory import CUBLAS_WORKSPACE, cublas_workspace_size
 from helpers.environment import versions
-from helpers.measured import CARD, of_articles
+from helpers.measured import CARD, COLUMNS, beside_replay, of_articles
 from helpers.mlp import SimpleMLP
 from helpers.mnist import mnist
 from helpers.plots import loss_curves, stacked_bars, timeline, use_book_style
@@ -31,14 +33,46 @@ print(gpu)
 print(versions("torch", "torchvision"))
 
 # %% [markdown]
-# The first line above says which GPU this page is about. With a real one, its figures are **measured**. Without one, they are **replayed**: PyTorch runs every operation for its shapes, and a model of its memory allocator counts the bytes. The same card and the same versions give the same figures. That is the point of this book.
+# The first line above names the GPU of this page. With a real one, its figures are **measured**. Without one, they are **replayed**: PyTorch runs every operation for its shapes, and a model of its memory allocator counts the bytes. The same card and the same versions give the same figures. That is the point of this book.
+
+# %% [markdown]
+# ## The step, drawn
+#
+# A small network reads the digits of MNIST {cite}`lecun1998`, 128 at a time, and learns with Adam {cite}`kingma2015`. We record its first step: after each operation that changed the memory, the bytes by what they are for.
+
+# %%
+BATCH_SIZE = 128
+train_loader = DataLoader(mnist(train=True), BATCH_SIZE, shuffle=True)
+test_loader = DataLoader(mnist(train=False), BATCH_SIZE)
+print("layers:", " -> ".join(str(width) for width in SimpleMLP.widths))
+
+# %%
+with gpu.device:
+    model = SimpleMLP()
+optimizer = optim.Adam(model.parameters(), lr=0.001)
+data, target = (tensor.to(gpu.device) for tensor in next(iter(train_loader)))
+
+with gpu.record(model, optimizer) as recorded:
+    recorded.mark("forward")
+    loss = nn.CrossEntropyLoss()(model(data), target)
+    recorded.mark("backward")
+    loss.backward()
+    recorded.mark("optimizer")
+    optimizer.step()
+highest = gpu.max_memory_allocated()
+
+# %% mystnb={"image": {"alt": "Allocated memory during one training step with Adam, stacked by kind. Forward adds little to the parameters. Backward adds the gradients layer by layer. The optimizer's step adds two sets of states, then for a moment a temporary as large as all parameters: the peak, 1,037.61 MB, is five times the parameters."}, "figure": {"name": "adam-step", "caption": "Allocated memory during the first training step with Adam, by kind. The peak lies in the optimizer."}}
+figure = timeline(recorded)
+
+# %% [markdown]
+# {numref}`adam-step` shows the whole chapter. *Forward* barely adds anything: this model has few activations. *Backward* adds the gradients, from the last layer to the first. The *optimizer* adds its two states, and then for a moment something that no summary lists. The rest of this page predicts every one of these bytes, and then counts them.
 
 # %% [markdown]
 # ## The experiment
 #
-# The source article {cite}`hoperj2024` trains a small network on the digits of MNIST {cite}`lecun1998` and prints the GPU's memory at three stages: the model **loaded**, one **training** step done, one **inference** done. It then swaps the optimizer and looks again.
+# This page repeats an experiment of the article that the book began with {cite}`hoperj2024`. It trains this network and prints the GPU's memory at three stages: the model **loaded**, one **training** step done, one **inference** done. Then it swaps the optimizer and looks again.
 #
-# We repeat it with three optimizers: plain SGD, SGD with momentum, and Adam {cite}`kingma2015`.
+# We repeat it with three optimizers: plain SGD, SGD with momentum, and Adam.
 
 # %%
 OPTIMIZERS = {
@@ -48,11 +82,6 @@ OPTIMIZERS = {
     ),
     "Adam": lambda parameters: optim.Adam(parameters, lr=0.001),
 }
-BATCH_SIZE = 128
-
-train_loader = DataLoader(mnist(train=True), BATCH_SIZE, shuffle=True)
-test_loader = DataLoader(mnist(train=False), BATCH_SIZE)
-print("layers:", " -> ".join(str(width) for width in SimpleMLP.widths))
 
 # %% [markdown]
 # ## Predict
@@ -119,7 +148,7 @@ for name, nbytes in predicted.items():
 # %% [markdown]
 # ### Where are the activations?
 #
-# Between forward and backward, autograd holds the output of every layer. By the end of the step all of them are gone. They do not count here, but they do at the peak, as the timeline below shows.
+# Between forward and backward, autograd holds the output of every layer. By the end of the step all of them are gone. They do not count here. They do at the peak, which we come to at the end.
 
 # %% [markdown]
 # ## Measure
@@ -138,7 +167,7 @@ def train_step(model, optimizer, data, target):
 
 
 # %% [markdown]
-# Each run begins on an empty card: whatever an earlier run left behind is given back first.
+# Each run begins on an empty card. What the step above left behind is given back first.
 
 
 # %%
@@ -149,6 +178,7 @@ def empty_card():
     gpu.reset_peak_memory_stats()
 
 
+del model, optimizer, data, target, loss
 empty_card()
 print(f"[Before loading model] {gpu.memory_allocated():,} B")
 
@@ -207,7 +237,7 @@ for name, stages in runs.items():
 #
 # *This GPU* is the one named at the top of the page.
 
-# %%
+# %% tags=["hide-input"]
 counted = {name: stages["training"].total for name, stages in runs.items()}
 table(
     [
@@ -224,20 +254,10 @@ table(
 
 # %% [markdown]
 # ### Every byte by kind
+#
+# First the three stages in megabytes, in {numref}`mlp-bars`. Then the bytes after the training step.
 
-# %%
-after = [stages["training"] for stages in runs.values()]
-kinds = [kind for kind in after[0] if any(row[kind] for row in after)]
-table(
-    ["after one training step (B)", *runs],
-    [(kind, *(row[kind] for row in after)) for kind in kinds]
-    + [("memory_allocated()", *(row.total for row in after))],
-)
-
-# %% [markdown]
-# *Activations* are what is left of them: the output and the loss. *Rounding* is the sum of all steps up to 512.
-
-# %% mystnb={"image": {"alt": "Stacked bars of allocated memory for SGD, SGD with momentum and Adam at three stages. Loading is 204.03 MB of parameters for each. Training is 425.51, 629.54 and 833.58 MB: parameters and gradients, then one and two sets of optimizer states. Inference is 221.48 MB for each."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Stacked bars of allocated memory for SGD, SGD with momentum and Adam at three stages. Loading is 204.03 MB of parameters for each. Training is 425.51, 629.54 and 833.58 MB: parameters and gradients, then one and two sets of optimizer states. Inference is 221.48 MB for each."}, "figure": {"name": "mlp-bars", "caption": "Allocated memory at three stages, for three optimizers."}}
 BARS = {
     "loaded": "loading",
     "training": "training",
@@ -250,12 +270,24 @@ figure = stacked_bars(
     }
 )
 
+# %% tags=["hide-input"]
+after = [stages["training"] for stages in runs.values()]
+kinds = [kind for kind in after[0] if any(row[kind] for row in after)]
+table(
+    ["after one training step (B)", *runs],
+    [(kind, *(row[kind] for row in after)) for kind in kinds]
+    + [("memory_allocated()", *(row.total for row in after))],
+)
+
+# %% [markdown]
+# *Activations* are what is left of them: the output and the loss. *Rounding* is the sum of all steps up to 512.
+
 # %% [markdown]
 # ### The article's figures
 #
 # The article was run on a real GPU and prints megabytes with two decimals. Here they are beside ours.
 
-# %%
+# %% tags=["hide-input"]
 PUBLISHED = [
     ("model loaded", "204.03", "Adam", "loaded"),
     ("training step, SGD", "425.51", "SGD", "training"),
@@ -305,7 +337,7 @@ print(f"predicted so:     {P + 2 * workspace + images + output:,} B")
 #
 # The article's three scripts ran on a newer card as well, with PyTorch's own settings. These figures are **measured**. Hopper's cuBLAS keeps 33,554,432 B for each thread, where this page's keeps 8,519,680 B, and torch 2.11 keeps 1,048,576 B more for cuBLASLt.
 
-# %%
+# %% tags=["hide-input"]
 print(CARD)
 table(
     ["script", "stage", "measured (B)"],
@@ -328,32 +360,11 @@ for row in of_articles(*OPTIMIZERS):
         print(f"{row['allocated'] - n} B")
 
 # %% [markdown]
-# ## One step as a timeline
+# ## At the peak
 #
-# What happens inside the step? We record Adam's first one: after each operation that changed the memory, the bytes by kind.
+# Back to the step of {numref}`adam-step`. What is alive at its highest point, and what at its end?
 
-# %%
-empty_card()
-with gpu.device:
-    model = SimpleMLP()
-optimizer = optim.Adam(model.parameters(), lr=0.001)
-data, target = (tensor.to(gpu.device) for tensor in next(iter(train_loader)))
-
-with gpu.record(model, optimizer) as recorded:
-    recorded.mark("forward")
-    loss = nn.CrossEntropyLoss()(model(data), target)
-    recorded.mark("backward")
-    loss.backward()
-    recorded.mark("optimizer")
-    optimizer.step()
-
-# %% mystnb={"image": {"alt": "Allocated memory during one training step with Adam, stacked by kind. Forward adds little to the parameters. Backward adds the gradients layer by layer. The optimizer's step adds two sets of states, then for a moment a temporary as large as all parameters: the peak, 1,037.61 MB, is five times the parameters."}}
-figure = timeline(recorded)
-
-# %% [markdown]
-# Forward barely shows: this model has few activations. Backward adds the gradients, from the last layer to the first. The optimizer adds its two states, and then something that no summary lists.
-
-# %%
+# %% tags=["hide-input"]
 peak = recorded.steps[recorded.peak]
 end = recorded.steps[-1]
 table(
@@ -363,16 +374,41 @@ table(
 )
 
 # %% [markdown]
-# The peak is **5P**, not 4P. On a GPU, PyTorch's Adam treats all tensors at once (`foreach=True`, its default on CUDA), so its square root of the second state needs a temporary as large as all parameters together. A card must have room for it. `max_memory_allocated()` agrees:
+# The peak is **5P**, not 4P. By default, PyTorch's Adam treats all tensors at once on a GPU (`foreach=True`), so the square root of its second state needs a temporary as large as all parameters together. The card must have room for it. `max_memory_allocated()` agrees:
 
 # %%
 print(f"timeline's peak:        {peak.total:,} B")
-print(f"max_memory_allocated(): {gpu.max_memory_allocated():,} B")
+print(f"max_memory_allocated(): {highest:,} B")
+
+# %% [markdown]
+# ### Three ways to step
+#
+# `optim.Adam(..., fused=True)` does all of it in one kernel, with no such temporary: its peak is near 4P. The third way, `foreach=False`, is an exercise below. Here is what the card measured at the peak of a run with the default and of one with the fused kernel.
+
+# %%
+print(CARD)
+table(
+    COLUMNS,
+    beside_replay(
+        "mlp-adam", "mlp-adam-fused", figure="max_memory_allocated"
+    ),
+)
 
 # %% [markdown]
 # ## What the states buy
 #
 # Two extra copies of the model: is it worth it? We train for real, on the GPU if there is one and else on the CPU, 15 steps with each optimizer. Learning rates are common choices, not tuned ones.
+
+
+# %%
+@torch.no_grad()
+def accuracy(model, device):
+    right = 0
+    for data, target in test_loader:
+        right += (
+            (model(data.to(device)).argmax(1).cpu() == target).sum().item()
+        )
+    return right / len(test_loader.dataset)
 
 
 # %%
@@ -391,16 +427,6 @@ def train(make_optimizer, steps=15):
             return losses, accuracy(model, device)
 
 
-@torch.no_grad()
-def accuracy(model, device):
-    right = 0
-    for data, target in test_loader:
-        right += (
-            (model(data.to(device)).argmax(1).cpu() == target).sum().item()
-        )
-    return right / len(test_loader.dataset)
-
-
 # %%
 TRAINED = {
     "SGD": lambda parameters: optim.SGD(parameters, lr=0.05),
@@ -413,9 +439,9 @@ empty_card()
 curves = {name: train(optimizer) for name, optimizer in TRAINED.items()}
 
 # %% [markdown]
-# Losses differ a little from machine to machine, so the figure is not compared when the notebook is checked. What must hold everywhere is asserted.
+# Losses differ a little from machine to machine, so {numref}`mlp-losses` is not compared when the notebook is checked. What must hold everywhere is asserted.
 
-# %% tags=["nbval-ignore-output"] mystnb={"image": {"alt": "Training loss over 15 steps. Adam falls from 2.30 to well below 1. SGD with momentum begins to fall near the end. Plain SGD stays at 2.30."}}
+# %% tags=["nbval-ignore-output", "hide-input"] mystnb={"image": {"alt": "Training loss over 15 steps. Adam falls from 2.30 to well below 1. SGD with momentum begins to fall near the end. Plain SGD stays at 2.30."}, "figure": {"name": "mlp-losses", "caption": "Training loss over 15 steps with each optimizer."}}
 figure = loss_curves(
     {
         f"{name}: {right:.0%} of the test digits right": losses
@@ -434,7 +460,7 @@ assert 2.2 < last["SGD"] < 2.4 and curves["Adam"][1] > 0.6, curves["Adam"][1]
 # ## What to remember
 #
 # - After a step, training holds **2P** with SGD, **3P** with momentum, **4P** with Adam, and a little more that can be named to the byte.
-# - The peak is what must fit, and Adam's is **5P** on a GPU: a temporary lives inside its step.
+# - The peak is what must fit, and Adam's is **5P** on a GPU, or near **4P** with `fused=True`: by default a temporary lives inside its step.
 # - What a name refers to stays allocated, even a loss that nobody needs.
 
 # %% [markdown]
@@ -462,7 +488,7 @@ table(
 )
 
 # %% [markdown]
-# **2.** `optim.Adam(..., foreach=False)` updates one tensor after the other. What becomes of the 5P?
+# **2.** `optim.Adam(..., foreach=False)` updates one tensor after the other. What happens to the 5P?
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
 for foreach in (True, False):
@@ -500,4 +526,4 @@ print(f"the largest tensor: {largest:,} B = {largest / P:.2f} P")
 # %% [markdown]
 # ## Where to go next
 #
-# [Activations and peaks](05_activations_and_peaks.ipynb) opens up the step, and brings its peak down. [Training and inference](03_training_and_inference.ipynb) does the same for a transformer of a billion parameters, and for more optimizers. The [references](../book/references.md) list the article and PyTorch's sources. To check this page on a card of your own, run `make test` there: it compares every table and figure with what your GPU says.
+# [Activations and peaks](05_activations_and_peaks.ipynb) opens up the step, and brings its peak down. [Training and inference](03_training_and_inference.ipynb) does the same for a transformer of a billion parameters, and for more optimizers. The [references](../book/references.md) list the article and PyTorch's sources. To check this page on a card of your own, run `make gpu-test` there: it compares every table and figure with what your GPU says.

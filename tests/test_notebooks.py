@@ -91,6 +91,10 @@ def test_figures_have_a_text_of_their_own(source: Path) -> None:
             assert len(cell.metadata["mystnb"]["image"]["alt"]) > 60, cell.source
 
 
+# These open with their question, and its answer in two sentences.
+CRAFTED = {
+    "04_mlp_adam_vs_sgd",
+}
 EVIDENCE = {"12_audit"}  # pages to look things up in, not chapters: no way through them
 
 
@@ -103,7 +107,12 @@ def test_it_opens_with_what_it_takes_and_closes_with_what_it_gave(source: Path) 
     assert re.search(r"^- \*\*Needs:\*\* \w+", text[0], re.MULTILINE)
     if source.stem in EVIDENCE:
         return
-    assert rest[1].startswith("After this chapter you can ")
+    opening = [line for line in rest if line]
+    if source.stem in CRAFTED:
+        question, answer = re.fullmatch(r"\*\*(.+\?)\*\* (.+)", opening.pop(0)).groups()  # type: ignore[union-attr]
+        assert len(question.split()) <= 20
+        assert len(re.findall(r"[.!](?= |$)", answer)) == 2, answer
+    assert opening[0].startswith("After this chapter you can ")
     ends = {cell.split("\n")[0]: cell for cell in text if cell.startswith("## ")}
     assert list(ends)[-3:] == ["## What to remember", "## Exercises", "## Where to go next"]
     assert len(re.findall("^- ", ends["## What to remember"], re.MULTILINE)) == 3
@@ -235,6 +244,62 @@ def test_a_second_run_changes_no_byte(folder: Path, capsys: pytest.CaptureFixtur
     assert small.read_bytes() == first
     assert problems(folder / "01_small.py", read(folder / "01_small.py")) == []
     assert not list(folder.glob("*.new"))
+
+
+SAID = "# # A notebook"
+RAN = "print(6 * 7)"
+
+
+def text_changed(folder: Path) -> tuple[NotebookNode, NotebookNode]:
+    """The small notebook as it was executed, and after its text and tags changed."""
+    source = folder / "01_small.py"
+    assert main(["--folder", str(folder)]) == 0
+    before = read(source)
+    (output,) = before.cells[1].outputs
+    output.text = "not what the code prints\n"  # to see that nothing is executed
+    nbformat.write(before, source.with_suffix(".ipynb"))
+    said = SOURCE.replace(SAID, "# # Another title\n#\n# And a line.")
+    source.write_text(said.replace("# %%\n", '# %% tags=["hide-input"]\n'))
+    assert main(["--folder", str(folder)]) == 0
+    return before, read(source)
+
+
+def test_a_changed_text_is_carried_and_nothing_is_executed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = text_changed(folder)
+    assert capsys.readouterr().out.endswith("text and tags carried, outputs as they were\n")
+    assert after.cells[0].source == "# Another title\n\nAnd a line."
+    assert after.cells[1].metadata.tags == ["hide-input"]
+    assert after.cells[1].outputs == before.cells[1].outputs
+    assert problems(folder / "01_small.py", after) == []
+    assert main(["--folder", str(folder)]) == 0
+    assert capsys.readouterr().out == "01_small: fresh\n"
+
+
+@pytest.mark.parametrize("code", ["print(6 * 8)", f"{RAN}\n\n# %%\n1", f"{RAN}  # so"])
+def test_a_changed_code_is_executed_and_never_carried(
+    folder: Path, code: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text_changed(folder)
+    (folder / "01_small.py").write_text(SOURCE.replace(RAN, code))
+    assert main(["--folder", str(folder), "--text"]) == 1
+    assert "its code changed" in capsys.readouterr().err
+    assert main(["--folder", str(folder)]) == 0
+    (output,) = read(folder / "01_small.py").cells[1].outputs
+    assert output.text == ("48\n" if "8" in code else "42\n")
+
+
+def test_a_changed_helper_is_executed_unless_only_text_is_asked_for(folder: Path) -> None:
+    source = folder / "01_small.py"
+    _, after = text_changed(folder)
+    after.metadata[STAMP]["helpers_sha256"] = "0" * 64
+    nbformat.write(after, source.with_suffix(".ipynb"))
+    source.write_text(SOURCE)
+    assert main(["--folder", str(folder), "--text"]) == 0
+    assert "not what" in read(source).cells[1].outputs[0].text
+    assert main(["--folder", str(folder)]) == 0
+    assert read(source).cells[1].outputs[0].text == "42\n"
 
 
 def test_a_cell_that_fails_leaves_the_notebook_as_it_was(

@@ -1,7 +1,8 @@
 """Make and execute the notebooks: from NN_name.py, which people edit, NN_name.ipynb.
 
 One way only. A notebook that is fresh, by the hashes that its execution left in
-it, is not executed again.
+it, is not executed again. Where only its text or its cells' tags changed, these are
+carried over and the outputs stay.
 """
 
 import argparse
@@ -100,6 +101,26 @@ def _setup_cell(marker: re.Match[str]) -> str:
     cell = Path(__file__).with_name("setup_cell.py").read_text("utf-8").split('"""\n\n', 1)[1]
     more = "".join(f', "{name}"' for name in (marker[1] or "").split())
     return cell.replace('"tabulate"]', f'"tabulate"{more}]').rstrip("\n")
+
+
+def carried(source: Path, notebook: NotebookNode) -> NotebookNode | None:
+    """An executed notebook with its source's text and tags of today, and its own outputs.
+
+    Outputs belong to the code that made them, so that must be the same, cell by cell and
+    in the same order. What the helpers were then stays as the execution left it.
+
+    Returns:
+        None if it needs an execution: the code changed, or the notebook is not whole.
+    """
+    left = notebook.metadata.get(STAMP, {})
+    new = made(source, left.get("repository"))
+    old, code = ([c for c in n.cells if c.cell_type == "code"] for n in (notebook, new))
+    if not old or [cell.source for cell in old] != [cell.source for cell in code]:
+        return None
+    for before, cell in zip(old, code, strict=True):
+        cell.outputs, cell.execution_count = before.outputs, before.execution_count
+    new.metadata[STAMP] = left | {"source_sha256": digest([source])}
+    return None if problems(source, new) else new
 
 
 def problems(source: Path, notebook: NotebookNode) -> list[str]:
@@ -220,6 +241,11 @@ def main(arguments: list[str] | None = None) -> int:
         "name", nargs="?", help="one notebook, such as 04_mlp_adam_vs_sgd; else all"
     )
     parser.add_argument("--force", action="store_true", help="execute fresh notebooks too")
+    parser.add_argument(
+        "--text",
+        action="store_true",
+        help="execute nothing: only carry text and tags over, also where a helper changed",
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / "notebooks", help="where they are")
     options = parser.parse_args(arguments)
 
@@ -244,6 +270,22 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.force and _is_fresh(source, target, repository):
             print(f"{source.stem}: fresh")
             continue
+        text = None if options.force else _carried(source, target)
+        if text and (
+            options.text or stamp(source, repository).items() <= text.metadata[STAMP].items()
+        ):
+            try:
+                _write(target, text)
+            except OSError as error:
+                print(_unwritten(target, error), file=sys.stderr)
+                return 1
+            print(f"{source.stem}: text and tags carried, outputs as they were")
+            continue
+        if options.text:
+            print(
+                f"{source.stem}: its code changed, so --text leaves it as it was", file=sys.stderr
+            )
+            return 1
         if not os.access(target.parent, os.W_OK):  # asked before an execution, not after it
             print(f"{target.parent} cannot be written: nothing was executed", file=sys.stderr)
             return 1
@@ -262,22 +304,33 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             _write(target, notebook)
         except OSError as error:
-            print(
-                f"\n{target} cannot be written ({error.strerror}): it is as it was",
-                file=sys.stderr,
-            )
+            print(_unwritten(target, error), file=sys.stderr)
             return 1
         print(f"{source.stem}: made")
     return 0
 
 
-def _is_fresh(source: Path, target: Path, repository: str | None) -> bool:
+def _unwritten(target: Path, error: OSError) -> str:
+    return f"\n{target} cannot be written ({error.strerror}): it is as it was"
+
+
+def _read(target: Path) -> NotebookNode | None:
     try:
-        notebook = nbformat.read(target, as_version=4)
+        return nbformat.read(target, as_version=4)
     except (FileNotFoundError, nbformat.reader.NotJSONError):
+        return None
+
+
+def _is_fresh(source: Path, target: Path, repository: str | None) -> bool:
+    notebook = _read(target)
+    if notebook is None or problems(source, notebook):
         return False
-    left = notebook.metadata.get(STAMP, {})
-    return not problems(source, notebook) and stamp(source, repository).items() <= left.items()
+    return stamp(source, repository).items() <= notebook.metadata[STAMP].items()
+
+
+def _carried(source: Path, target: Path) -> NotebookNode | None:
+    notebook = _read(target)
+    return carried(source, notebook) if notebook else None
 
 
 if __name__ == "__main__":

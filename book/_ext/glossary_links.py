@@ -11,6 +11,12 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.nodes import make_refnode
 
+# Terms whose word has other meanings here: linked where one of these stands in the paragraph.
+MEANT_BY = {
+    "block": re.compile(r"allocat|segment|split|512"),  # not the 64 weights that share a scale
+    "rank": re.compile(r"process|GPUs|cards"),  # not LoRA's
+}
+
 _NOT_IN = (nodes.title, nodes.reference, nodes.literal, nodes.table, nodes.raw, nodes.Invisible)
 
 
@@ -19,9 +25,9 @@ def link(app: Sphinx, tree: nodes.document, docname: str) -> None:
     if not docname.startswith("notebooks/") or app.builder.format != "html":
         return
     objects = app.env.get_domain("std").get_objects()
-    terms = {
-        name.lower(): (page, label) for name, _, kind, page, label, _ in objects if kind == "term"
-    }
+    found = [(name, page, label) for name, _, kind, page, label, _ in objects if kind == "term"]
+    terms = {name.lower(): (page, label) for name, page, label in found}
+    written = {name.lower(): name for name, _, _ in found}
     already = {node.get("refuri", "").partition("#")[2] for node in tree.findall(nodes.reference)}
     terms = {name: at for name, at in terms.items() if at[1] not in already}
     if not terms:
@@ -30,7 +36,7 @@ def link(app: Sphinx, tree: nodes.document, docname: str) -> None:
     named = re.compile(rf"(?<![\w.-])({'|'.join(longest_first)})s?(?![\w-])", re.IGNORECASE)
     for text in list(tree.findall(nodes.Text)):
         if _is_prose(text):
-            parts = list(_linked(app, docname, text, named, terms))
+            parts = list(_linked(app, docname, text, named, terms, written))
             if len(parts) > 1:
                 text.parent.replace(text, parts)
 
@@ -48,17 +54,34 @@ def _is_prose(text: nodes.Text) -> bool:
     return in_paragraph
 
 
+def _is_meant(word: str, text: nodes.Text, term: str) -> bool:
+    """An abbreviation in its own capitals (zero is not ZeRO), a word where its meaning fits."""
+    if any(letter.isupper() for letter in term[1:]) and not word.endswith(term[1:]):
+        return False
+    meaning = MEANT_BY.get(term.lower())
+    if meaning is None:
+        return True
+    node: nodes.Node = text
+    while not isinstance(node, nodes.paragraph):
+        node = node.parent
+    return meaning.search(node.astext()) is not None
+
+
 def _linked(
     app: Sphinx,
     docname: str,
     text: nodes.Text,
     named: re.Pattern[str],
     terms: dict[str, tuple[str, str]],
+    written: dict[str, str],
 ) -> Iterator[nodes.Node]:
     """The text in pieces; a term that is linked here leaves `terms`."""
     said, end = str(text), 0
     for match in named.finditer(said):
-        target = terms.pop(match.group(1).lower(), None)
+        word = match.group(1)
+        if not _is_meant(word, text, written[word.lower()]):
+            continue
+        target = terms.pop(word.lower(), None)
         if target is None:
             continue
         yield nodes.Text(said[end : match.start()])
