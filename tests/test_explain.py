@@ -4,7 +4,9 @@ import argparse
 import io
 import json
 import re
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from every_byte.allocator import OutOfMemoryError
 from every_byte.commands import Refused
 from every_byte.commands.explain import add, shown
-from every_byte.explain import Explanation, Message, explain, parse
+from every_byte.explain import CURES, NAMES, Explanation, Message, explain, parse
 from every_byte.units import GiB, KiB, MiB
 
 ROOT = Path(__file__).parent.parent
@@ -52,157 +54,79 @@ def this(in_use: str) -> str:
     return f"Including non-PyTorch memory, this process has {in_use} memory in use. "
 
 
-# The figures of public threads. The verdict is by the figures; threads are the source.
-THREADS = [
-    ("pytorch/pytorch/issues/59778", "unknown",
-     old("2.26 GiB", "6.00 GiB", "781.59 MiB", "3.03 GiB", "1.24 GiB")),
-    ("pytorch/pytorch/issues/16417", "unknown",
-     old("12.50 MiB", "10.92 GiB", "8.57 MiB", "9.28 GiB", "4.68 MiB cached")),
-    ("pytorch/pytorch/issues/16417", "too big",
-     new("22.00 MiB", "23.65 GiB", "11.06 MiB", "22.90 GiB", "194.87 MiB", this("23.60 GiB"))),
-    ("carolchenyx/MGFN./issues/35", "in pieces",
-     new("1.70 GiB", "6.00 GiB", "0 bytes", "2.93 GiB", "2.30 GiB", capacity="capacty")),
-    ("One-2-3-45/One-2-3-45/issues/25", "another process",
-     old("1.69 GiB", "14.56 GiB", "649.97 MiB", "1.31 GiB", "1.01 GiB")),
-    ("murong-xu/CADS/issues/4", "too big",
-     new("22.78 GiB", "31.47 GiB", "12.73 GiB", "9.08 GiB", "9.35 GiB", this("18.73 GiB"))),
-    ("ShannonAI/Self_Explaining_Structures_Improve_NLP_Models/issues/6", "too big",
-     old("20.00 MiB", "1.96 GiB", "1.24 GiB", "2.88 MiB", "1.25 GiB")),
-    ("wxian3/NeuroLens/issues/2", "too big",
-     new("55.57 GiB", "12.00 GiB", "9.02 GiB", "984.52 MiB", "463.48 MiB", capacity="capacty")),
-    ("Synthintel0/MyGirlGPT/issues/11", "another process",
-     new("32.00 MiB", "4.00 GiB", "41.56 MiB", "2.58 GiB", "1.90 MiB", this("3.44 GiB"),
-         capacity="capacty")),
-    ("YingqianWang/iPASSR/issues/9", "too big",
-     old("10.73 GiB", "8.00 GiB", "17.20 GiB", "0 bytes", "19.15 GiB")),
-    ("2KangHo/vdsr_pytorch/issues/2", "in pieces",
-     old("512.00 MiB", "15.90 GiB", "13.13 GiB", "415.88 MiB", "14.80 GiB")),
-    ("OPIXray-author/OPIXray/issues/5", "in pieces",
-     old("264.00 MiB", "2.00 GiB", "788.51 MiB", "145.93 MiB", "1.02 GiB")),
-    ("lllyasviel/FramePack/issues/369", "too big",
-     new("30.29 GiB", "10.74 GiB", "3.69 GiB", "6.10 GiB", "396.58 MiB", this("6.68 GiB"))),
-    ("Comfy-Org/ComfyUI/issues/9529", "unknown",
-     new("432.00 MiB", "15.92 GiB", "7.12 GiB", "8.08 GiB", "321.96 MiB", backend="HIP")),
-    ("Tongyi-MAI/Z-Image/issues/103", "too big",
-     new("1.88 GiB", "23.98 GiB", "1.70 GiB", "21.65 GiB", "279.78 MiB", backend="HIP")),
-    ("ROCm/TheRock/issues/2118", "too big",
-     new("2.00 MiB", "255.98 GiB", "244.65 GiB",
-         "1017.01 MiB", "54.99 MiB", "1.05 GiB allowed; ", "HIP")),
-    ("ROCm/TheRock/issues/1054", "too big",
-     new("16.00 GiB", "15.24 GiB", "15.09 GiB", "0 bytes", "0 bytes", backend="HIP")),
-    ("pytorch/pytorch/issues/175431", "unknown",
-     new("2.00 MiB", "287.98 GiB", "203.49 GiB", "68.63 GiB", "14.93 GiB", backend="HIP")),
-    ("pytorch/pytorch/issues/138002", "in pieces",
-     new("6.64 GiB", "19.92 GiB", "6.22 GiB", "5.34 GiB", "7.10 GiB", backend="HIP")),
-    ("bcmi/libcom/issues/54", "too big",
-     new("256.00 MiB", "9.77 GiB", "185.50 MiB", "9.04 GiB", "142.12 MiB", this("9.43 GiB"))),
-    ("vllm-project/vllm/issues/12529", "another process",
-     new("1.16 GiB", "7.75 GiB", "1.17 GiB", "4.81 GiB", "18.97 MiB", this("5.02 GiB"))),
-    ("vllm-project/vllm/issues/15039", "a context",
-     new("128.00 MiB", "79.33 GiB", "16.00 MiB", "69.59 GiB", "118.89 MiB",
-         "Process 36891 has 79.29 GiB memory in use. ")),
-    ("noonghunna/club-3090/issues/58", "unknown",
-     "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 50.00 MiB. GPU 0 has a total "
-     "capacity of 23.56 GiB of which 56.88 MiB is free"),
-    ("huggingface/trl/pull/5197", "another process",
-     new("2.60 GiB", "14.74 GiB", "2.44 GiB", "7.85 GiB", "86.90 MiB",
-         "Process 1 has 366.00 MiB memory in use. Process 2 has 8.07 GiB memory in use. "
-         "Process 3 has 3.40 GiB memory in use. Process 4 has 484.00 MiB memory in use. ")),
-    ("jhc13/taggui/issues/188", "unknown",
-     new("20.00 MiB", "4.00 GiB", "2.35 GiB", "825.15 MiB", "24.85 MiB")),
-    ("tensorflow/tpu/issues/1058", "in pieces",
-     new("7.50 GiB", "21.99 GiB", "6.62 GiB", "6.15 GiB", "8.71 GiB", this("15.35 GiB"))),
-    ("Gaoyiminggithub/Graphonomy/issues/34", "too big",
-     old("1.41 GiB", "2.00 GiB", "330.44 MiB", "1.23 GiB", "410.00 MiB")),
-    ("FoundationVision/GenerateU/issues/10", "too big",
-     new("496.00 MiB", "14.75 GiB", "235.06 MiB", "14.06 GiB", "330.42 MiB",
-         "Process 20398 has 14.52 GiB memory in use. ", capacity="capacty")),
-    ("RenYurui/StructureFlow/issues/35", "unknown",
-     old("8.13 GiB", "10.76 GiB", "643.57 MiB", "8.20 GiB", "32.43 MiB cached")),
-    ("rshaojimmy/MADDoG/issues/11", "in pieces",
-     old("2.87 GiB", "14.76 GiB", "8.77 GiB", "19.75 MiB", "13.71 GiB")),
-    ("neurosim/DNN_NeuroSim_V1.3/issues/28", "another process",
-     old("1.12 MiB", "22.37 GiB", "15.87 GiB", "3.56 MiB", "787.74 MiB cached")),
-    ("oobabooga/textgen/issues/963", "too big",
-     old("166.00 MiB", "8.00 GiB", "6.93 GiB", "0 bytes", "7.22 GiB")),
-    ("daitao/SAN/issues/39", "too big",
-     old("9.80 GiB", "14.76 GiB", "9.94 GiB", "3.89 GiB", "160.79 MiB cached")),
-    ("singhsourabh/Resume-NER/issues/4", "too big",
-     old("92.00 MiB", "1.96 GiB", "1.46 GiB", "16.38 MiB", "1.51 GiB")),
-    ("firewaterfire/HKDnet/issues/1", "too big",
-     old("10.01 GiB", "14.75 GiB", "10.12 GiB", "4.39 GiB", "10.22 GiB")),
-    ("open-mmlab/mmsegmentation/issues/944", "too big",
-     old("1006.00 MiB", "10.91 GiB", "9.18 GiB", "569.81 MiB", "9.49 GiB")),
-    ("vllm-project/vllm/issues/15598", "unknown",
-     "CUDA out of memory. Tried to allocate 2.00 MiB. GPU 6 has a total capacity of 44.53 GiB of "
-     "which 448.00 KiB is free."),
-    ("bluer555/CR-GAN/issues/8", "a context", "RuntimeError: CUDA error:out of memory"),
-    ("rowanz/neural-motifs/issues/58", "a context",
-     "RuntimeError: cuda runtime error (2) : out of memory at /pytorch/aten/THCTensorRandom.cu:25"),
-    ("oobabooga/textgen/issues/963", "a context",
-     "RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    ("google-deepmind/jaxline/issues/11", "unknown",
-     "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 285212672 bytes."),
-    ("patrickbryant1/AFProfile/issues/8", "unknown",
-     "jaxlib.xla_extension.XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory while trying to "
-     "allocate 4770354232 bytes.\nBufferAssignment OOM Debugging."),
-    ("kingoflolz/mesh-transformer-jax/issues/66", "unknown",
-     "RuntimeError: Resource exhausted: Failed to allocate request for 32.00MiB (33554432B) on "
-     "device ordinal 0"),
-    ("NovaSky-AI/SkyRL/issues/624", "too big",
-     "gpu_async_1 cuMemAllocAsync failed to allocate 1225195446464 bytes: RESOURCE_EXHAUSTED: : "
-     "CUDA_ERROR_OUT_OF_MEMORY: out of memory\n Reported by CUDA: Free memory/Total memory: "
-     "22635544576/85095874560"),
-]  # fmt: skip
+# Of public threads, with their parts and the verdict by the figures: see the file's head.
+MESSAGES = tomllib.loads((ROOT / "tests/data/oom_messages.toml").read_text("utf-8"))["message"]
+IN_PIECES = next(m["text"].strip() for m in MESSAGES if m["verdict"] == "in pieces")
+UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 2**10, "MB": 2**20}
+UNITS["GB"] = 2**30
 
 
-@pytest.mark.parametrize(("thread", "verdict", "text"), THREADS)
-def test_messages_of_public_threads_are_judged(thread: str, verdict: str, text: str) -> None:
+def nbytes(said: str) -> int:
+    """A figure of the file's parts in bytes."""
+    number, unit = said.split()
+    return round(float(number) * UNITS[unit])
+
+
+@pytest.mark.parametrize("told", MESSAGES, ids=lambda told: told["thread"])
+def test_a_message_of_a_public_thread_is_taken_apart_and_judged(told: dict[str, Any]) -> None:
+    text = told["text"].strip()
     found = explain(text)
-    assert found.verdict == verdict, (thread, found.because)
-    assert found.message is not None and found.because
-    assert found.cures and len({cure.do for cure in found.cures}) == len(found.cures)
-    # The same among the lines of a log, folded by a terminal, and quoted.
-    log = f"Traceback (most recent call last):\n  x = y\n{text.replace('. ', '.' + chr(10))}\nbye"
-    assert explain(log).verdict == verdict
+    assert found.verdict == told["verdict"], found.because
+    if "parts" not in told:
+        assert (found.message, found.cures) == (None, ())
+        return
+    assert found.because and len(set(found.cures)) == len(found.cures) > 1
+    (message,) = parse(text)
+    parts = {name: nbytes(said) for name, said in told["parts"].items() if name != "others"}
+    if "unallocated" in parts:
+        parts["reserved"] = parts["allocated"] + parts.pop("unallocated")
+    if "other" in parts:
+        parts["in_use"] = parts["allocated"] + parts.pop("other")
+    for field in (*NAMES, "others"):
+        wanted = parts.get(field) if field != "others" else ()
+        if field == "others":
+            wanted = tuple(nbytes(said) for said in told["parts"].get("others", ()))
+        assert getattr(message, field) == wanted, field
+    # The same among the lines of a log, folded by a terminal in a box, and quoted.
+    log = (
+        f"Traceback (most recent call last):\n│ x = y\n{text.replace('. ', '.  │' + chr(10))}\nbye"
+    )
+    assert explain(log) == found
 
 
 def test_there_are_enough_of_them() -> None:
-    assert len(THREADS) >= 40
-    assert {verdict for _, verdict, _ in THREADS} == {
+    assert len([told for told in MESSAGES if "parts" in told]) >= 70
+    assert len({told["version"] for told in MESSAGES}) >= 20
+    assert {told["verdict"] for told in MESSAGES} == {
         *("too big", "in pieces", "another process", "a context", "unknown"),
     }
 
 
-def test_what_a_message_says_is_taken_apart() -> None:
-    (found,) = parse(THREADS[0][2])
-    assert found == Message(
-        "CUDA", 0, round(2.26 * GiB), 6 * GiB, round(3.03 * GiB), None, (), None,
-        round(781.59 * MiB), round(1.24 * GiB),
-    )  # fmt: skip
-    (found,) = parse(next(text for _, _, text in THREADS if "cached" in text))
-    assert found.reserved == round(8.57 * MiB) + round(4.68 * MiB)
-    (found,) = parse(next(text for thread, _, text in THREADS if "trl" in thread))
-    assert found.others == (366 * MiB, round(8.07 * GiB), round(3.4 * GiB), 484 * MiB)
-    (found,) = parse(next(text for thread, _, text in THREADS if "2118" in thread))
-    assert (found.backend, found.allowed) == ("HIP", round(1.05 * GiB))
-    (found,) = parse(next(text for thread, _, text in THREADS if "SkyRL" in thread))
-    assert (found.tried, found.capacity) == (1225195446464, 85095874560)
-    (found,) = parse(next(text for thread, _, text in THREADS if "mesh" in thread))
-    assert (found.backend, found.device, found.tried) == ("JAX", 0, 32 * MiB)
-    text = new("2.00 GiB", "8.00 GiB", "1.00 GiB", "5.00 GiB", "1.00 MiB")
-    pools = text.replace(
-        "PyTorch, and",
-        "PyTorch, with 46.00 MiB allocated in private pools (e.g., CUDA Graphs), and",
+def one(thread: str) -> Message:
+    """What the message of a thread says."""
+    (found,) = parse(next(told["text"] for told in MESSAGES if thread in told["thread"]))
+    return found
+
+
+def test_who_ran_out_and_on_which_card_is_told() -> None:
+    assert (one("59778").backend, one("59778").device) == ("CUDA", 0)
+    assert (one("2118").backend, one("Self_Explaining").backend) == ("HIP", "PyTorch")
+    assert (one("mesh").backend, one("mesh").device) == ("JAX", 0)
+    assert (one("EasyDeL").backend, one("xpu-ops/issues/2392").backend) == ("TPU", "XPU")
+    assert (one("7440").backend, one("Open-Sora").backend) == ("MPS", "driver")
+    absurd = new("2.00 GiB", "8.00 GiB", "1.00 GiB", "5.00 GiB", f"{'9' * 15} GiB")
+    assert parse(absurd)[0].reserved is None  # no memory is as large: not a figure
+
+
+def test_what_else_a_message_tells_is_assumed_aloud() -> None:
+    found = explain(next(told["text"] for told in MESSAGES if "meshgen" in told["thread"]))
+    assert (
+        found.assumed == "the driver lends the host's memory: PyTorch holds more than the card has"
     )
-    (found,) = parse(pools)
-    assert found.private_pools == 46 * MiB and found.allocated == 5 * GiB
-    (found,) = parse(
-        "RuntimeError: MPS backend out of memory (MPS allocated: 8.17 GB, other allocations: "
-        "384.00 KB, max allowed: 9.07 GB). Tried to allocate 1.00 GB on private pool."
-    )
-    assert (found.backend, found.tried, found.allowed) == ("MPS", GiB, round(9.07 * GiB))
-    assert found.in_use == round(8.17 * GiB) + 384 * KiB
+    found = explain(next(told["text"] for told in MESSAGES if "Mask2DiT" in told["thread"]))
+    assert found.assumed == "the process that holds 53.16 GiB is this one"
+    assert found.message is not None
+    assert (found.message.in_use, found.message.others) == (round(53.16 * GiB), ())
 
 
 def test_the_message_of_the_measured_card_is_judged() -> None:
@@ -282,7 +206,7 @@ def test_hostile_text_never_raises(text: str) -> None:
 
 
 def test_a_long_log_is_read_from_its_end() -> None:
-    text = "x" * 3_000_000 + THREADS[3][2] + "\n" * 1000
+    text = "x" * 3_000_000 + IN_PIECES + "\n" * 1000
     assert explain(text).verdict == "in pieces"
     assert explain("9" * 2_000_000 + "CUDA out of memory " * 1000).verdict == "unknown"
 
@@ -301,7 +225,7 @@ def run(*arguments: str) -> int:
 def test_the_command_takes_an_argument_a_file_or_standard_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = THREADS[3][2]
+    text = IN_PIECES
     assert run(*text.split()) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("Verdict: in pieces\nBecause: 2.30 GiB are reserved by PyTorch")
@@ -319,13 +243,14 @@ def test_the_command_takes_an_argument_a_file_or_standard_input(
     found = json.loads(capsys.readouterr().out)
     assert found["verdict"] == "in pieces"
     assert found["message"]["tried"] == round(1.7 * GiB)
-    assert found["cures"][0].keys() == {"do", "why", "chapter"}
+    assert found["cures"][0].keys() == {"do", "why", "chapter", "section"}
 
 
 def test_what_is_not_recognised_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("Killed") == 1
     assert capsys.readouterr().out == (
-        "Verdict: unknown\nBecause: no out-of-memory message of PyTorch, CUDA or JAX is in it\n"
+        "Verdict: unknown\n"
+        "Because: no out-of-memory message of PyTorch, CUDA, ROCm or JAX is in it\n"
     )
     with pytest.raises(Refused, match="No such file or directory; name a log"):
         run("--file", str(tmp_path / "none"))
@@ -333,8 +258,8 @@ def test_what_is_not_recognised_is_said(tmp_path: Path, capsys: pytest.CaptureFi
         run("--file", "a", "b")
 
 
-def test_every_cure_names_a_chapter_that_exists() -> None:
-    cures = {cure for _, _, text in THREADS for cure in explain(text).cures}
-    for cure in cures:
-        assert (ROOT / "notebooks" / f"{cure.chapter}.py").is_file(), cure
-        assert cure.do.endswith(".") or cure.do.endswith(")."), cure
+def test_every_cure_names_a_place_of_the_book_that_exists() -> None:
+    for cure in CURES.values():
+        source = (ROOT / "notebooks" / f"{cure.chapter}.py").read_text("utf-8")
+        assert not cure.section or f'<a id="{cure.section}"></a>' in source, cure
+        assert cure.do.endswith((".", ").")) and cure.why.endswith("."), cure

@@ -6,19 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from every_byte.commands import DONE, NO, Refused, Subparsers, print_json, subcommand
-from every_byte.explain import Explanation, explain
+from every_byte.explain import NAMES, Cure, Explanation, explain
 from every_byte.units import binary
-
-_FIELDS = {
-    "tried": "tried to allocate",
-    "capacity": "the card has",
-    "free": "free",
-    "in_use": "this process",
-    "allowed": "allowed",
-    "allocated": "allocated",
-    "reserved": "reserved",
-    "private_pools": "in private pools",
-}
 
 
 def add(subparsers: Subparsers) -> None:
@@ -28,8 +17,8 @@ def add(subparsers: Subparsers) -> None:
         "explain",
         run,
         "say what an out-of-memory message means, and what to do",
-        "By the message's own figures. Messages of PyTorch (CUDA, ROCm, XPU, MPS), CUDA and JAX "
-        "are known. Exit status: 0 a message was found, 1 none was.",
+        "By the message's own figures. Messages of PyTorch (CUDA, ROCm, XPU, MPS), of drivers and "
+        "their libraries, and of JAX are known. Exit status: 0 a message was found, 1 none was.",
     )
     parser.add_argument(
         "message", nargs="*", help="the message, or - or nothing to read standard input"
@@ -68,13 +57,19 @@ def shown(found: Explanation) -> str:
     if found.message is not None:
         sizes = [
             f"  {name:<18}{binary(nbytes):>12}"
-            for field, name in _FIELDS.items()
+            for field, name in NAMES.items()
             if (nbytes := getattr(found.message, field)) is not None
         ]
         sizes += [f"  {'another process':<18}{binary(n):>12}" for n in found.message.others]
         lines += [f"The message ({found.message.backend}):", *sizes] if sizes else []
     lines += ["What to do:"] if found.cures else []
     lines += [
-        f"  {number}. {cure.do}\n     {cure.why}" for number, cure in enumerate(found.cures, 1)
+        f"  {number}. {cure.do}\n     {cure.why}\n     Proof: {proof(cure)}"
+        for number, cure in enumerate(found.cures, 1)
     ]
     return "\n".join(lines)
+
+
+def proof(cure: Cure) -> str:
+    """Where the book proves a cure, as part of its address."""
+    return f"notebooks/{cure.chapter}.html" + (f"#{cure.section}" if cure.section else "")
