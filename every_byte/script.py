@@ -205,6 +205,37 @@ def _data_ptr(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
         return tensor.untyped_storage()._cdata + offset
 
 
+def _set_data(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> None:
+    """``tensor.data = other``, which on CUDA may take a tensor from the host, or bring it there.
+
+    Between the host and ``meta`` PyTorch lets nobody: their tensors are of other types
+    (``VariableHooks::set_data`` in torch/csrc/autograd/variable.cpp of PyTorch 2.14).
+
+    Raises:
+        NotImplementedError: the tensor has a gradient, which would stay where it was.
+    """
+    tensor, other = args
+    with _plain():
+        if tensor.is_meta is other.is_meta:
+            return func(*args, **kwargs)
+        if tensor.grad is not None:
+            raise NotImplementedError(
+                ".data = of a tensor with a gradient, from another device: set .grad to None "
+                "before, or move the module by .to()"
+            )
+        moved = torch.Tensor._make_subclass(type(tensor), other.detach(), tensor.requires_grad)
+        vars(moved).update(vars(tensor))
+        torch.utils.swap_tensors(tensor, moved)
+
+
+def _record_stream(mode: _AsCuda, tensor: Tensor) -> None:
+    if mode.is_ours(tensor):
+        mode.gpu.memory.estimates[
+            "record_stream: memory is free again at once; on a card only after the other stream "
+            "is done with it"
+        ] = None
+
+
 def _reduce_ex(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
     if not mode.is_ours(args[0]):
         return func(*args, **kwargs)
@@ -214,6 +245,7 @@ def _reduce_ex(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.device.__get__: _device,
+    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.is_cuda.__get__: _answered(True),  # type: ignore[attr-defined]
     Tensor.is_meta.__get__: _answered(False),  # type: ignore[attr-defined]
     Tensor.get_device: _answered(0),
@@ -289,6 +321,26 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
             for (device, dtype), group in groups.items()
         }
 
+    def scatter(
+        tensor: Tensor, devices: list[int], sizes: Any = None, dim: int = 0, streams: Any = None
+    ) -> list[Tensor]:
+        # torch/csrc/cuda/comm.cpp of PyTorch 2.14
+        parts = tensor.split(sizes, dim) if sizes else tensor.chunk(len(devices), dim)
+        moved = []
+        for part, stream in zip(parts, streams or [None] * len(parts), strict=True):
+            with torch.cuda.stream(stream):
+                moved.append(part.to(_CUDA))
+        return moved
+
+    def gather(tensors: list[Tensor], dim: int, destination: int | None = None) -> Tensor:
+        size = list(tensors[0].shape)
+        size[dim] = sum(tensor.size(dim) for tensor in tensors)
+        result = tensors[0].new_empty(size, device="cpu" if destination == -1 else _CUDA)
+        parts = result.split([tensor.size(dim) for tensor in tensors], dim)
+        for part, tensor in zip(parts, tensors, strict=True):
+            part.copy_(tensor)
+        return result
+
     def compile(model: Any = None, **_: Any) -> Any:
         warnings.warn(
             "torch.compile: the virtual card runs it eagerly; compiled, peaks may be lower",
@@ -332,9 +384,11 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
         for name in ("tensor", "as_tensor", "asarray"):
             stack.enter_context(mock.patch.object(torch, name, from_data(getattr(torch, name))))
         patches: tuple[tuple[Any, str, Any], ...] = (
-            (Tensor, "record_stream", lambda tensor, stream: None),
+            (Tensor, "record_stream", lambda tensor, stream: _record_stream(mode, tensor)),
             (Tensor, "pin_memory", lambda tensor, device=None: tensor),
             (torch._C, "_group_tensors_by_device_and_dtype", grouped),
+            (torch._C, "_scatter", scatter),
+            (torch._C, "_gather", gather),
             (torch, "load", load),
             (torch, "compile", compile),
             (torch, "Generator", _AnyGenerator),

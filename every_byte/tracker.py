@@ -249,6 +249,11 @@ def is_tracked() -> bool:
     return bool(_running) and _running[-1].in_use
 
 
+def is_accounted(tensor: torch.Tensor) -> bool:
+    """Whether the tracker in use looks at this thread, and counts a tensor's storage."""
+    return is_tracked() and _running[-1].accounts_for(tensor)
+
+
 class _Follow(TorchDispatchMode):
     """Leads the operations of a thread that a program starts to the tracker in use."""
 

@@ -127,6 +127,58 @@ def test_a_model_goes_to_the_host_and_back(gpu: every_byte.VirtualGPU) -> None:
     assert gpu.memory_allocated() == held
 
 
+def test_an_optimizers_parameters_go_with_the_model(gpu: every_byte.VirtualGPU) -> None:
+    model = nn.Linear(1024, 1024, bias=False).cuda()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 1024, device="cuda")).sum().backward()
+    optimizer.step()
+    held, weight = gpu.memory_allocated(), model.weight
+    model.cpu()
+    assert model.weight is weight and weight.is_cpu and weight.grad.is_cpu
+    assert gpu.memory_allocated() == held - 2 * 4 * 1024**2  # the states stay, as on CUDA
+    model.cuda()
+    assert model.weight is weight and weight.grad.is_cuda
+    assert gpu.memory_allocated() == held
+
+
+def test_data_is_set_from_the_host_and_back(gpu: every_byte.VirtualGPU) -> None:
+    weight = nn.Parameter(torch.randn(512, 512))
+    weight.data = weight.data.cuda()
+    assert weight.is_cuda and weight.requires_grad and type(weight) is nn.Parameter
+    assert gpu.memory_allocated() == 2**20
+    weight.sum().backward()
+    with pytest.raises(NotImplementedError, match=r"set \.grad to None"):
+        weight.data = torch.randn(512, 512)
+    weight.grad = None
+    weight.data = torch.randn(512, 512)
+    assert weight.is_cpu and gpu.memory_allocated() == 0
+
+
+@pytest.mark.parametrize("on", ["cpu", "cuda"])
+def test_data_parallel_with_its_one_card(gpu: every_byte.VirtualGPU, on: str) -> None:
+    model = nn.DataParallel(nn.Linear(512, 512)).cuda()
+    held = gpu.memory_allocated()
+    x = torch.randn(64, 512, device=on, requires_grad=True)
+    y = model(x)
+    workspace = gpu.breakdown()["workspaces"]
+    assert y.is_cuda and gpu.memory_allocated() == held + x.nbytes + y.nbytes + workspace
+    y.sum().backward()
+    assert x.grad is not None and x.grad.device.type == on
+
+
+def test_streams_of_any_accelerator(gpu: every_byte.VirtualGPU) -> None:
+    stream = torch.Stream(device="cuda")
+    with stream:
+        x = torch.zeros(2**20, device="cuda")
+    event = stream.record_event(torch.Event("cuda"))
+    event.synchronize()
+    assert isinstance(torch.accelerator.current_stream(), torch.Stream)
+    x.record_stream(torch.cuda.current_stream())
+    assert any("record_stream" in estimate for estimate in gpu.estimates)
+    del x
+    assert gpu.memory_allocated() == 0
+
+
 def test_accuracy_is_counted(gpu: every_byte.VirtualGPU) -> None:
     good = 0
     for _ in range(3):

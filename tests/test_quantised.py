@@ -1,13 +1,17 @@
 """bitsandbytes' layers on a virtual card: what they leave there, and what their products borrow."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from bitsandbytes.nn import LinearNF4
 from bitsandbytes.nn.modules import Linear8bitLt
 
+import every_byte
 from every_byte.gpu import VirtualGPU
+from every_byte.tracker import scales
+from every_byte.virtual.values import UnknownValueError
 
 
 def card() -> VirtualGPU:
@@ -58,12 +62,42 @@ def test_eight_bits_on_a_card_are_its_weight_and_a_scale_for_each_row() -> None:
         layer(torch.empty(8, 256, device=gpu.device, dtype=torch.float16))
 
 
-def test_outliers_are_refused() -> None:
+def test_whether_there_are_outliers_is_an_assumption() -> None:
     layer = Linear8bitLt(256, 512, bias=False, has_fp16_weights=False, threshold=6.0)
     with card() as gpu:
         layer.to(gpu.device)
-        with pytest.raises(NotImplementedError, match=r"threshold=6.0: which columns"):
-            layer(torch.empty(8, 256, device=gpu.device, dtype=torch.float16))
+        x = torch.empty(8, 2048, device=gpu.device, dtype=torch.float16)[:, :256]
+        with pytest.raises(UnknownValueError, match=r"item\(\) at test_quantised"):
+            layer(x)
+    with VirtualGPU("H200", torch="2.11", values="assume") as gpu:
+        layer = Linear8bitLt(256, 512, bias=False, has_fp16_weights=False, threshold=6.0)
+        layer.to(gpu.device)
+        x = torch.empty(8, 2048, device=gpu.device, dtype=torch.float16)[:, :256]
+        before = gpu.memory_allocated()
+        assert layer(x).shape == (8, 512)
+        assert gpu.memory_allocated() == before
+        assert [a.operation for a in gpu.memory.values.assumptions] == ["item()"]
+
+
+@pytest.mark.parametrize(("bits", "numbers"), [(8, 1), (4, 2)])
+def test_transformers_quantises_on_the_card(bits: int, numbers: int, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 1000}
+    config = transformers.LlamaConfig(num_hidden_layers=1, num_attention_heads=8, **sizes)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    with every_byte.as_cuda("H200") as gpu:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path,
+            device_map="auto",
+            quantization_config=transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}),
+        )
+        layers = [m.weight for m in model.modules() if "bitsandbytes" in type(m).__module__]
+        assert len(layers) == 7
+        assert sum(w.nbytes for w in layers) == (4 * 512**2 + 3 * 512 * 1024) // numbers
+        held = [*model.parameters(), *model.buffers(), *scales(model)]
+        assert gpu.memory_allocated() == blocks(*(tensor.nbytes for tensor in held))
+        ids = torch.randint(0, 1000, (2, 64), device="cuda")
+        model(input_ids=ids, labels=ids).loss.backward()
 
 
 def test_tables_of_levels_end_with_the_card() -> None:

@@ -155,6 +155,29 @@ def test_a_mask_is_turned_into_places_as_on_cuda(gpu: VirtualGPU) -> None:
     assert gpu.max_memory_allocated() - before == kept.nbytes + 4096  # 500 places of 8 B
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        *([True, False, True], [0, 2], [], [False, False, False]),
+        *(
+            ([True, False, True], [1]),
+            (slice(None), [0, -1]),
+            (Ellipsis, [True, False, True, True]),
+        ),
+        *(([[0, 1], [1, 0]],), ([True, False, False], 1)),
+    ],
+    ids=str,
+)
+def test_the_numbers_of_an_index_are_known(gpu: VirtualGPU, place: Any) -> None:
+    host = torch.arange(12).view(3, 4)
+    x = host.to(gpu.device)
+    assert torch.equal(x[place].cpu(), host[place])
+    x[place] = 0
+    host[place] = 0
+    assert torch.equal(x.cpu(), host)
+    assert not gpu.memory.values.assumptions
+
+
 def test_draws_leave_no_trace_in_the_programs_generator(gpu: VirtualGPU) -> None:
     before = torch.get_rng_state()
     first = torch.randint(0, 10**9, (3,), device="meta").tolist()

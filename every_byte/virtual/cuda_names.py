@@ -49,6 +49,7 @@ class Stream:
     def __init__(self, device: Any = None, priority: int = 0, **kwargs: Any) -> None:
         index_of(device)
         self.device = torch.device("cuda", 0)
+        self.device_index, self.device_type = 0, 1  # DeviceType::CUDA
         self.priority = priority
         memory = _card().memory
         self.stream_id = kwargs["stream_id"] if "stream_id" in kwargs else memory.new_stream()
@@ -331,6 +332,7 @@ def cuda_names(card: Card) -> Iterator[None]:
         (torch.cuda.memory, {name: answers[name] for name in answers if _is_in(name)}),
         (torch.cuda.random, {name: answers[name] for name in answers if "rng" in name}),
         (torch.accelerator, _accelerators(card, answers)),
+        (torch, {name: answers[name] for name in ("Stream", "Event")}),
     ]
     with ExitStack() as stack:
         for module, names in modules:

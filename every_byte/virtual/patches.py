@@ -19,7 +19,7 @@ import torch
 from torch.optim import optimizer  # deleted from torch.optim, but a module
 from torch.utils import _foreach_utils
 
-from every_byte.tracker import is_tracked, untracked
+from every_byte.tracker import is_accounted, is_tracked, untracked
 
 
 @dataclass(frozen=True)
@@ -277,6 +277,16 @@ PRIVATE_NAMES = (
         "foreach optimizers mix devices in as_cuda()",
     ),
     PrivateName(
+        "torch._C._scatter",
+        "brings a batch to DataParallel's card, on its stream",
+        "DataParallel fails in as_cuda() where its batch is on the host",
+    ),
+    PrivateName(
+        "torch._C._gather",
+        "brings the gradient of such a batch back",
+        "DataParallel fails in as_cuda() where its batch has a gradient",
+    ),
+    PrivateName(
         "torch._C.Generator",
         "is the class of random generators, which a script may make for cuda",
         "torch.Generator(device='cuda') fails in as_cuda()",
@@ -369,7 +379,7 @@ def optimizers_as_on_cuda() -> Iterator[None]:
 def modules_move_as_on_cuda(quantising: bool) -> Iterator[None]:
     """Let ``.to()`` keep a module's Parameters, and what is tied, as it does on CUDA.
 
-    Within a device PyTorch does so by ``param.data = ``; on the way from the host to
+    Within a device PyTorch does so by ``param.data = ``; on the way between the host and
     ``meta`` only if told to swap them.
 
     Args:
@@ -382,22 +392,32 @@ def modules_move_as_on_cuda(quantising: bool) -> Iterator[None]:
     def applied(module: Any, fn: Any, recurse: bool = True) -> Any:
         before = future.get_swap_module_params_on_conversion()
         own = list(module.parameters(recurse=False))
-        comes = not all(parameter.is_meta for parameter in own)
-        with untracked():
-            comes = comes and fn(torch.empty(0)).is_meta
-        if comes and quantising and is_tracked() and any(map(_is_quantised, own)):
-            for parameter in own:  # PyTorch could not swap them
-                if _is_quantised(parameter):
-                    _quantise(parameter)
-                elif not parameter.is_meta:
-                    moved = torch.nn.Parameter(fn(parameter.data), parameter.requires_grad)
-                    torch.utils.swap_tensors(parameter, moved)
-            comes = False
-        for parameter in own if comes else ():
-            refuse_quantised(parameter)
-        future.set_swap_module_params_on_conversion(swaps or comes)
+        if any(map(_is_quantised, own)):
+            with untracked():
+                comes = _is_meta(fn(torch.empty(0)))
+            if comes and quantising and is_tracked():
+                for parameter in own:  # PyTorch could not swap them
+                    if _is_quantised(parameter):
+                        _quantise(parameter)
+                    elif not _is_meta(parameter):
+                        moved = torch.nn.Parameter(fn(parameter.data), parameter.requires_grad)
+                        torch.utils.swap_tensors(parameter, moved)
+                own = []
+            for parameter in own if comes else ():
+                refuse_quantised(parameter)
+        done = []
+        if own:
+            with torch.no_grad():
+                done.append(fn(own[0]))
+            future.set_swap_module_params_on_conversion(
+                swaps or _is_meta(done[0]) is not _is_meta(own[0])
+            )
+
+        def once(tensor: torch.Tensor) -> torch.Tensor:
+            return done.pop() if done and tensor is own[0] else fn(tensor)
+
         try:
-            return apply(module, fn, recurse)
+            return apply(module, once, recurse)
         finally:
             future.set_swap_module_params_on_conversion(before)
 
@@ -405,12 +425,15 @@ def modules_move_as_on_cuda(quantising: bool) -> Iterator[None]:
         yield
 
 
-def _is_quantised(parameter: object) -> bool:
+def _is_meta(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is of the ``meta`` device, whatever it says in an unchanged CUDA script."""
+    with torch._C.DisableTorchFunction():
+        return tensor.is_meta
+
+
+def _is_quantised(parameter: torch.Tensor) -> bool:
     """Whether a parameter is of bitsandbytes' and on the host."""
-    return (
-        type(parameter).__module__ == "bitsandbytes.nn.modules"
-        and not cast(torch.Tensor, parameter).is_meta
-    )
+    return type(parameter).__module__ == "bitsandbytes.nn.modules" and not _is_meta(parameter)
 
 
 def _quantise(parameter: Any) -> None:
@@ -517,8 +540,9 @@ def four_bits_are_refused() -> Iterator[None]:
     make = torch.Tensor._make_subclass
 
     def made(cls: type, data: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # In an unchanged CUDA script its device is CUDA, and bitsandbytes quantises it.
         if cls.__name__ == "Params4bit" and data.is_meta and data.is_floating_point():
-            if is_tracked():
+            if is_accounted(data):
                 raise NotImplementedError(
                     f"a Params4bit of {data.dtype} on a virtual GPU: bitsandbytes quantises none "
                     "there, so its bytes would be wrong; load the model in untracked() on the host"

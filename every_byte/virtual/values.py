@@ -814,12 +814,37 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
 }
 
 
+def _as_indices(tensor: Tensor, place: Any) -> Any:
+    """The place of ``tensor[place]``, with tensors for lists of whole numbers or truth values.
+
+    A list that has lists in it is a tuple of them (``treatSequenceAsTuple``).
+    """
+    if isinstance(place, list) and not any(isinstance(each, list) for each in place):
+        return _as_index(tensor, place)
+    if isinstance(place, (list, tuple)) and any(isinstance(each, list) for each in place):
+        with_tensors = [
+            _as_index(tensor, each) if isinstance(each, list) else each for each in place
+        ]
+        return with_tensors if isinstance(place, list) else tuple(with_tensors)
+    return place
+
+
+def _as_index(tensor: Tensor, numbers: list[Any]) -> Any:
+    with torch._C.DisableTorchFunction():
+        is_meta = tensor.is_meta
+    if not is_meta or not all(type(each) in (bool, int) for each in tree_leaves(numbers)):
+        return numbers
+    return torch.tensor(numbers, dtype=None if numbers else torch.int64, device=tensor.device)
+
+
 @contextmanager
 def keeping_data() -> Iterator[None]:
     """Let ``torch.tensor`` and its like keep the values that a program gives them.
 
     On ``meta`` they drop these before any operation is seen (``internal_new_from_data`` in
-    torch/csrc/utils/tensor_new.cpp of PyTorch 2.14).
+    torch/csrc/utils/tensor_new.cpp of PyTorch 2.14), those of an index such as
+    ``x[[True, False]]`` too (``sequenceToVariable`` in
+    torch/csrc/autograd/python_variable_indexing.cpp).
     """
 
     def keeping(make: Callable[..., Tensor], place: int) -> Callable[..., Tensor]:
@@ -836,8 +861,17 @@ def keeping_data() -> Iterator[None]:
 
         return made
 
+    def indexing(work: Callable[..., Any]) -> Callable[..., Any]:
+        def at(tensor: Tensor, place: Any, *value: Any) -> Any:
+            return work(tensor, _as_indices(tensor, place), *value)
+
+        return at
+
     _device_constructors()  # knows them, and is kept, as they are now
     with ExitStack() as stack:
+        for name in ("__getitem__", "__setitem__"):
+            kept = indexing(getattr(Tensor, name))
+            stack.enter_context(mock.patch.object(Tensor, name, kept))
         for owner, name, place in (
             (torch, "tensor", 0),
             (torch, "as_tensor", 0),

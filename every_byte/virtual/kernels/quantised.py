@@ -84,13 +84,18 @@ def _quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor
 def _int8_vectorwise_quant(
     A: Tensor, threshold: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    if threshold > 0:
-        raise NotImplementedError(
-            f"LLM.int8() with threshold={threshold}: which columns are outliers depends on "
-            "values; take a threshold of 0"
-        )
     scales = A.new_empty(A.numel() // A.size(-1), dtype=torch.float32)
-    return A.new_empty(A.shape, dtype=torch.int8), scales, None
+    result = A.new_empty(A.shape, dtype=torch.int8)
+    columns = None
+    if threshold > 0:
+        outliers = A.abs() >= threshold
+        if outliers.any().item():  # of what is unknown: assumed not
+            columns = outliers.any(dim=0).nonzero().view(-1)
+        else:
+            columns = A.new_empty(0, dtype=torch.int64)
+    if A.numel() // A.size(-1) > 1 and columns is not None:
+        result[:, columns] = 0
+    return result, scales, columns
 
 
 def _int8_mm_dequant(
@@ -116,6 +121,24 @@ def _int8_scaled_mm(
     return _int8_mm_dequant(product, row_stats, col_stats, dtype, bias)
 
 
+def _int8_mixed_scaled_mm(
+    A: Tensor,
+    CA: Tensor,
+    CB: Tensor,
+    SCA: Tensor,
+    SCB: Tensor,
+    outlier_cols: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    weight, columns = None, A.new_empty(0)
+    if outlier_cols is not None and outlier_cols.numel():
+        columns = A[:, outlier_cols].contiguous()
+        part = CB[:, outlier_cols].contiguous()
+        weight = (part * SCB.view(-1, 1) * 7.874015718698502e-3).to(A.dtype).t()
+    output = _int8_scaled_mm(CA, CB, SCA, SCB, bias, A.dtype)
+    return (output if weight is None else output.addmm(columns, weight)), columns
+
+
 WITH_RULES: dict[str, Callable[..., Any]] = {"bitsandbytes.gemm_4bit.default": _gemm_4bit}
 KERNELS: dict[str, Callable[..., Any]] = {
     "bitsandbytes.quantize_4bit.default": _quantize_4bit,
@@ -123,5 +146,6 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "bitsandbytes.int8_vectorwise_quant.default": _int8_vectorwise_quant,
     "bitsandbytes.int8_mm_dequant.default": _int8_mm_dequant,
     "bitsandbytes.int8_scaled_mm.default": _int8_scaled_mm,
+    "bitsandbytes.int8_mixed_scaled_mm.default": _int8_mixed_scaled_mm,
 }
 """By name: bitsandbytes defines its operations when it is imported."""
