@@ -183,17 +183,6 @@ def _in_backward(mode: _AsCuda, function: Callable[..., Any]) -> Callable[..., A
     return called
 
 
-def _set_data(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
-    tensor, data = args
-    with _plain():
-        if tensor.is_meta == data.is_meta:
-            return func(*args, **kwargs)
-        # CUDA's and the host's data may replace each other, meta's may not
-        made = Tensor._make_subclass(type(tensor), data.detach(), tensor.requires_grad)
-        vars(made).update(vars(tensor))
-        torch.utils.swap_tensors(tensor, made)
-
-
 def _data_ptr(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
     if not mode.is_ours(args[0]):
         return func(*args, **kwargs)
@@ -255,7 +244,6 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.__format__: _format,
     Tensor.register_hook: _hooked,
     Tensor.register_post_accumulate_grad_hook: _hooked,
-    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.data_ptr: _data_ptr,
     Tensor.__reduce_ex__: _reduce_ex,
     torch.device: _left_alone,
@@ -443,7 +431,6 @@ def as_cuda(
     )
     gpu.pass_unseen()
     gpu.device = torch.device("cuda")
-    gpu.memory.is_called_cuda = True
     mode = _AsCuda(gpu)
     in_thread = gpu.memory.in_thread
 

@@ -100,7 +100,6 @@ class VirtualMemory(CachingAllocator):
         self.estimates: dict[str, None] = {}  # what the figures contain that is no rule, in order
         self.default_workspace: int | None = None if rules is None else rules.cublas_workspace
         self.device = torch.device("meta")
-        self.is_called_cuda = False  # by programs, and by the libraries that they use
         self._streams = count(1)  # numbers for those that a program makes
         self._thread = _Thread()
         self._lock = threading.Lock()  # held while the allocator works
@@ -243,8 +242,7 @@ class VirtualMemory(CachingAllocator):
             stack.enter_context(patches.modules_move_as_on_cuda(self.rules is not None))
             stack.enter_context(patches.recurrent_weights_are_flat())
             stack.enter_context(patches.nothing_is_compiled())
-            if not self.is_called_cuda:
-                stack.enter_context(patches.four_bits_are_refused())
+            stack.enter_context(patches.four_bits_are_refused())
             stack.enter_context(cuda_autocast())
             stack.enter_context(self.values.running())
             stack.enter_context(self.in_thread())
