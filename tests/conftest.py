@@ -40,13 +40,24 @@ def gpu() -> "Iterator[VirtualGPU]":
 
 @pytest.fixture(scope="session")
 def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The book, built with warnings as errors, of a clone that has no address."""
+    """The book, built with warnings as errors, of a clone that has no address.
+
+    It is built once: processes that test side by side wait for the first of them.
+    """
+    from filelock import FileLock
+
     from tools.book import build
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("REPOSITORY", raising=False)
-        patch.setattr("tools.repository._origin", lambda root: "")
-        return build(tmp_path_factory.mktemp("book")).parent
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    with FileLock(shared / "book.lock"), pytest.MonkeyPatch.context() as patch:
+        built = shared / "book" / "_build" / "html"
+        if not built.exists():
+            patch.delenv("REPOSITORY", raising=False)
+            patch.setattr("tools.repository._origin", lambda root: "")
+            build(shared / "book")
+        return built
 
 
 @pytest.fixture(scope="module")

@@ -663,9 +663,11 @@ def test_no_serious_violation_of_accessibility(
         viewport={"width": width, "height": 900},
         reduced_motion="reduce",
     )
+    # Of what axe-core looks at, the theme changes colours alone.
+    options = {"runOnly": ["color-contrast"]} if theme == "dark" else None
     for text in STATES:
         open_state(tab, text)
-        results = Axe().run(tab).response["violations"]
+        results = Axe().run(tab, options=options).response["violations"]
         bad = [v for v in results if v["impact"] in ("serious", "critical")]
         assert [(v["id"], [n["html"] for n in v["nodes"]]) for v in bad] == []
     tab.close()
