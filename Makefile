@@ -4,7 +4,7 @@ PY := .venv/bin/python
 PORT ?= 8000
 export REPOSITORY
 
-.PHONY: help env book serve test faults test-versions gpu-test notebooks proof lint bench lock clean
+.PHONY: help env book serve test check faults test-versions gpu-test notebooks proof lint bench lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -25,6 +25,15 @@ CHECKPOINTS := gpt2-large Qwen2-0.5B
 test: env ## prove it: the helpers, every notebook again, the built book
 	@$(PY) -m helpers.models $(CHECKPOINTS) >/dev/null
 	@$(PY) -m pytest -n 2 --dist loadfile --nbval --nbval-current-env
+
+# No page, no notebook, no model of full size: what tells most of an edit in a minute.
+QUICK := allocator autocast catalogue cli cluster edges environment explain files fit imports \
+	patches placement precision private_names pytest_plugin units
+check: env ## what one runs after each edit: style, types and the quick tests, in a minute
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check --quiet .
+	@$(PY) -m mypy
+	@$(PY) -m pytest -n 2 --dist loadfile -q $(QUICK:%=tests/test_%.py)
 
 faults: env ## kill it, fill the disk, take the network away: what it promises on its worst day
 	@$(PY) -m pytest -m slow tests/faults

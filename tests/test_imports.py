@@ -40,7 +40,7 @@ FLOORS = {
         {"__main__"},
     ],
     "helpers": [
-        {"environment", "mlp", "tables", "plots", "measured"},
+        {"environment", "mlp", "tables", "plots", "measured", "hollow"},
         {"placement", "mnist"},
         {"models"},
         {"experiments"},
@@ -48,7 +48,7 @@ FLOORS = {
     ],
     "tools": [
         {"repository", "setup_cell", "bootstrap"},
-        {"book", "notebooks", "serve", "versions"},
+        {"book", "notebooks", "serve", "versions", "licences"},
     ],
 }
 # What else the engine may import: its dependencies, and what says what an environment lacks.
