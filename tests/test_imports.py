@@ -40,10 +40,10 @@ FLOORS = {
         {"__main__"},
     ],
     "helpers": [
-        {"environment", "mlp", "tables", "plots", "measured", "hollow"},
+        {"environment", "mlp", "tables", "plots", "measured"},
         {"placement", "mnist"},
         {"models"},
-        {"experiments"},
+        {"hollow", "experiments"},
         {"record"},
     ],
     "tools": [
