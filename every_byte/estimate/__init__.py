@@ -8,7 +8,7 @@ rounding, which `memory` counts apart. Names of dimensions are those of
 transformers' configurations.
 """
 
-from every_byte.data import catalogue, known_models
+from every_byte.data import CONTEXT, catalogue, known_models
 from every_byte.estimate.architecture import (
     TRAITS,
     Dimensions,
@@ -29,7 +29,6 @@ from every_byte.estimate.forward import (
 from every_byte.estimate.optimizers import IMPLEMENTATIONS, OPTIMIZERS, Optimizer, optimizer_states
 from every_byte.estimate.setup import (
     CHOICES,
-    CONTEXT,
     FLAGS,
     LT_WORKSPACE,
     SHARDING,
