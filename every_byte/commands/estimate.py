@@ -15,11 +15,13 @@ from every_byte.estimate import (
     CHOICES,
     Dimensions,
     Memory,
+    Serving,
     Setup,
     catalogue,
     dimensions,
     from_config,
     memory,
+    serve,
 )
 from every_byte.estimate.fit import levers, most_sequences, shortest
 from every_byte.estimate.presets import PRESETS
@@ -56,6 +58,15 @@ def add(subparsers: Subparsers) -> None:
         choices=PRESETS,
         default="full",
         help="what you want to do; sets what the options below do not (default: full)",
+    )
+    parser.add_argument(
+        "--vllm",
+        action="store_true",
+        help="how many users of --length tokens vLLM serves at a time on --card, or on --gpus "
+        "of them by tensor parallelism",
+    )
+    parser.add_argument(
+        "--utilization", type=int, help="with --vllm: percent of the card that it may take"
     )
     kinds, described = get_type_hints(Setup), _attributes(Setup)
     first = PRESETS["full"][1]
@@ -94,6 +105,8 @@ def run(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise Refused(error) from None
     name, card = _card(options)
+    if options.vllm or options.utilization is not None:
+        return _serve(options, sizes, setup, given, name, card)
     of_card = {"workspace": card.cublas_workspace, "context": card.context} if card else {}
     try:
         found = memory(sizes, setup, **of_card)
@@ -148,6 +161,59 @@ def run(options: argparse.Namespace) -> int:
     for lever in helps[:SHOWN]:
         print(_line(f"  {lever.name}", -lever.saved))
     return DONE if verdict in (None, "fits") else NO
+
+
+SERVING = ("dtype", "quantised", "cache_dtype", "length", "gpus")  # what both setups have
+
+
+def _serve(
+    options: argparse.Namespace,
+    sizes: Dimensions,
+    setup: Setup,
+    given: dict[str, Any],
+    name: str | None,
+    card: Card | None,
+) -> int:
+    """Print how many users vLLM serves at a time, and what takes the memory.
+
+    Raises:
+        Refused: no card, or what serving has no use for, or what cannot be served so.
+    """
+    if card is None or not options.vllm:
+        raise Refused("vllm: expected a --card or --gib beside it, and --utilization with it only")
+    if rest := sorted(set(given) - set(SERVING) - {"task"}):
+        raise Refused(f"{rest[0]} is given: expected of {', '.join(SERVING)} only, with --vllm")
+    asked = {what: getattr(setup, what) for what in SERVING}
+    if "length" not in given:
+        asked["length"] = min(4096, sizes.max_position_embeddings or 4096)
+    if options.utilization is not None:
+        asked["utilization"] = options.utilization
+    try:
+        serving = Serving(**asked)
+        served = serve(sizes, serving, card)
+    except ValueError as error:
+        raise Refused(error) from None
+    if options.json:
+        setting = {field.name: getattr(serving, field.name) for field in fields(serving)}
+        found = {field.name: getattr(served, field.name) for field in fields(served)}
+        model = options.model or str(options.config)
+        print_json({"model": model, "card": name, "serving": setting, **found})
+        return DONE if served.users else NO
+    for what, nbytes in (
+        ("weights", served.weights),
+        ("activations, at the peak", served.activations),
+        ("outside PyTorch", served.non_torch),
+        ("CUDA graphs, at most", served.graphs),
+        ("KV cache", served.kv_cache),
+        (f"allowed: {serving.utilization} % of the card", served.allowed),
+    ):
+        print(_line(what, nbytes))
+    each = f", on each of {serving.gpus}" if serving.gpus > 1 else ""
+    print(
+        f"\n{name}{each}: {grouped(served.users)} users of {grouped(serving.length)} tokens at a "
+        f"time; the cache holds {grouped(served.tokens)} tokens of {grouped(served.token)} B"
+    )
+    return DONE if served.users else NO
 
 
 def _parts(found: Memory) -> dict[str, Any]:
