@@ -14,8 +14,8 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
 from every_byte import estimate
-from every_byte.data import cards
-from every_byte.estimate import Dimensions, Memory, Setup, fit
+from every_byte.data import Card, cards, catalogue, unknown_card
+from every_byte.estimate import Dimensions, Memory, Setup, fit, serving
 from every_byte.estimate.presets import PRESETS
 from every_byte.kinds import FIELDS
 from every_byte.units import GiB, grouped
@@ -25,6 +25,7 @@ SCRIPTS = [ROOT / "book" / "_static" / name for name in ("estimate.js", "fit.js"
 SIZES = [field.name for field in dataclasses.fields(Dimensions)]
 OPTIONS = [field.name for field in dataclasses.fields(Setup)]
 NUMBERS = ["batch", "length", "rank", "gpus"]
+EXPECTED = re.compile(r"^[^:]+: .* does not work here\. Expected .+\.$")
 NONSENSE = re.compile("NaN|undefined|Infinity|null|object")
 
 
@@ -39,7 +40,7 @@ def tab(html: Path, browser: Browser) -> Iterator[Page]:
     tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.goto((html / "book" / "estimator.html").as_uri())
     yield tab
-    results = tab.locator("#e-headline, #e-table, #e-formula, #e-levers, #e-cards")
+    results = tab.locator("#e-headline, #e-table, #e-formula, #e-levers, #e-cards, #e-serving")
     assert not NONSENSE.search(" ".join(results.all_inner_texts()))
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
     assert errors == []
@@ -77,38 +78,43 @@ def kinds_of(memory: Memory) -> list[int]:
     return [getattr(memory, f.name) for f in dataclasses.fields(memory) if f.name in FIELDS]
 
 
+def of(card: Card) -> dict[str, int]:
+    """What a card's workspace and context take, by the arguments' names."""
+    return {"workspace": card.cublas_workspace, "context": card.context}
+
+
 def check(tab: Page) -> Memory:
     """Whether all that the page shows is what Python says of what is chosen."""
     values = state(tab)
     sizes, setup = asked(values)
-    memory = estimate.memory(sizes, setup)
+    name = f"a card of {values['gib']} GiB" if values["gib"] else values["card"]
+    card = unknown_card(int(values["gib"]) * GiB) if values["gib"] else cards()[values["card"]]
+    memory = estimate.memory(sizes, setup, **of(card))
     assert shown(tab) == [*kinds_of(memory), memory.total]
     names = tab.locator("#e-moments th").all_inner_texts()
     sizes_at = tab.locator("#e-moments data").evaluate_all("all => all.map((one) => one.value)")
     assert list(zip(names, map(int, sizes_at), strict=True)) == [
         (name + " (the peak)" * (name == memory.peak_at), nbytes) for name, nbytes in memory.moments
     ]
-    capacity, card = cards()[values["card"]].memory, values["card"]
-    if values["gib"]:
-        capacity, card = int(values["gib"]) * GiB, f"a card of {values['gib']} GiB"
-    headline = tab.inner_text("#e-headline")
-    fits = "does not fit on" if memory.needed > capacity else "fits on"
-    assert f"{fits} {card}" in headline
-    assert f": {memory.needed / 1e9:,.2f} GB" in headline or memory.needed < 10**9
+    capacity, headline = card.usable, tab.inner_text("#e-headline")
+    verdict = memory.verdict(capacity)
+    size = memory.needed if verdict == "fits" else memory.least
+    assert headline.startswith(f"It {verdict} on {name}: ")
+    assert f"{size / 1e9:,.2f} GB" in headline or size < 10**9
     assert values["task"] in headline
-    levers = fit.levers(sizes, setup)
+    levers = fit.levers(sizes, setup, **of(card))
     pulled = tab.locator("#e-levers button").all_text_contents()
     assert pulled == [lever.name for lever in levers]
-    ways = fit.shortest(sizes, setup, capacity)[:6]
+    ways = fit.shortest(sizes, setup, capacity, **of(card))[:6]
     offered = tab.locator("#e-ways button").all_inner_texts()
     assert offered == [" + ".join(way.names) for way in ways]
     if memory.needed <= capacity:
-        most = fit.most_sequences(sizes, setup, capacity)
+        most = fit.most_sequences(sizes, setup, capacity, **of(card))
         assert f"that fits: {grouped(most)}." in tab.inner_text("#e-ways-note")
     rows = tab.locator("#e-cards tr").all_inner_texts()
     for row, (name, card) in zip(rows, cards().items(), strict=True):
-        needed = fit.gpus_needed(sizes, setup, card.memory)
-        said = "fits" if memory.needed <= card.memory else "does not fit"
+        needed = fit.gpus_needed(sizes, setup, card.usable, **of(card))
+        said = estimate.memory(sizes, setup, **of(card)).verdict(card.usable)
         count = f"over {fit.MOST_GPUS:,}" if needed is None else grouped(needed)
         assert row.split("\t")[:1] + row.split("\t")[2:] == [name, said, count]
     return memory
@@ -148,6 +154,8 @@ def random_setup(rng: random.Random) -> dict[str, Any]:
     return {
         **{name: rng.choice(known) for name, known in estimate.CHOICES.items()},
         "dtype": rng.choice(computed),
+        # Most of them such that LoRA is trained beside them.
+        "quantised": rng.choice((None, None, None, "nf4", "awq", rng.choice(estimate.QUANTISED))),
         "gradients": rng.choice((None, *computed)),
         "states": rng.choice((None, *computed)),
         "master_weights": rng.random() < 0.3,
@@ -174,17 +182,18 @@ def in_python(sizes: dict[str, Any], setup: dict[str, Any]) -> list[str] | str:
 IN_THE_BROWSER = """(inputs) => {
     const data = JSON.parse(document.getElementById("estimator-data").textContent);
     const F = everyByteFormulas(data);
-    return inputs.map(([sizes, setup, capacity]) => {
+    return inputs.map(([sizes, setup, capacity, card]) => {
         try {
             const dims = F.dimensions(sizes), held = F.memory(dims, setup);
             if (!capacity) return [...Object.keys(data.kinds).map((kind) => held[kind]),
                 ...held.moments.map(([, nbytes]) => nbytes), held.needed, held.peakAt].map(String);
             const fit = everyByteFit(data, F);
-            const levers = F.levers(dims, setup).map(({name, saved}) => [name, String(saved)]);
-            const ways = fit.shortest(dims, setup, capacity)
+            const levers = F.levers(dims, setup, card)
+                .map(({name, saved}) => [name, String(saved)]);
+            const ways = fit.shortest(dims, setup, capacity, card)
                 .map(({names, needed}) => [names, String(needed)]);
-            return [levers, F.gpusNeeded(dims, setup, capacity), ways,
-                fit.mostSequences(dims, setup, capacity)];
+            return [levers, F.gpusNeeded(dims, setup, capacity, card), ways,
+                fit.mostSequences(dims, setup, capacity, card)];
         } catch (error) {
             if (!(error instanceof Refusal)) throw error;
             return error.message;
@@ -218,17 +227,79 @@ def test_levers_and_numbers_of_gpus_are_equal(tab: Page) -> None:
     while len(inputs) < 30:
         sizes, setup = random_sizes(rng), random_setup(rng)
         if isinstance(in_python(sizes, setup), list):
-            inputs.append((sizes, setup, rng.choice(list(cards().values())).memory))
+            inputs.append((sizes, setup, rng.choice(list(cards().values()))))
     found = tab.evaluate(
-        IN_THE_BROWSER, [[for_javascript(a), for_javascript(b), c] for a, b, c in inputs]
+        IN_THE_BROWSER,
+        [
+            [for_javascript(a), for_javascript(b), c.usable, list(of(c).values())]
+            for a, b, c in inputs
+        ],
     )
-    for (given, options, capacity), other in zip(inputs, found, strict=True):
-        sizes, setup = Dimensions(**given), Setup(**options)
-        levers = [[lever.name, str(lever.saved)] for lever in fit.levers(sizes, setup)]
-        ways = [[list(w.names), str(w.needed)] for w in fit.shortest(sizes, setup, capacity)]
-        most = fit.most_sequences(sizes, setup, capacity)
-        gpus = fit.gpus_needed(sizes, setup, capacity)
+    for (given, options, card), other in zip(inputs, found, strict=True):
+        sizes, setup, capacity = Dimensions(**given), Setup(**options), card.usable
+        levers = [[lever.name, str(lever.saved)] for lever in fit.levers(sizes, setup, **of(card))]
+        ways = fit.shortest(sizes, setup, capacity, **of(card))
+        ways = [[list(w.names), str(w.needed)] for w in ways]
+        most = fit.most_sequences(sizes, setup, capacity, **of(card))
+        gpus = fit.gpus_needed(sizes, setup, capacity, **of(card))
         assert other == [levers, gpus, ways, most], (given, options)
+
+
+SERVED = """(inputs) => {
+    const data = JSON.parse(document.getElementById("estimator-data").textContent);
+    const F = everyByteFormulas(data), fit = everyByteFit(data, F);
+    return inputs.map(([sizes, asked, card]) => {
+        try {
+            return Object.values(fit.serve(F.dimensions(sizes), asked, card)).map(String);
+        } catch (error) {
+            if (!(error instanceof Refusal)) throw error;
+            return error.message;
+        }
+    });
+}"""
+
+
+def test_serving_is_equal_to_the_byte(tab: Page) -> None:
+    rng = random.Random(16)
+    inputs, expected = [], []
+    for _ in range(1_000):
+        sizes, card = random_sizes(rng), rng.choice(list(cards().values()))
+        asked = {
+            "dtype": rng.choice(("fp32", "fp16", "bf16", "bf16")),
+            "quantised": rng.choice((None, *estimate.QUANTISED)),
+            "cache_dtype": rng.choice((None, *estimate.BYTES)),
+            "length": rng.choice((rng.randint(0, 10), rng.randint(1, 100_000))),
+            "gpus": rng.choice((1, 1, 2, 4, 8, rng.randint(0, 16))),
+            "utilization": rng.choice((92, rng.randint(0, 110))),
+        }
+        limits = [card.usable, card.cublas_workspace, *serving.default_limits(card)]
+        inputs.append([for_javascript(sizes), for_javascript(asked), limits])
+        try:
+            served = estimate.serve(Dimensions(**sizes), estimate.Serving(**asked), card)
+            expected.append([str(n) for n in dataclasses.astuple(served)])
+        except ValueError as error:
+            expected.append(str(error))
+    found = tab.evaluate(SERVED, inputs)
+    for given, mine, other in zip(inputs, expected, found, strict=True):
+        assert mine == other, given
+    assert 200 < sum(isinstance(one, list) for one in expected) < 900
+
+
+def test_how_many_users_vllm_serves(tab: Page) -> None:
+    assert tab.locator("#e-serving").is_hidden()
+    tab.click("[data-preset=serving]")
+    served = estimate.serve(
+        estimate.dimensions("Llama-3.1-8B"), estimate.Serving(), cards()["RTX 4090"]
+    )
+    said = tab.inner_text("#e-users")
+    assert f"serves {served.users} users of 4,096 tokens at a time" in said
+    values = tab.locator("#e-served data").evaluate_all("all => all.map((one) => +one.value)")
+    assert values == [
+        *(served.weights, served.activations, served.non_torch, served.graphs),
+        *(served.kv_cache, served.allowed),
+    ]
+    change(tab, "gpus", "3")
+    assert "Expected a divisor of the 32 attention heads" in tab.inner_text("#e-users")
 
 
 def test_the_scripts_are_small_and_plain() -> None:
@@ -276,6 +347,7 @@ CONTROLS = [  # each with a value that is not where it starts, and what else is 
     ("cache_dtype", "fp8", "task=inference"),
     ("card", "T4", ""),
     ("gib", "100", ""),
+    ("utilization", "80", "task=inference"),
     ("gpus", "5", "sharding=ZeRO+3"),
     ("sharding", "ZeRO 2", "gpus=4"),
     ("load", "device_map", "model=gpt2-large&dtype=fp32&length=1024"),
@@ -325,7 +397,7 @@ def test_a_control(tab: Page, name: str, value: str | bool, before: str) -> None
     assert state(tab)[name] == value
     second = check(tab)
     # All but the choice of the card, and what this model has no use for, change the sum.
-    if name not in ("card", "gib", "num_local_experts"):
+    if name not in ("card", "gib", "num_local_experts", "utilization"):
         assert second != first
         assert bool(change_of_all(tab)) == (second.total != first.total)
     # The address brings it all back.
@@ -515,7 +587,8 @@ def test_nonsense_gets_a_message_at_its_field(tab: Page, name: str) -> None:
         change(tab, name, text)
         assert field.get_attribute("aria-invalid") == "true"
         assert error.is_visible()
-        assert error.inner_text().startswith(f"{name} is ")
+        assert EXPECTED.match(error.inner_text())
+        assert error.inner_text().startswith(tab.inner_text(f"label[for=e-{name}]") + ": ")
         assert "Fix the marked field" in tab.inner_text("#e-headline")
         assert shown(tab) == right  # of what was chosen before
         change(tab, name, good)
@@ -528,13 +601,26 @@ def test_nonsense_gets_a_message_at_its_field(tab: Page, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "field", "message"),
     [
-        ("quantised=nf4", "rank", "rank is 0: expected 1 or more"),
+        (
+            "quantised=nf4",
+            "rank",
+            "LoRA rank, 0 for none: 0 does not work here. Expected 1 or more, for quantised",
+        ),
         (
             "model=own&model_type=llama&vocab_size=10&hidden_size=10&num_attention_heads=3",
             "num_attention_heads",
-            "num_attention_heads is 3: expected a divisor of hidden_size 10",
+            "num_attention_heads: 3 does not work here. Expected a divisor of hidden_size 10.",
         ),
-        ("batch=many", "batch", "batch is 'many': expected a whole number"),
+        (
+            "batch=many",
+            "batch",
+            "Batch, on each GPU: “many” does not work here. Expected a whole number, such as 1024.",
+        ),
+        (
+            "model=gpt2&length=5000",
+            "length",
+            "Length, in tokens: 5000 does not work here. Expected at most the 1024 positions",
+        ),
     ],
 )
 def test_an_impossible_address(tab: Page, text: str, field: str, message: str) -> None:
@@ -542,6 +628,40 @@ def test_an_impossible_address(tab: Page, text: str, field: str, message: str) -
     error = tab.locator(f"#e-{field}-error")
     assert error.is_visible()
     assert error.inner_text().startswith(message)
+
+
+def test_gpt2_gets_the_length_that_it_has_learned(tab: Page) -> None:
+    """As on the command line; the page says so."""
+    change(tab, "model", "gpt2")
+    assert state(tab)["length"] == "1024"
+    assert "The length is 1,024 tokens now" in tab.inner_text("#e-note")
+    check(tab)
+    open_state(tab, "model=gpt2")
+    assert state(tab)["length"] == "1024"
+    tab.click("[data-preset=inference]")
+    assert state(tab)["length"] == "1024"
+    check(tab)
+    change(tab, "model", "Llama-3.1-8B")
+    assert tab.inner_text("#e-note") == ""
+
+
+def test_models_are_searched_by_typing(tab: Page) -> None:
+    """A part of a name leaves the result; a name in any case is found; another is refused."""
+    field, error, first = tab.locator("#e-model"), tab.locator("#e-model-error"), shown(tab)
+    listed = tab.locator("#e-models option").evaluate_all("all => all.map((one) => one.value)")
+    assert listed == [*catalogue(), "own"]
+    field.focus()
+    assert tab.evaluate("getSelection().toString() || document.activeElement.selectionEnd > 0")
+    field.press_sequentially("qwen3-8")
+    assert (shown(tab), error.is_hidden()) == (first, True)
+    field.press_sequentially("b")
+    assert state(tab)["model"] == "Qwen3-8B"
+    check(tab)
+    field.fill("GPT-5 <b>")
+    field.press("Tab")
+    assert "“GPT-5 <b>” does not work here. Expected a model of the list" in error.inner_text()
+    field.fill("gpt2")
+    check(tab)
 
 
 def test_an_unknown_word_in_the_address(tab: Page) -> None:
@@ -556,7 +676,7 @@ def test_levers_are_pulled(tab: Page) -> None:
     tab.click("#e-single")
     for _ in range(8):
         sizes, setup = asked(state(tab))
-        first = fit.levers(sizes, setup)[0]
+        first = fit.levers(sizes, setup, **of(cards()["RTX 4090"]))[0]
         tab.locator("#e-levers button").first.click()
         assert asked(state(tab))[1] == first.setup
         check(tab)
@@ -599,7 +719,7 @@ def test_the_bar_is_to_scale_and_told_in_words(tab: Page) -> None:
         width = part.evaluate("e => parseFloat(e.style.width)")
         assert width == pytest.approx(100 * nbytes / memory.needed, abs=0.01)
     limit = bar.locator(".limit").evaluate("e => parseFloat(e.style.left)")
-    assert limit == pytest.approx(100 * 24 * GiB / memory.needed, abs=0.01)
+    assert limit == pytest.approx(100 * cards()["RTX 4090"].usable / memory.needed, abs=0.01)
     assert whole > 300
     assert bar.get_attribute("role") == "img"
 

@@ -9,7 +9,7 @@ class Refusal extends Error {
   constructor(what, value, expected) {
     const shown = value === null ? "None" : value === true ? "True" : typeof value === "string" ? `'${value}'` : value;
     super(`${what} is ${shown}: expected ${expected}`);
-    Object.assign(this, { what, expected });
+    Object.assign(this, { what, value, expected });
   }
 }
 
@@ -115,17 +115,23 @@ function everyByteFormulas(data) {
 
   // Tensors in memory: [bytes, how many]
 
-  function quantised(shape, dtype) {
-    const count = product(shape);
-    if (dtype === "int8") return [count, 4n * shape[1]];
-    const packed = ceil(count, 2n), blocks = ceil(count, 64n);
-    return dtype.includes("double") ? [packed, blocks, 4n * ceil(blocks, 256n)] : [packed, 4n * blocks];
+  const isStored = (s, part, shape, format) => {
+    const known = data.stored[format];
+    return isMatrix(s, part, shape) || (shape.length === 2 && ((part === "mlp" && known.experts)
+      || (known.whole && (part === "embedding" || part === "head"))));
+  };
+
+  function quantised(shape, format) {
+    const known = data.stored[format], count = product(shape);
+    const found = known.tensors.map(([n, numbers]) => big(n) * ceil(count, big(numbers)));
+    const scales = [big(known.outputs) * shape[1], big(known.inputs) * shape[0]];
+    return [...found, ...scales.filter((n) => n)];
   }
 
   function weights(s, dtype, format) {
     const [n, d] = bytes(dtype);
     return tensors(s).flatMap(([part, shape, count]) => {
-      const held = format && isMatrix(s, part, shape)
+      const held = format && isStored(s, part, shape, format)
         ? quantised(shape, format) : [ceil(product(shape) * n, d)];
       return held.map((nbytes) => [nbytes, count]);
     });
@@ -170,7 +176,7 @@ function everyByteFormulas(data) {
   function castWeights(s, setup, dtype) {
     const cast = tensors(s).filter(([part, shape], index) =>
       ["attention", "mlp", "router", "head"].includes(part)
-        ? shape.length === 2 && !(setup.quantised && isMatrix(s, part, shape))
+        ? shape.length === 2 && !(setup.quantised && isStored(s, part, shape, setup.quantised))
         : s.tie_word_embeddings && index === 0);
     const own = cast.map(([, shape, count]) => [shape, count]);
     return stored(setup.rank ? [...own, ...adapters(s, setup.rank)] : own, dtype);
@@ -233,6 +239,10 @@ function everyByteFormulas(data) {
     }
     token += (gated ? experts * 4n * b : 5n * b + (autocast ? 6n : 0n)) * s.intermediate_size;
     if (dropout) token += 2n * h;
+    if (s.num_local_experts) {
+      token += 2n * experts * b * h + 4n * s.num_local_experts + 40n * experts + 4n;
+      fixed += 4n * s.num_local_experts;
+    }
     if (rank) token += adaptersKeep(s, rank, b, width(adapters), lora_dropout);
     return batch * length * token + fixed;
   }
@@ -297,6 +307,10 @@ function everyByteFormulas(data) {
     if (setup.task === "training" && setup.quantised && !setup.rank) {
       refuse("rank", 0n,
         "1 or more, for quantised weights are not trained; LoRA's factors are");
+    }
+    if (setup.task === "training" && setup.quantised && !data.stored[setup.quantised].trained) {
+      const trained = Object.keys(data.stored).filter((name) => data.stored[name].trained);
+      refuse("quantised", setup.quantised, `one that LoRA is trained beside: ${trained.join(", ")}`);
     }
     return setup;
   }
@@ -416,14 +430,33 @@ function everyByteFormulas(data) {
     ];
   }
 
-  function memory(s, given, workspace = data.workspace) {
+  // What fragmentation may leave idle at the peak.
+  function fragments(s, setup) {
+    const training = setup.task === "training", autocast = training && usesAutocast(setup);
+    const b = autocast ? 2n : width(setup.dtype), heads = s.num_attention_heads;
+    const tokens = setup.batch * setup.length, h = s.hidden_size;
+    const scored = (training || setup.all_logits ? tokens : setup.batch) * s.vocab_size;
+    const large = [scored * (training ? most(4n, b) : b),
+      tokens * (s.num_experts_per_tok || 1n) * s.intermediate_size * b];
+    if (training && !setup.rank) large.push(s.vocab_size * h * width(setup.gradients ?? setup.dtype));
+    const computed = { 2: "bf16", 4: "fp32", 8: "fp64" }[b];
+    if (has(s, "query and key norms")) large.push(tokens * heads * s.head_dim * most(4n, b));
+    const scores = hasScores(s, computed, setup.attention);
+    if (scores) large.push(tokens * heads * setup.length * most(4n, b));
+    const blocks = large.map((n) => block(n, true)), narrow = training && b < 4n ? scored * b : 0n;
+    const largest = block(large.reduce(most), true);
+    return largest + (scores ? blocks.reduce((all, n) => all + n) : largest)
+      + block(narrow, true) + big(data.allocator.kLargeBuffer);
+  }
+
+  function memory(s, given, workspace = data.workspace, context = data.context) {
     const setup = checked(given), { dtype, batch, length, rank } = setup;
     checkTogether(s, setup);
     const held = Object.fromEntries(KINDS.map((kind) => [kind, 0n]));
     const tensorsOf = { parameters: weights(s, dtype, setup.quantised) };
     const training = setup.task === "training", layers = s.num_hidden_layers;
-    let trained, states_, kept, layer, margin = 0n, cast = 0n, copy = 0n;
-    held.context = big(data.context);
+    let trained, states_, kept, layer, margin = fragments(s, setup), cast = 0n, copy = 0n;
+    held.context = big(context);
     if (training) {
       trained = rank ? adapters(s, rank) : shapes(s);
       const own = rank ? setup.adapters ?? dtype : dtype;
@@ -439,8 +472,9 @@ function everyByteFormulas(data) {
       kept = held.activations = activations(s, batch, length, computed, setup.checkpointing, asked);
       for (const size of [s.hidden_size, s.intermediate_size].map((n) => n * batch * length * width(computed))) {
         if (!isShared(size)) continue;
-        margin = sharedSegments([[size, ceil(kept, size)]]);
-        kept += margin;
+        const rest = sharedSegments([[size, ceil(kept, size)]]);
+        margin += rest;
+        kept += rest;
         break;
       }
       if (setup.attention === "eager") kept += batch * length * length * width(dtype);
@@ -490,17 +524,22 @@ function everyByteFormulas(data) {
     } else held.moments = inferenceMoments(s, setup, rest + held.kv_cache, held.kv_cache);
     held.margin = margin;
     [held.peakAt, held.peak] = held.moments.reduce((a, m) => (m[1] > a[1] ? m : a));
-    held.needed = held.peak + margin + held.context;
+    held.least = held.peak + held.context;
+    held.needed = held.least + margin;
     return held;
   }
+
+  const verdict = (held, capacity) =>
+    held.needed <= capacity ? "fits" : held.least <= capacity ? "may fit" : "does not fit";
 
   const total = (held) => KINDS.reduce((all, kind) => all + held[kind], 0n);
 
   // Does it fit
 
-  function gpusNeeded(s, setup, capacity) {
+  // `card`: the bytes of its workspace and of its context.
+  function gpusNeeded(s, setup, capacity, card = []) {
     const fits = (gpus) =>
-      memory(s, { ...setup, gpus, sharding: "ZeRO 3" }).needed <= big(capacity);
+      memory(s, { ...setup, gpus, sharding: "ZeRO 3" }, ...card).needed <= big(capacity);
     let few = 1, enough = data.most_gpus;
     if (fits(1)) return 1;
     if (!fits(enough)) return null;
@@ -512,13 +551,13 @@ function everyByteFormulas(data) {
     return enough;
   }
 
-  function levers(s, setup) {
+  function levers(s, setup, card = []) {
     const changes = { ...data.levers };
     for (const [name, what] of Object.entries(data.halves)) {
       changes[name] = { [what]: ceil(big(setup[what]), 2n) };
     }
     changes[data.more_gpus] = { gpus: 2n * big(setup.gpus), sharding: "ZeRO 3" };
-    const now = memory(s, setup).needed, found = [];
+    const now = memory(s, setup, ...card).needed, found = [];
     for (const [name, change] of Object.entries(changes)) {
       const training = setup.task === "training";
       if (training && "quantised" in change && !big(change.rank ?? setup.rank)) continue;
@@ -527,7 +566,7 @@ function everyByteFormulas(data) {
       const changed = { ...setup, ...change };
       let saved = 0n;
       try {
-        saved = now - memory(s, changed).needed;
+        saved = now - memory(s, changed, ...card).needed;
       } catch (error) { // this model cannot do it
         if (!(error instanceof Refusal)) throw error;
       }
@@ -537,5 +576,6 @@ function everyByteFormulas(data) {
   }
 
   return { dimensions, parameters, loraParameters, width, bytes, layerActivations, usesAutocast,
-    memory, total, gpusNeeded, levers };
+    has, tensors, isStored, quantised,
+    memory, verdict, total, gpusNeeded, levers };
 }
