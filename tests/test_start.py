@@ -164,6 +164,17 @@ def test_still_without_a_script_and_on_paper(
     context.close()
 
 
+def test_the_readmes_picture_is_the_same(hero: ModuleType) -> None:
+    """If it is not, the estimate has changed: ``python book/_ext/hero.py`` draws it anew."""
+    view = hero.view(hero.Choice())
+    assert hero.PICTURE.read_text("utf-8") == hero.standalone(hero.Choice())
+    readme = (ROOT / "README.md").read_text("utf-8")
+    needed, capacity = view["total_label"], hero.short(hero.cards()["RTX 4090"].memory)
+    assert (
+        f"takes {needed} at its peak, and an RTX 4090 has {capacity.removesuffix(' GB')}]" in readme
+    )
+
+
 @pytest.mark.parametrize(
     ("nbytes", "text"),
     [

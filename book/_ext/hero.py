@@ -26,6 +26,7 @@ from every_byte.kinds import COLORS
 from every_byte.units import GB, MB, GiB
 
 PAGE = "book/index"
+PICTURE = Path(__file__).parent.parent / "_static" / "step.svg"
 
 MODELS = (
     *("Qwen3-0.6B", "Llama-3.2-1B", "Qwen2.5-3B", "Qwen3-4B", "Llama-3.1-8B"),
@@ -186,6 +187,57 @@ def view(choice: Choice) -> dict[str, Any]:
     }
 
 
+def standalone(choice: Choice) -> str:
+    """The same picture as a file of its own, for the README: light and dark by the reader's system.
+
+    Written to `PICTURE` by ``python book/_ext/hero.py``; a test says when it is out of date.
+    """
+    shown, names = view(choice), [label for _, _, label in KINDS]
+    colors = [COLORS[color] for _, color, _ in KINDS]
+    areas = [
+        f'<path d="{path}" fill="{color}"/>'
+        for path, color in zip(shown["paths"], colors, strict=True)
+    ]
+    line = 80 + 3 * float(shown["card_top"])
+    peak = (20 + 4.4 * shown["peak_left"], 80 + 3 * float(shown["peak_top"]))
+    first, second = shown["verdict"].split(". ", 1)
+    words, begin = [], 20.0
+    for phase, width in PHASES.items():
+        words.append(f'<text x="{begin + 2.2 * width:g}" y="400" class="mid">{phase}</text>')
+        begin += 4.4 * width
+    keys = zip(names, colors, shown["sizes"], strict=True)
+    for place, (name, color, nbytes) in enumerate(reversed(list(keys))):
+        y = 240 + 30 * place
+        words.append(f'<rect x="482" y="{y - 13}" width="14" height="14" fill="{color}"/>')
+        words.append(f'<text x="504" y="{y}">{name.partition(":")[0]}</text>')
+        words.append(f'<text x="740" y="{y}" class="end">{nbytes}</text>')
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 420" role="img">
+<title>{shown["spoken"]}</title>
+<style>
+text {{ font: 16px system-ui, sans-serif; fill: #1f2328 }}
+.mid {{ text-anchor: middle }} .end {{ text-anchor: end }} .bold {{ font-weight: 700 }}
+.title {{ font-size: 20px; font-weight: 700 }}
+.line {{ stroke: #1f2328; fill: none }} .back {{ fill: #fff }} circle {{ fill: #1f2328 }}
+@media (prefers-color-scheme: dark) {{
+text, circle {{ fill: #e6edf3 }} .line {{ stroke: #e6edf3 }} .back {{ fill: #0d1117 }}
+}}
+</style>
+<rect class="back" width="760" height="420" rx="8"/>
+<text x="20" y="30" class="title">{first}.</text>
+<text x="20" y="58" class="title">{second}{shown["end"]}</text>
+<g transform="translate(20 80) scale(4.4 3)">{"".join(areas)}
+<rect class="back" width="100" height="{shown["card_top"]}" opacity="0.45"/></g>
+<path class="line" d="M20 380H460"/>
+<path class="line" stroke-width="2" stroke-dasharray="7 4" d="M20 {line:g}H460"/>
+<rect class="back" x="310" y="{line - 27:g}" width="148" height="23" rx="3"/>
+<text x="384" y="{line - 10:g}" class="mid">{shown["card_label"]}</text>
+<circle cx="{peak[0]:g}" cy="{peak[1]:g}" r="5"/>
+<text x="{peak[0]:g}" y="{peak[1] - 14:g}" class="mid bold">{shown["peak_label"]}</text>
+{chr(10).join(words)}
+</svg>
+"""
+
+
 def constants() -> dict[str, Any]:
     """What hero.js asks for, beside what is in the page's elements."""
     estimator = data()
@@ -251,3 +303,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("hero", Hero)
     app.connect("html-page-context", add_files)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+if __name__ == "__main__":
+    PICTURE.write_text(standalone(Choice()), "utf-8")
