@@ -153,7 +153,7 @@ def nbval(notebook: NotebookNode, folder: Path) -> subprocess.CompletedProcess[s
 
 
 def test_nbval_fails_where_a_stored_digit_is_changed(tmp_path: Path) -> None:
-    """On chapter 04's own cells, up to the first figure that the GPU gives."""
+    """On notebook 04's own cells, up to the first figure that the GPU gives."""
     figure = "204,032,512 B"
     notebook = read(ROOT / "notebooks" / "04_mlp_adam_vs_sgd.py")
     ends = [i for i, cell in enumerate(notebook.cells) if "for stage, row in" in cell.source]

@@ -94,7 +94,8 @@ def test_each_field_moves_the_picture_and_it_is_the_estimators(tab: Page, hero: 
         choose(tab, hero, choice)
         found = tab.evaluate(SHOWN)
         assert found == drawn(hero.view(choice)), change
-        assert found["legend"][-1][0] == str(choice.memory.needed)
+        memory = choice.memory
+        assert found["legend"][-1][0] == str(memory.peak + memory.context)
         assert found["paths"] != hero.view(start)["paths"]
 
 
@@ -106,10 +107,9 @@ def test_a_moments_kinds_are_all_that_it_takes(
 ) -> None:
     """Every moment of the estimator is in the picture, with all of its bytes, none below 0."""
     memory = hero.Choice(model=model, length=length, precision=precision).memory
-    extra = memory.margin + memory.context
     assert [name for name, *_ in hero.MOMENTS] == [name for name, _ in memory.moments]
-    assert list(map(sum, hero.rows(memory))) == [n + extra for _, n in memory.moments]
-    assert max(sum(row) for _, row in hero.points(memory)) == memory.needed
+    assert list(map(sum, hero.rows(memory))) == [n + memory.context for _, n in memory.moments]
+    assert max(sum(row) for _, row in hero.points(memory)) == memory.peak + memory.context
     assert min(n for _, row in hero.points(memory) for n in row) >= 0
     for at in (1, 7):  # forward has all activations, the step all gradients
         row = dict(zip([kind for kind, *_ in hero.KINDS], hero.rows(memory)[at], strict=True))

@@ -94,14 +94,17 @@ class Choice:
         return estimate.memory(estimate.dimensions(self.model), self.setup)
 
 
+ENDS = ("out of memory.", "it may fit, with nothing to spare.", "it fits.")
+"""The verdict, if the card has less than the peak, or more, or more than the margin, too."""
+
 Row = list[int]  # bytes of each kind, in order
 
 
 def rows(memory: Memory) -> list[Row]:
-    """The bytes of each kind at each moment, which add up to what a card must have then."""
+    """The bytes of each kind at each moment, with the context's: what the card has to have then."""
     moments, found = dict(memory.moments), []
     for name, _, gradients, activations in MOMENTS:
-        left = moments[name] + memory.margin + memory.context
+        left = moments[name] + memory.context
         row = []
         for nbytes in (
             memory.parameters,
@@ -154,19 +157,18 @@ def short(nbytes: int) -> str:
 def view(choice: Choice) -> dict[str, Any]:
     """What the template shows of a choice."""
     memory, capacity = choice.memory, cards()[choice.card].memory
-    needed, found = memory.needed, rows(memory)
+    peak, found = memory.peak + memory.context, rows(memory)
     moment = [name for name, *_ in MOMENTS].index(memory.peak_at)
     now = found[moment]
-    top = 1.14 * max(needed, capacity)
-    fits = needed <= capacity
-    verdict = f"Training {choice.model} takes {short(needed)} at its peak. "
+    top = 1.14 * max(peak, capacity)
+    verdict = f"Training {choice.model} takes {short(peak)} at its peak. "
     verdict += f"The {choice.card} has {short(capacity)}: "
-    end = "it fits." if fits else "out of memory."
+    end = ENDS[(memory.needed <= capacity) + (peak <= capacity)]
     place = MOMENTS[moment][1]
     sizes = [short(n) for n in now]
     parts = ", ".join(f"{label} {size}" for (_, _, label), size in zip(KINDS, sizes, strict=True))
     return {
-        "fits": fits,
+        "fits": peak <= capacity,
         "verdict": verdict,
         "end": end,
         "spoken": f"Memory during one training step, by kind. {verdict}{end} At the peak, "
@@ -176,8 +178,8 @@ def view(choice: Choice) -> dict[str, Any]:
         "card_label": f"{choice.card}: {capacity / GiB:.0f} GiB",
         "peak_left": place,
         "now_left": place,
-        "peak_top": f"{100 - 100 * needed / top:.2f}",
-        "peak_label": f"peak {short(needed)}",
+        "peak_top": f"{100 - 100 * peak / top:.2f}",
+        "peak_label": f"peak {short(peak)}",
         "moment": moment,
         "at": memory.peak_at,
         "now": now,
@@ -249,6 +251,7 @@ def constants() -> dict[str, Any]:
         "estimator": estimator,
         "cards": {name: card.memory for name, card in cards().items()},
         "precisions": PRECISIONS,
+        "ends": ENDS,
         "batches": BATCHES,
         "lengths": LENGTHS,
         "moments": MOMENTS,

@@ -32,7 +32,7 @@
   function rowsOf(held) { // the bytes of each kind at each moment
     const moments = Object.fromEntries(held.moments);
     return data.moments.map(([name, , gradients, activations]) => {
-      let left = moments[name] + held.margin + held.context;
+      let left = moments[name] + held.context;
       const row = [held.parameters, held.optimizer_states, held.gradients * BigInt(gradients) / 100n,
         held.activations * BigInt(activations) / 100n].map((nbytes) => {
         const part = least(nbytes, left);
@@ -84,7 +84,7 @@
       form.querySelector(`output[for=${slider.id}]`).textContent = text;
     }
     const held = F.memory(F.dimensions(data.estimator.models[model]), setup);
-    const needed = Number(held.needed), fits = needed <= capacity, top = 1.14 * Math.max(needed, capacity);
+    const most = Number(held.peak + held.context), top = 1.14 * Math.max(most, capacity);
     const rows = rowsOf(held), peak = data.moments.findIndex(([name]) => name === held.peakAt);
     shown = { rows };
     const place = data.moments[peak][1], height = (nbytes) => `${(100 - 100 * nbytes / top).toFixed(2)}%`;
@@ -95,14 +95,14 @@
     $(".card-line").classList.toggle("left", place > 50);
     $(".card-line span").textContent = `${card}: ${(capacity / GiB).toFixed(0)} GiB`;
     $(".peak").style.left = `${place}%`;
-    $(".peak").style.top = height(needed);
+    $(".peak").style.top = height(most);
     $(".peak span").style.transform = `translate(-${place}%,-135%)`;
-    $(".peak span").textContent = `peak ${short(needed)}`;
-    const verdict = `Training ${model} takes ${short(needed)} at its peak. `
+    $(".peak span").textContent = `peak ${short(most)}`;
+    const verdict = `Training ${model} takes ${short(most)} at its peak. `
       + `The ${card} has ${short(capacity)}: `;
     const end = $(".verdict b");
-    end.textContent = fits ? "it fits." : "out of memory.";
-    end.classList.toggle("out", !fits);
+    end.textContent = data.ends[Number(held.needed <= capacity) + Number(most <= capacity)];
+    end.classList.toggle("out", most > capacity);
     $(".verdict").replaceChildren(verdict, end);
     const parts = data.labels.map((label, i) => `${label} ${short(rows[peak][i])}`).join(", ");
     $(".plot").setAttribute("aria-label",
