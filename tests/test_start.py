@@ -84,7 +84,7 @@ def test_each_field_moves_the_picture_and_it_is_the_estimators(tab: Page, hero: 
         {"optimizer": "sgd"},
         {"optimizer": "adafactor"},
         {"precision": "FP32"},
-        {"precision": "mixed: AMP, BF16"},
+        {"precision": "AMP, BF16"},
         {"batch": 128},
         {"length": 131072, "model": "Llama-3.2-1B", "card": "T4"},
     ):
@@ -99,7 +99,7 @@ def test_each_field_moves_the_picture_and_it_is_the_estimators(tab: Page, hero: 
         assert found["paths"] != hero.view(start)["paths"]
 
 
-@pytest.mark.parametrize("precision", ["BF16", "FP32", "mixed: AMP, BF16"])
+@pytest.mark.parametrize("precision", ["BF16", "FP32", "AMP, BF16"])
 @pytest.mark.parametrize("length", [128, 131072])
 @pytest.mark.parametrize("model", ["Qwen3-0.6B", "Llama-3.1-70B"])
 def test_a_moments_kinds_are_all_that_it_takes(

@@ -37,7 +37,7 @@ LENGTHS = [2**n for n in range(7, 18)]
 PRECISIONS: dict[str, dict[str, str | None]] = {
     "BF16": {"dtype": "bf16", "amp": None},
     "FP32": {"dtype": "fp32", "amp": None},
-    "mixed: AMP, BF16": {"dtype": "fp32", "amp": "bf16"},
+    "AMP, BF16": {"dtype": "fp32", "amp": "bf16"},
 }
 
 MOMENTS = (
