@@ -91,11 +91,17 @@ class Choice:
     @property
     def memory(self) -> Memory:
         """What the estimator says."""
-        return estimate.memory(estimate.dimensions(self.model), self.setup)
+        card = cards()[self.card]
+        sizes = estimate.dimensions(self.model)
+        return estimate.memory(sizes, self.setup, card.cublas_workspace, card.context)
 
 
-ENDS = ("out of memory.", "it may fit, with nothing to spare.", "it fits.")
-"""The verdict, if the card has less than the peak, or more, or more than the margin, too."""
+ENDS = {
+    "does not fit": "out of memory.",
+    "may fit": "it may fit, with nothing to spare.",
+    "fits": "it fits.",
+}
+"""What the picture says for the estimator's verdict."""
 
 Row = list[int]  # bytes of each kind, in order
 
@@ -154,28 +160,33 @@ def short(nbytes: int) -> str:
     return f"{number:,.{decimals}f} {name}"
 
 
+def sold() -> dict[str, str]:
+    """How large each card is called: ``'24 GiB'``; programs can have a little less."""
+    return {name: f"{card.memory / GiB:.0f} GiB" for name, card in cards().items()}
+
+
 def view(choice: Choice) -> dict[str, Any]:
     """What the template shows of a choice."""
-    memory, capacity = choice.memory, cards()[choice.card].memory
-    peak, found = memory.peak + memory.context, rows(memory)
+    memory, capacity = choice.memory, cards()[choice.card].usable
+    peak, found = memory.least, rows(memory)
     moment = [name for name, *_ in MOMENTS].index(memory.peak_at)
     now = found[moment]
     top = 1.14 * max(peak, capacity)
     verdict = f"Training {choice.model} takes {short(peak)} at its peak. "
-    verdict += f"The {choice.card} has {short(capacity)}: "
-    end = ENDS[(memory.needed <= capacity) + (peak <= capacity)]
+    verdict += f"The {choice.card} can give {short(capacity)}: "
+    end = ENDS[memory.verdict(capacity)]
     place = MOMENTS[moment][1]
     sizes = [short(n) for n in now]
     parts = ", ".join(f"{label} {size}" for (_, _, label), size in zip(KINDS, sizes, strict=True))
     return {
-        "fits": peak <= capacity,
+        "fits": memory.verdict(capacity) != "does not fit",
         "verdict": verdict,
         "end": end,
         "spoken": f"Memory during one training step, by kind. {verdict}{end} At the peak, "
         f"{memory.peak_at}: {parts}.",
         "paths": paths(points(memory), top),
         "card_top": f"{100 - 100 * capacity / top:.2f}",
-        "card_label": f"{choice.card}: {capacity / GiB:.0f} GiB",
+        "card_label": f"{choice.card}: {sold()[choice.card]}",
         "peak_left": place,
         "now_left": place,
         "peak_top": f"{100 - 100 * peak / top:.2f}",
@@ -245,11 +256,11 @@ def constants() -> dict[str, Any]:
     estimator = data()
     models = estimator["models"]
     estimator["models"] = {name: models[name] for name in MODELS}
-    for unused in ("levers", "halves", "order", "config", "cards"):
+    for unused in ("levers", "halves", "order", "config"):
         estimator.pop(unused, None)
     return {
         "estimator": estimator,
-        "cards": {name: card.memory for name, card in cards().items()},
+        "sold": sold(),
         "precisions": PRECISIONS,
         "ends": ENDS,
         "batches": BATCHES,
@@ -281,7 +292,7 @@ class Hero(SphinxDirective):
             start=Choice(),
             view=view(Choice()),
             models={name: name for name in MODELS},
-            cards={name: f"{name}, {card.memory / GiB:.0f} GiB" for name, card in cards().items()},
+            cards={name: f"{name}, {size}" for name, size in sold().items()},
             optimizers=optimizers,
             precisions={name: name for name in PRECISIONS},
             batches=BATCHES,
