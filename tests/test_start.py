@@ -159,6 +159,8 @@ def test_still_without_a_script_and_on_paper(
     assert tab.locator("#hero form, #hero .moment").evaluate_all(
         "all => all.every((one) => getComputedStyle(one).display === 'none')"
     )
+    line = "one => getComputedStyle(one).borderTop"  # the theme's colours need its script
+    assert tab.locator("#hero .card-line").evaluate(line) == "2px dashed rgb(34, 40, 50)"
     tab.emulate_media(media="print")
     assert tab.locator("#hero .plot").is_visible()
     context.close()
