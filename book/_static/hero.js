@@ -77,13 +77,13 @@
   }
 
   function update() {
-    const { model, card, setup } = chosen(), [capacity, ...ofCard] = data.estimator.cards[card];
+    const { model, card, setup } = chosen(), [capacity, workspace, context] = data.estimator.cards[card];
     for (const name of ["batch", "length"]) {
       const text = setup[name].toLocaleString("en-US"), slider = form.elements.namedItem(name);
       slider.setAttribute("aria-valuetext", text);
       form.querySelector(`output[for=${slider.id}]`).textContent = text;
     }
-    const held = F.memory(F.dimensions(data.estimator.models[model]), setup, ...ofCard);
+    const held = F.memory(F.dimensions(data.estimator.models[model]), setup, workspace, context);
     const most = Number(held.least), says = F.verdict(held, BigInt(capacity)), top = 1.14 * Math.max(most, capacity);
     const rows = rowsOf(held), peak = data.moments.findIndex(([name]) => name === held.peakAt);
     shown = { rows };
