@@ -14,8 +14,8 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
 from every_byte import estimate
-from every_byte.data import Card, cards, unknown_card
-from every_byte.estimate import Dimensions, Memory, Setup, fit
+from every_byte.data import Card, cards, catalogue, unknown_card
+from every_byte.estimate import Dimensions, Memory, Setup, fit, serving
 from every_byte.estimate.presets import PRESETS
 from every_byte.kinds import FIELDS
 from every_byte.units import GiB, grouped
@@ -25,6 +25,7 @@ SCRIPTS = [ROOT / "book" / "_static" / name for name in ("estimate.js", "fit.js"
 SIZES = [field.name for field in dataclasses.fields(Dimensions)]
 OPTIONS = [field.name for field in dataclasses.fields(Setup)]
 NUMBERS = ["batch", "length", "rank", "gpus"]
+EXPECTED = re.compile(r"^[^:]+: .* does not work here\. Expected .+\.$")
 NONSENSE = re.compile("NaN|undefined|Infinity|null|object")
 
 
@@ -39,7 +40,7 @@ def tab(html: Path, browser: Browser) -> Iterator[Page]:
     tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.goto((html / "book" / "estimator.html").as_uri())
     yield tab
-    results = tab.locator("#e-headline, #e-table, #e-formula, #e-levers, #e-cards")
+    results = tab.locator("#e-headline, #e-table, #e-formula, #e-levers, #e-cards, #e-serving")
     assert not NONSENSE.search(" ".join(results.all_inner_texts()))
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
     assert errors == []
@@ -153,6 +154,8 @@ def random_setup(rng: random.Random) -> dict[str, Any]:
     return {
         **{name: rng.choice(known) for name, known in estimate.CHOICES.items()},
         "dtype": rng.choice(computed),
+        # Most of them such that LoRA is trained beside them.
+        "quantised": rng.choice((None, None, None, "nf4", "awq", rng.choice(estimate.QUANTISED))),
         "gradients": rng.choice((None, *computed)),
         "states": rng.choice((None, *computed)),
         "master_weights": rng.random() < 0.3,
@@ -242,6 +245,63 @@ def test_levers_and_numbers_of_gpus_are_equal(tab: Page) -> None:
         assert other == [levers, gpus, ways, most], (given, options)
 
 
+SERVED = """(inputs) => {
+    const data = JSON.parse(document.getElementById("estimator-data").textContent);
+    const F = everyByteFormulas(data), fit = everyByteFit(data, F);
+    return inputs.map(([sizes, asked, card]) => {
+        try {
+            return Object.values(fit.serve(F.dimensions(sizes), asked, card)).map(String);
+        } catch (error) {
+            if (!(error instanceof Refusal)) throw error;
+            return error.message;
+        }
+    });
+}"""
+
+
+def test_serving_is_equal_to_the_byte(tab: Page) -> None:
+    rng = random.Random(16)
+    inputs, expected = [], []
+    for _ in range(1_000):
+        sizes, card = random_sizes(rng), rng.choice(list(cards().values()))
+        asked = {
+            "dtype": rng.choice(("fp32", "fp16", "bf16", "bf16")),
+            "quantised": rng.choice((None, *estimate.QUANTISED)),
+            "cache_dtype": rng.choice((None, *estimate.BYTES)),
+            "length": rng.choice((rng.randint(0, 10), rng.randint(1, 100_000))),
+            "gpus": rng.choice((1, 1, 2, 4, 8, rng.randint(0, 16))),
+            "utilization": rng.choice((92, rng.randint(0, 110))),
+        }
+        limits = [card.usable, card.cublas_workspace, *serving.default_limits(card)]
+        inputs.append([for_javascript(sizes), for_javascript(asked), limits])
+        try:
+            served = estimate.serve(Dimensions(**sizes), estimate.Serving(**asked), card)
+            expected.append([str(n) for n in dataclasses.astuple(served)])
+        except ValueError as error:
+            expected.append(str(error))
+    found = tab.evaluate(SERVED, inputs)
+    for given, mine, other in zip(inputs, expected, found, strict=True):
+        assert mine == other, given
+    assert 200 < sum(isinstance(one, list) for one in expected) < 900
+
+
+def test_how_many_users_vllm_serves(tab: Page) -> None:
+    assert tab.locator("#e-serving").is_hidden()
+    tab.click("[data-preset=serving]")
+    served = estimate.serve(
+        estimate.dimensions("Llama-3.1-8B"), estimate.Serving(), cards()["RTX 4090"]
+    )
+    said = tab.inner_text("#e-users")
+    assert f"serves {served.users} users of 4,096 tokens at a time" in said
+    values = tab.locator("#e-served data").evaluate_all("all => all.map((one) => +one.value)")
+    assert values == [
+        *(served.weights, served.activations, served.non_torch, served.graphs),
+        *(served.kv_cache, served.allowed),
+    ]
+    change(tab, "gpus", "3")
+    assert "Expected a divisor of the 32 attention heads" in tab.inner_text("#e-users")
+
+
 def test_the_scripts_are_small_and_plain() -> None:
     assert sum(script.stat().st_size for script in SCRIPTS) < 80_000
     for script in SCRIPTS:
@@ -287,6 +347,7 @@ CONTROLS = [  # each with a value that is not where it starts, and what else is 
     ("cache_dtype", "fp8", "task=inference"),
     ("card", "T4", ""),
     ("gib", "100", ""),
+    ("utilization", "80", "task=inference"),
     ("gpus", "5", "sharding=ZeRO+3"),
     ("sharding", "ZeRO 2", "gpus=4"),
     ("load", "device_map", "model=gpt2-large&dtype=fp32&length=1024"),
@@ -336,7 +397,7 @@ def test_a_control(tab: Page, name: str, value: str | bool, before: str) -> None
     assert state(tab)[name] == value
     second = check(tab)
     # All but the choice of the card, and what this model has no use for, change the sum.
-    if name not in ("card", "gib", "num_local_experts"):
+    if name not in ("card", "gib", "num_local_experts", "utilization"):
         assert second != first
         assert bool(change_of_all(tab)) == (second.total != first.total)
     # The address brings it all back.
@@ -526,7 +587,8 @@ def test_nonsense_gets_a_message_at_its_field(tab: Page, name: str) -> None:
         change(tab, name, text)
         assert field.get_attribute("aria-invalid") == "true"
         assert error.is_visible()
-        assert error.inner_text().startswith(f"{name} is ")
+        assert EXPECTED.match(error.inner_text())
+        assert error.inner_text().startswith(tab.inner_text(f"label[for=e-{name}]") + ": ")
         assert "Fix the marked field" in tab.inner_text("#e-headline")
         assert shown(tab) == right  # of what was chosen before
         change(tab, name, good)
@@ -539,13 +601,26 @@ def test_nonsense_gets_a_message_at_its_field(tab: Page, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "field", "message"),
     [
-        ("quantised=nf4", "rank", "rank is 0: expected 1 or more"),
+        (
+            "quantised=nf4",
+            "rank",
+            "LoRA rank, 0 for none: 0 does not work here. Expected 1 or more, for quantised",
+        ),
         (
             "model=own&model_type=llama&vocab_size=10&hidden_size=10&num_attention_heads=3",
             "num_attention_heads",
-            "num_attention_heads is 3: expected a divisor of hidden_size 10",
+            "num_attention_heads: 3 does not work here. Expected a divisor of hidden_size 10.",
         ),
-        ("batch=many", "batch", "batch is 'many': expected a whole number"),
+        (
+            "batch=many",
+            "batch",
+            "Batch, on each GPU: “many” does not work here. Expected a whole number, such as 1024.",
+        ),
+        (
+            "model=gpt2&length=5000",
+            "length",
+            "Length, in tokens: 5000 does not work here. Expected at most the 1024 positions",
+        ),
     ],
 )
 def test_an_impossible_address(tab: Page, text: str, field: str, message: str) -> None:
@@ -553,6 +628,40 @@ def test_an_impossible_address(tab: Page, text: str, field: str, message: str) -
     error = tab.locator(f"#e-{field}-error")
     assert error.is_visible()
     assert error.inner_text().startswith(message)
+
+
+def test_gpt2_gets_the_length_that_it_has_learned(tab: Page) -> None:
+    """As on the command line; the page says so."""
+    change(tab, "model", "gpt2")
+    assert state(tab)["length"] == "1024"
+    assert "The length is 1,024 tokens now" in tab.inner_text("#e-note")
+    check(tab)
+    open_state(tab, "model=gpt2")
+    assert state(tab)["length"] == "1024"
+    tab.click("[data-preset=inference]")
+    assert state(tab)["length"] == "1024"
+    check(tab)
+    change(tab, "model", "Llama-3.1-8B")
+    assert tab.inner_text("#e-note") == ""
+
+
+def test_models_are_searched_by_typing(tab: Page) -> None:
+    """A part of a name leaves the result; a name in any case is found; another is refused."""
+    field, error, first = tab.locator("#e-model"), tab.locator("#e-model-error"), shown(tab)
+    listed = tab.locator("#e-models option").evaluate_all("all => all.map((one) => one.value)")
+    assert listed == [*catalogue(), "own"]
+    field.focus()
+    assert tab.evaluate("getSelection().toString() || document.activeElement.selectionEnd > 0")
+    field.press_sequentially("qwen3-8")
+    assert (shown(tab), error.is_hidden()) == (first, True)
+    field.press_sequentially("b")
+    assert state(tab)["model"] == "Qwen3-8B"
+    check(tab)
+    field.fill("GPT-5 <b>")
+    field.press("Tab")
+    assert "“GPT-5 <b>” does not work here. Expected a model of the list" in error.inner_text()
+    field.fill("gpt2")
+    check(tab)
 
 
 def test_an_unknown_word_in_the_address(tab: Page) -> None:

@@ -17,17 +17,22 @@ from sphinx.util.docutils import SphinxDirective
 
 from every_byte import estimate, kinds
 from every_byte.allocator import config as allocator
-from every_byte.data import KEPT_BY_DRIVER, cards, catalogue, unknown_card
-from every_byte.estimate import architecture, config, fit
+from every_byte.data import KEPT_BY_DRIVER, Card, cards, catalogue, unknown_card
+from every_byte.estimate import architecture, config, fit, serving
 from every_byte.estimate.presets import PRESETS
+from every_byte.estimate.weights import STORED
 
 PAGE = "book/estimator"
 ALLOCATOR = ("kMinBlockSize", "kSmallSize", "kLargeBuffer", "kMinLargeAlloc", "kRoundLarge")
 
 
+def of_card(card: Card) -> list[int]:
+    """Bytes of its workspace and its context, and vLLM's limits on it."""
+    return [card.cublas_workspace, card.context, *serving.default_limits(card)]
+
+
 def data() -> dict[str, Any]:
     """What estimate.js asks for: the constants of the Python modules, under their names."""
-    unknown = unknown_card(0)
     return {
         "traits": {name: sorted(traits) for name, traits in estimate.TRAITS.items()},
         "bytes": {name: [n.numerator, n.denominator] for name, n in estimate.BYTES.items()},
@@ -45,6 +50,7 @@ def data() -> dict[str, Any]:
             }
             for name, known in estimate.OPTIMIZERS.items()
         },
+        "stored": {name: asdict(known) for name, known in STORED.items()},
         "sizes": [field.name for field in fields(estimate.Dimensions) if field.type is int],
         "sharding": estimate.SHARDING,
         "choices": estimate.CHOICES,
@@ -91,12 +97,19 @@ def data() -> dict[str, Any]:
             }
             for name, sizes in catalogue().items()
         },
-        # Bytes that programs can have, and what the card's workspace and context take.
-        "cards": {
-            name: [card.usable, card.cublas_workspace, card.context]
-            for name, card in cards().items()
+        # Bytes that programs can have, what the card's workspace and context take, and how
+        # many sequences and tokens vLLM takes at a time.
+        "cards": {name: [card.usable, *of_card(card)] for name, card in cards().items()},
+        "unknown_card": of_card(unknown_card(0)),
+        "large_card": [serving.LARGE, *of_card(unknown_card(1 << 40))[2:]],
+        "serving": {
+            "logit_bytes": serving.LOGIT_BYTES,
+            "non_torch": serving.NON_TORCH,
+            "graphs": serving.GRAPHS,
+            "multiple": serving.VOCABULARY_MULTIPLE,
+            "block_size": estimate.Serving().block_size,
+            "utilization": estimate.Serving().utilization,
         },
-        "unknown_card": [unknown.cublas_workspace, unknown.context],
         "kept_by_driver": KEPT_BY_DRIVER,
     }
 

@@ -9,7 +9,7 @@ class Refusal extends Error {
   constructor(what, value, expected) {
     const shown = value === null ? "None" : value === true ? "True" : typeof value === "string" ? `'${value}'` : value;
     super(`${what} is ${shown}: expected ${expected}`);
-    Object.assign(this, { what, expected });
+    Object.assign(this, { what, value, expected });
   }
 }
 
@@ -115,17 +115,23 @@ function everyByteFormulas(data) {
 
   // Tensors in memory: [bytes, how many]
 
-  function quantised(shape, dtype) {
-    const count = product(shape);
-    if (dtype === "int8") return [count, 4n * shape[1]];
-    const packed = ceil(count, 2n), blocks = ceil(count, 64n);
-    return dtype.includes("double") ? [packed, blocks, 4n * ceil(blocks, 256n)] : [packed, 4n * blocks];
+  const isStored = (s, part, shape, format) => {
+    const known = data.stored[format];
+    return isMatrix(s, part, shape) || (shape.length === 2 && ((part === "mlp" && known.experts)
+      || (known.whole && (part === "embedding" || part === "head"))));
+  };
+
+  function quantised(shape, format) {
+    const known = data.stored[format], count = product(shape);
+    const found = known.tensors.map(([n, numbers]) => big(n) * ceil(count, big(numbers)));
+    const scales = [big(known.outputs) * shape[1], big(known.inputs) * shape[0]];
+    return [...found, ...scales.filter((n) => n)];
   }
 
   function weights(s, dtype, format) {
     const [n, d] = bytes(dtype);
     return tensors(s).flatMap(([part, shape, count]) => {
-      const held = format && isMatrix(s, part, shape)
+      const held = format && isStored(s, part, shape, format)
         ? quantised(shape, format) : [ceil(product(shape) * n, d)];
       return held.map((nbytes) => [nbytes, count]);
     });
@@ -170,7 +176,7 @@ function everyByteFormulas(data) {
   function castWeights(s, setup, dtype) {
     const cast = tensors(s).filter(([part, shape], index) =>
       ["attention", "mlp", "router", "head"].includes(part)
-        ? shape.length === 2 && !(setup.quantised && isMatrix(s, part, shape))
+        ? shape.length === 2 && !(setup.quantised && isStored(s, part, shape, setup.quantised))
         : s.tie_word_embeddings && index === 0);
     const own = cast.map(([, shape, count]) => [shape, count]);
     return stored(setup.rank ? [...own, ...adapters(s, setup.rank)] : own, dtype);
@@ -233,6 +239,10 @@ function everyByteFormulas(data) {
     }
     token += (gated ? experts * 4n * b : 5n * b + (autocast ? 6n : 0n)) * s.intermediate_size;
     if (dropout) token += 2n * h;
+    if (s.num_local_experts) {
+      token += 2n * experts * b * h + 4n * s.num_local_experts + 40n * experts + 4n;
+      fixed += 4n * s.num_local_experts;
+    }
     if (rank) token += adaptersKeep(s, rank, b, width(adapters), lora_dropout);
     return batch * length * token + fixed;
   }
@@ -297,6 +307,10 @@ function everyByteFormulas(data) {
     if (setup.task === "training" && setup.quantised && !setup.rank) {
       refuse("rank", 0n,
         "1 or more, for quantised weights are not trained; LoRA's factors are");
+    }
+    if (setup.task === "training" && setup.quantised && !data.stored[setup.quantised].trained) {
+      const trained = Object.keys(data.stored).filter((name) => data.stored[name].trained);
+      refuse("quantised", setup.quantised, `one that LoRA is trained beside: ${trained.join(", ")}`);
     }
     return setup;
   }
@@ -422,16 +436,17 @@ function everyByteFormulas(data) {
     const b = autocast ? 2n : width(setup.dtype), heads = s.num_attention_heads;
     const tokens = setup.batch * setup.length, h = s.hidden_size;
     const scored = (training || setup.all_logits ? tokens : setup.batch) * s.vocab_size;
-    let large = most(scored * (training ? most(4n, b) : b),
-      tokens * (s.num_experts_per_tok || 1n) * s.intermediate_size * b);
-    if (training && !setup.rank) {
-      large = most(large, s.vocab_size * h * width(setup.gradients ?? setup.dtype));
-    }
+    const large = [scored * (training ? most(4n, b) : b),
+      tokens * (s.num_experts_per_tok || 1n) * s.intermediate_size * b];
+    if (training && !setup.rank) large.push(s.vocab_size * h * width(setup.gradients ?? setup.dtype));
     const computed = { 2: "bf16", 4: "fp32", 8: "fp64" }[b];
-    if (hasScores(s, computed, setup.attention)) large = most(large, tokens * heads * setup.length * most(4n, b));
-    if (has(s, "query and key norms")) large = most(large, tokens * heads * s.head_dim * most(4n, b));
-    const narrow = training && b < 4n ? scored * b : 0n;
-    return 2n * block(large, true) + block(narrow, true) + big(data.allocator.kLargeBuffer);
+    if (has(s, "query and key norms")) large.push(tokens * heads * s.head_dim * most(4n, b));
+    const scores = hasScores(s, computed, setup.attention);
+    if (scores) large.push(tokens * heads * setup.length * most(4n, b));
+    const blocks = large.map((n) => block(n, true)), narrow = training && b < 4n ? scored * b : 0n;
+    const largest = block(large.reduce(most), true);
+    return largest + (scores ? blocks.reduce((all, n) => all + n) : largest)
+      + block(narrow, true) + big(data.allocator.kLargeBuffer);
   }
 
   function memory(s, given, workspace = data.workspace, context = data.context) {
@@ -561,5 +576,6 @@ function everyByteFormulas(data) {
   }
 
   return { dimensions, parameters, loraParameters, width, bytes, layerActivations, usesAutocast,
+    has, tensors, isStored, quantised,
     memory, verdict, total, gpusNeeded, levers };
 }

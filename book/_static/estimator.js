@@ -9,8 +9,8 @@
   const F = everyByteFormulas(data), fit = everyByteFit(data, F), root = $("estimator");
   const KINDS = Object.keys(data.kinds);
   const SIZES = ["model_type", ...data.sizes, "tie_word_embeddings"];
-  const NUMBERS = [...data.sizes, "batch", "length", "rank", "gpus", "gib"];
-  const OTHERS = [...SIZES, "model", "card", "gib"]; // what no setup has
+  const NUMBERS = [...data.sizes, "batch", "length", "rank", "gpus", "gib", "utilization"];
+  const OTHERS = [...SIZES, "model", "card", "gib", "utilization"]; // what no setup has
   const LARGEST = 10n ** 12n; // of a typed number
   const controls = [...form.elements].filter((control) => control.name);
   const control = (name) => form.elements.namedItem(name);
@@ -68,6 +68,10 @@
 
   function read() {
     const values = {}, refused = [];
+    if (!isModel(get(control("model")))) {
+      refused.push(new Refusal("model", get(control("model")),
+        "a model of the list: type a part of its name and choose, or paste its config.json below"));
+    }
     for (const c of controls) values[c.name] = c.type === "checkbox" ? c.checked : c.value || null;
     for (const name of NUMBERS) {
       try {
@@ -81,16 +85,28 @@
       const sizes = F.dimensions(Object.fromEntries(SIZES.map((name) => [name, values[name]])));
       const setup = Object.fromEntries(
         Object.entries(values).filter(([name]) => !OTHERS.includes(name)));
-      const [capacity, ...ofCard] = values.gib
+      const [capacity, ...rest] = values.gib
         ? [usable(values.gib * BigInt(GiB)), ...data.unknown_card]
         : data.cards[values.card].map(BigInt);
+      const ofCard = rest.slice(0, 2);
+      let limits = rest.slice(2);
+      if (values.gib && capacity >= BigInt(data.large_card[0])) limits = data.large_card.slice(1);
       const card = values.gib ? `a card of ${grouped(values.gib)} GiB` : values.card;
       const held = F.memory(sizes, setup, ...ofCard);
-      return { sizes, setup, card, capacity, ofCard, held, refused };
+      return { sizes, setup, card, capacity, ofCard, limits, held, refused, utilization: values.utilization };
     } catch (error) {
       if (!(error instanceof Refusal)) throw error;
       return { refused: [error] };
     }
+  }
+
+  const isModel = (name) => name === "own" || Object.hasOwn(data.models, name);
+
+  // A refusal in a reader's words: the field by its label, what was typed, what is expected.
+  function inPlainWords({ what, value, expected }) {
+    const label = control(what) && form.ownerDocument.querySelector(`label[for=e-${what}]`);
+    const said = value === null || value === "" ? "nothing" : typeof value === "string" ? `“${value}”` : String(value);
+    return `${label ? label.textContent : what}: ${said} does not work here. Expected ${expected}.`;
   }
 
   function showRefusals(refused) {
@@ -99,7 +115,7 @@
       if (error) c.setAttribute("aria-invalid", "true");
       else c.removeAttribute("aria-invalid");
       at.hidden = !error;
-      at.textContent = error ? error.message : "";
+      at.textContent = error ? inPlainWords(error) : "";
       if (error && SIZES.includes(c.name)) $("e-sizes").open = true;
     }
   }
@@ -124,7 +140,7 @@
     switch (kind) {
       case "parameters":
         return (setup.quantised
-          ? `${grouped(count)} parameters: the layers' matrices in ${setup.quantised} with their scales, the rest × ${bytesOf(setup.dtype)}`
+          ? `${grouped(count)} parameters: the layers' matrices in ${data.stored[setup.quantised].label} with their scales, the rest × ${bytesOf(setup.dtype)}`
           : `${grouped(count)} parameters × ${bytesOf(setup.dtype)}`)
           + (training && adapters ? `; and ${grouped(adapters)} of LoRA × ${bytesOf(own)}` : "") + split;
       case "gradients":
@@ -237,6 +253,30 @@
     }
   }
 
+  function showServing({ sizes, setup, card, capacity, ofCard, limits, utilization }) {
+    $("e-serving").hidden = setup.task !== "inference";
+    if (setup.task !== "inference") return;
+    const rows = [];
+    try {
+      const served = fit.serve(sizes, { ...setup, utilization }, [capacity, ofCard[0], ...limits]);
+      const each = setup.gpus > 1n ? `${grouped(setup.gpus)} GPUs, each ${card},` : card;
+      $("e-users").textContent = served.users
+        ? `vLLM on ${each} serves ${grouped(served.users)} users of ${grouped(setup.length)} tokens at a time, estimated: its cache holds ${grouped(served.tokens)} tokens of ${grouped(served.token)} B.`
+        : `vLLM on ${each} serves nobody at this length: ${served.tokens ? `its cache holds only ${grouped(served.tokens)} tokens` : "nothing is left for its cache"}.`;
+      rows.push(["weights", served.weights], ["a step, at its peak", served.activations],
+        ["outside PyTorch", served.non_torch], ["CUDA graphs, at most", served.graphs],
+        ["KV cache", served.kv_cache], [`${grouped(utilization)} % of the card`, served.allowed]);
+    } catch (error) {
+      if (!(error instanceof Refusal)) throw error;
+      $("e-users").textContent = inPlainWords(error);
+    }
+    $("e-served").replaceChildren(...rows.map(([name, nbytes]) => {
+      const row = document.createElement("tr");
+      row.append(element("th", name, { scope: "row" }), cell(nbytes));
+      return row;
+    }));
+  }
+
   function showCards({ sizes, setup }) {
     $("e-cards").replaceChildren(...Object.entries(data.cards).map(([name, [capacity, ...ofCard]]) => {
       const row = document.createElement("tr");
@@ -316,6 +356,16 @@
     if (model) for (const name of SIZES) set(control(name), String(model[name] || ""));
   }
 
+  // GPT-2 has learned so many positions and no more: the length goes down to them, and says so.
+  function clampLength() {
+    const model = data.models[control("model").value], length = Number(get(control("length")));
+    const most = model && data.traits[model.model_type].includes("learned positions")
+      ? model.max_position_embeddings : Infinity;
+    if (!(length > most)) return;
+    set(control("length"), String(most));
+    $("e-note").textContent = `The length is ${grouped(most)} tokens now, as many positions as ${control("model").value} has learned.`;
+  }
+
   function update(remember, typing = false) {
     const task = control("task").value;
     for (const part of form.querySelectorAll("[data-task]")) part.hidden = part.dataset.task !== task;
@@ -327,7 +377,7 @@
       $("e-rest").textContent = "";
       $("e-headline").textContent = "Fix the marked field"
         + (shown ? ". The result below is still for your last valid choice." : ".");
-      say(now.refused[0].message);
+      say(inPlainWords(now.refused[0]));
       return;
     }
     if (!typing) before = shown?.held;
@@ -347,6 +397,7 @@
     showMoments(now);
     showTable(now, F.total(now.held));
     showLevers(now, all);
+    showServing(now);
     showCards(now);
     $("e-embed").textContent = `<iframe src="${location.href}" title="Every Byte: the estimator" width="100%" height="800"></iframe>`;
     if ($("e-formula").dataset.kind) explain($("e-formula").dataset.kind);
@@ -372,24 +423,39 @@
     if (own) control("model_type").selectedIndex = 0;
     for (const [name, value] of state) {
       const c = control(name);
-      if (!c || (c.tagName === "SELECT" && ![...c.options].some((option) => option.value === value))) {
+      if (!c || (c.tagName === "SELECT" && ![...c.options].some((option) => option.value === value))
+        || (name === "model" && !isModel(value))) {
         unknown.push(`${name}=${value}`);
       } else set(c, value);
     }
     fillSizes();
     if (own) $("e-sizes").open = true;
     $("e-look").textContent = "";
-    $("e-note").textContent = unknown.length ? `The address asks for what this page does not know: ${unknown.join(", ")}.` : "";
+    $("e-note").textContent = "";
+    if (!state.has("length")) clampLength();
+    if (unknown.length) $("e-note").textContent = `The address asks for what this page does not know: ${unknown.join(", ")}.`;
   }
 
   let typed = null; // the field whose keystrokes make one change
   root.addEventListener("focusin", () => { typed = null; });
   root.addEventListener("input", ({ target }) => {
     if (target.form !== form || !target.name) return;
-    if (target.name === "model") fillSizes();
-    else if (SIZES.includes(target.name)) control("model").value = "own";
+    if (target.name === "model") {
+      const typing = target.value.trim().toLowerCase();
+      const found = [...Object.keys(data.models), "own"].find((name) => name.toLowerCase() === typing);
+      if (!found) return; // a part of a name: the browser lists what has it
+      target.value = found;
+      $("e-note").textContent = "";
+      fillSizes();
+      clampLength();
+    } else if (SIZES.includes(target.name)) control("model").value = "own";
     update(false, target === typed);
     typed = target.type === "text" ? target : null;
+  });
+  const model = control("model");
+  model.addEventListener("focus", () => model.select()); // so that typing searches anew
+  model.addEventListener("change", () => {
+    if (!isModel(get(model))) update(false);
   });
   form.addEventListener("submit", (event) => event.preventDefault());
   for (const button of document.querySelectorAll("#estimator .tasks button")) {
@@ -404,6 +470,8 @@
       for (const [name, value] of Object.entries(data.presets[button.dataset.preset])) {
         if (!["gpus", "sharding", "load"].includes(name)) set(control(name), value === true ? "1" : String(value || (value === 0 ? 0 : "")));
       }
+      $("e-note").textContent = "";
+      clampLength();
       update(true);
     });
   }
@@ -413,6 +481,7 @@
     if (shown) {
       showMoments(shown);
       showTable(shown, F.total(shown.held));
+      showServing(shown);
     }
   });
 

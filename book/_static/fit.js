@@ -1,5 +1,5 @@
 /* What would make it fit, and what a config.json says, for the estimator's page:
-   ports of every_byte/estimate/fit.py (shortest, most_sequences) and config.py, which
+   ports of every_byte/estimate/fit.py (shortest, most_sequences), config.py and serving.py, which
    tests/test_estimator.py proves equal. F are the formulas of estimate.js. */
 "use strict";
 
@@ -70,7 +70,6 @@ function everyByteFit(data, F) {
   // The sizes in the text of a config.json
 
   function fromConfig(text) {
-    const refuse = (...why) => { throw new Refusal(...why); };
     const known = data.config;
     let config;
     try {
@@ -119,5 +118,77 @@ function everyByteFit(data, F) {
     return F.dimensions(sizes);
   }
 
-  return { changes, shortest, mostSequences, fromConfig };
+  // Serving: a port of every_byte/estimate/serving.py
+
+  const ceil = (n, d) => (n + d - 1n) / d, max = (a, b) => (a > b ? a : b);
+  const refuse = (...why) => { throw new Refusal(...why); };
+
+  function keyValueHeads(s, gpus) {
+    const heads = s.num_attention_heads, keys = s.num_key_value_heads;
+    if (heads % gpus) refuse("gpus", gpus, `a divisor of the ${heads} attention heads`);
+    if (keys % gpus && gpus % keys) {
+      refuse("gpus", gpus, `a divisor or a multiple of the ${keys} key-value heads`);
+    }
+    return max(1n, keys / gpus);
+  }
+
+  // One GPU's part of a parameter.
+  function partOf(gpus, s, shape, part) {
+    if (part === "norm" || part === "router" || gpus === 1n) return shape;
+    if (part === "embedding" || part === "head") {
+      const multiple = BigInt(data.serving.multiple);
+      const padded = ceil(s.vocab_size, multiple) * multiple;
+      return shape.map((n) => (n === s.vocab_size ? ceil(padded, gpus) : n));
+    }
+    if (F.has(s, "biases") && shape.length === 1 && shape[0] === s.hidden_size) return shape;
+    return [...shape.slice(0, -1), ceil(shape[shape.length - 1], gpus)];
+  }
+
+  function servedWeights(s, asked, gpus) {
+    const [n, d] = F.bytes(asked.dtype), keys = s.num_key_value_heads * s.head_dim;
+    const square = s.num_attention_heads === s.num_key_value_heads;
+    let all = F.has(s, "learned positions") ? 0n : ceil(s.max_position_embeddings * s.head_dim * n, d);
+    for (const [part, shape, count] of F.tensors(s)) {
+      let own = partOf(gpus, s, shape, part);
+      if (part === "attention" && shape[shape.length - 1] === keys && s.model_type !== "gpt2" && !square) {
+        own = [...shape.slice(0, -1), keyValueHeads(s, gpus) * s.head_dim];
+      }
+      const matrix = shape.length === 2 && part === "mlp";
+      const fewer = asked.quantised && (matrix || F.isStored(s, part, shape, asked.quantised));
+      const stored = fewer ? F.quantised(own, asked.quantised)
+        : [ceil(own.reduce((a, b) => a * b, 1n) * n, d)];
+      for (const nbytes of stored) all += count * nbytes;
+    }
+    return all;
+  }
+
+  // `card`: what programs can have, the workspace, and vLLM's sequences and tokens.
+  function serve(s, asked, card) {
+    const [usable, workspace, sequences, batched] = card.map(BigInt), known = data.serving;
+    const gpus = BigInt(asked.gpus), length = BigInt(asked.length), utilization = BigInt(asked.utilization);
+    F.width(asked.dtype);
+    const [n, d] = F.bytes(asked.cache_dtype ?? asked.dtype);
+    for (const [what, value] of Object.entries({ length, gpus, utilization })) {
+      if (value < 1n) refuse(what, value, "a whole number from 1 up");
+    }
+    if (utilization > 100n) refuse("utilization", utilization, "at most 100, in percent");
+    if (F.has(s, "learned positions") && length > s.max_position_embeddings) {
+      refuse("length", length, `at most the ${s.max_position_embeddings} positions that the model has learned`);
+    }
+    const heads = keyValueHeads(s, gpus), b = F.width(asked.dtype), h = s.hidden_size;
+    const weights = servedWeights(s, asked, gpus);
+    const inner = ceil((s.num_experts_per_tok || 1n) * s.intermediate_size, gpus);
+    const sampling = sequences * s.vocab_size * BigInt(known.logit_bytes) + (batched + sequences) * h * b;
+    const activations = max(batched * b * (4n * h + 3n * inner), sampling) + workspace;
+    const outside = BigInt(known.non_torch[gpus > 1n ? 1 : 0]), graphs = BigInt(known.graphs);
+    const allowed = usable * utilization / 100n, block = BigInt(known.block_size);
+    const left = max(0n, allowed - weights - activations - outside - graphs);
+    const token = ceil(2n * s.num_hidden_layers * heads * s.head_dim * n, d);
+    const blocks = token ? left / (block * token) : 0n, fit = blocks / ceil(length, block);
+    return { weights, activations, non_torch: outside, graphs, allowed,
+      kv_cache: blocks * block * token, token, tokens: blocks * block, sequences,
+      users: fit < sequences ? fit : sequences };
+  }
+
+  return { changes, shortest, mostSequences, fromConfig, serve };
 }

@@ -118,6 +118,12 @@ def layer_activations(
         token += experts * 4 * b * sizes.intermediate_size
     else:  # input, half of it, tanh, 1 + tanh, their product; autocast's power is in FP32
         token += (5 * b + 6 * autocast) * sizes.intermediate_size
+    if known := sizes.num_local_experts:
+        # What each expert reads and gives, in its order; the router's probabilities, the
+        # chosen ones' before and after they are made to add up to 1, with their sum; four
+        # lists of whole numbers (transformers 5.23, integrations/moe.py, grouped_mm).
+        token += 2 * experts * b * h + 4 * known + 2 * 4 * experts + 4 + 4 * 8 * experts
+        once += 4 * known
     if rank:
         token += _adapters_keep(sizes, rank, b, computed_width(adapters or dtype), lora_dropout)
     return batch * length * token + once

@@ -23,6 +23,7 @@ from every_byte.estimate.weights import (
     QUANTISED,
     bytes_per_parameter,
     computed_width,
+    is_stored,
     stored_matrix,
     total_bytes,
 )
@@ -41,6 +42,8 @@ GRAPHS = 1_105_954_079
 """Bytes of CUDA graphs, at most: 1.03 GiB. Logs tell 0.1 to 1.03 GiB (the same, and
 vllm-project/vllm#21489). vLLM's own estimate, which it takes off since 0.21, may be far
 above (vllm-project/vllm#45178, #53013)."""
+
+LARGE = 70 << 30  # bytes of a card on which vLLM takes more at a time
 
 VOCABULARY_MULTIPLE = 64  # vllm/model_executor/layers/vocab_parallel_embedding.py
 
@@ -129,7 +132,7 @@ def default_limits(card: Card) -> tuple[int, int]:
     1,024 and 8,192 from 70 GiB on, but not on an A100, else 256 and 2,048
     (``vllm/engine/arg_utils.py``, get_batch_defaults).
     """
-    large = card.usable >= 70 << 30 and card.compute_capability != "8.0"
+    large = card.usable >= LARGE and card.compute_capability != "8.0"
     return (1024, 8192) if large else (256, 2048)
 
 
@@ -169,8 +172,7 @@ def weights(sizes: Dimensions, serving: Serving) -> int:
             heads = key_value_heads(sizes, serving.gpus)
             square = sizes.num_attention_heads == sizes.num_key_value_heads
             own = own if square else (*shape[:-1], heads * sizes.head_dim)
-        matrix = len(shape) == 2 and part in ("attention", "mlp")
-        if serving.quantised and matrix:
+        if serving.quantised and is_served(sizes, part, shape, serving.quantised):
             stored = stored_matrix(own, serving.quantised)
         else:
             stored = (math.ceil(math.prod(own) * width),)
@@ -180,6 +182,11 @@ def weights(sizes: Dimensions, serving: Serving) -> int:
     if not sizes.has("learned positions"):
         rotary = math.ceil(sizes.max_position_embeddings * sizes.head_dim * width)
     return total_bytes(tensors) + rotary
+
+
+def is_served(sizes: Dimensions, part: str, shape: tuple[int, ...], quantised: str) -> bool:
+    """Whether vLLM has a parameter in fewer bits: experts, too, whatever the format."""
+    return (len(shape) == 2 and part == "mlp") or is_stored(sizes, part, shape, quantised)
 
 
 def key_value_heads(sizes: Dimensions, gpus: int) -> int:

@@ -14,7 +14,6 @@ from every_byte.data import CONTEXT
 from every_byte.estimate.architecture import (
     Dimensions,
     check_dimensions,
-    is_matrix,
     parameters,
     shape_counts,
     tensor_counts,
@@ -36,9 +35,11 @@ from every_byte.estimate.optimizers import (
 )
 from every_byte.estimate.weights import (
     QUANTISED,
+    STORED,
     adapters,
     bytes_per_parameter,
     computed_width,
+    is_stored,
     stored,
     stored_weights,
     total_bytes,
@@ -271,6 +272,9 @@ class Setup:
             raise refuse(
                 "rank", 0, "1 or more, for quantised weights are not trained; LoRA's factors are"
             )
+        if self.task == "training" and self.quantised and not STORED[self.quantised].trained:
+            trained = ", ".join(name for name, known in STORED.items() if known.trained)
+            raise refuse("quantised", self.quantised, f"one that LoRA is trained beside: {trained}")
 
 
 WORKSPACE = 8_519_680
@@ -491,7 +495,8 @@ def fragments(sizes: Dimensions, setup: Setup) -> int:
     model's own logits beside those in FP32, and a segment of smaller blocks, are enough
     for all traces of an H200 (`least` in ``tests/measured_peaks.toml``) and for replays
     of random set-ups with few layers, where states leave most of a segment idle
-    (``python -m benchmarks.estimates``).
+    (``python -m benchmarks.estimates``). With attention as a matrix, one of each kind of
+    large block besides.
     """
     training = setup.task == "training"
     autocast = training and setup.amp is not None and setup.dtype == "fp32"
@@ -505,12 +510,15 @@ def fragments(sizes: Dimensions, setup: Setup) -> int:
     if training and not setup.rank:
         large.append(sizes.vocab_size * h * computed_width(setup.gradients or setup.dtype))
     computed = {2: "bf16", 4: "fp32", 8: "fp64"}[b]
-    if attention_kernel(sizes, computed, setup.attention) in ("eager", "math"):
-        large.append(tokens * heads * setup.length * max(4, b))
     if sizes.has("query and key norms"):
         large.append(tokens * heads * sizes.head_dim * max(4, b))
+    once = 0
+    if attention_kernel(sizes, computed, setup.attention) in ("eager", "math"):
+        large.append(tokens * heads * setup.length * max(4, b))
+        once = sum(block(n, own_segment=True) for n in large) - block(max(large), own_segment=True)
     narrow = scored * b if training and b < 4 else 0
-    return 2 * block(max(large), own_segment=True) + block(narrow, own_segment=True) + kLargeBuffer
+    found = 2 * block(max(large), own_segment=True) + once
+    return found + block(narrow, own_segment=True) + kLargeBuffer
 
 
 def memory(
@@ -674,7 +682,7 @@ def _cast_weights(sizes: Dimensions, setup: Setup, dtype: str) -> Counter[int]:
     for (part, shape), count in tensor_counts(sizes).items():
         tied = sizes.tie_word_embeddings and part == "embedding"
         if part in ("attention", "mlp", "router", "head") and len(shape) == 2:
-            if not (setup.quantised and is_matrix(sizes, part, shape)):
+            if not (setup.quantised and is_stored(sizes, part, shape, setup.quantised)):
                 cast[shape] += count
         elif tied and shape[0] == sizes.vocab_size:
             cast[shape] += 1

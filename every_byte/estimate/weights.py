@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 from fractions import Fraction
 
 from every_byte import formats
@@ -22,7 +23,66 @@ BYTES: dict[str, Fraction] = {
     "nf4": Fraction(formats.bytes_per_parameter(4, block=64)),
     "nf4 double": Fraction(formats.bytes_per_parameter(4, block=64, double=True)),
 }
-QUANTISED = ("int8", "nf4", "nf4 double")
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """How a matrix is stored in fewer bits.
+
+    Attributes:
+        label: its name in the page's list.
+        tensors: for each tensor that it takes, so many bytes for so many numbers.
+        outputs: bytes for each output, of a scale a row.
+        inputs: bytes for each input.
+        experts: whether it goes for experts, too.
+        whole: whether it goes for the embedding and the head, too.
+        trained: whether LoRA is trained beside it.
+    """
+
+    label: str
+    tensors: tuple[tuple[int, int], ...]
+    outputs: int = 0
+    inputs: int = 0
+    experts: bool = True
+    whole: bool = False
+    trained: bool = True
+
+
+STORED = {
+    # bitsandbytes: one FP32 scale a row (arXiv 2208.07339); 4 bits with an FP32 scale for
+    # each 64, or a byte for each 64 and an FP32 scale for each 256 of those (arXiv 2305.14314).
+    "int8": Stored("INT8 (bitsandbytes)", ((1, 1),), outputs=4, experts=False),
+    "nf4": Stored("NF4 (bitsandbytes)", ((1, 2), (4, 64)), experts=False),
+    "nf4 double": Stored("NF4, double quantised", ((1, 2), (1, 64), (4, 64 * 256)), experts=False),
+    # 8 bits with an FP32 scale a row, as vllm-project/llm-compressor's FP8_DYNAMIC has it.
+    "fp8": Stored("FP8, a scale a row", ((1, 1),), outputs=4, trained=False),
+    # 4 bits in groups of 128 with an FP16 scale and a 4-bit zero each
+    # (casper-hansen/AutoAWQ, awq/modules/linear/gemm.py); GPTQ has a group's number of 4 bytes
+    # for each input besides (ModelCloud/GPTQModel, g_idx).
+    "awq": Stored("AWQ, 4 bits, groups of 128", ((1, 2), (2, 128), (1, 256))),
+    "gptq": Stored("GPTQ, 4 bits, groups of 128", ((1, 2), (2, 128), (1, 256)), inputs=4),
+    # 4 bits with an 8-bit scale for each 32 (OCP Microscaling Formats 1.0) or each 16 (NVIDIA).
+    "mxfp4": Stored("MXFP4", ((1, 2), (1, 32)), trained=False),
+    "nvfp4": Stored("NVFP4", ((1, 2), (1, 16)), trained=False),
+    # Blocks of 32 or 256 (ggml-org/llama.cpp, ggml/src/ggml-common.h, block_q8_0 and so on),
+    # in llama.cpp alone: transformers makes 16 bits of them.
+    **{
+        name: Stored(f"GGUF {name}", ((nbytes, numbers),), whole=True, trained=False)
+        for name, nbytes, numbers in (
+            ("Q8_0", 34, 32),
+            ("Q6_K", 210, 256),
+            ("Q5_K", 176, 256),
+            ("Q4_K", 144, 256),
+            ("Q4_0", 18, 32),
+            ("Q3_K", 110, 256),
+            ("Q2_K", 84, 256),
+        )
+    },
+}
+"""All formats that weights are stored in, by the names of a `Setup`. Of GGUF's those of one
+type for all matrices: a file called ``Q4_K_M`` has some of its matrices in ``Q6_K``."""
+
+QUANTISED = tuple(STORED)
 
 
 def bytes_per_parameter(dtype: str) -> Fraction:
@@ -38,9 +98,8 @@ def bytes_per_parameter(dtype: str) -> Fraction:
 def parameter_bytes(sizes: Dimensions, dtype: str, quantised: str | None = None) -> int:
     """The parameters' bytes, all in `dtype`, or the blocks' matrices quantised.
 
-    Embeddings, norms, biases, routers, experts (see `is_matrix`) and the head keep
-    `dtype`, as transformers and bitsandbytes leave them; LLM.int8() adds an FP32
-    scale for each row of outputs.
+    Embeddings, norms, biases, routers and the head keep `dtype`, and so do experts where
+    bitsandbytes quantises (see `is_matrix`); GGUF has embedding and head in fewer bits, too.
 
     Raises:
         ValueError: an unknown dtype or quantisation.
@@ -53,7 +112,7 @@ def stored_weights(sizes: Dimensions, dtype: str, quantised: str | None) -> Coun
     check_choice("quantised", quantised, (None, *QUANTISED))
     width, tensors = bytes_per_parameter(dtype), Counter[int]()
     for (part, shape), count in tensor_counts(sizes).items():
-        if quantised and is_matrix(sizes, part, shape):
+        if quantised and is_stored(sizes, part, shape, quantised):
             stored = stored_matrix(shape, quantised)
         else:
             stored = (math.ceil(math.prod(shape) * width),)
@@ -62,13 +121,21 @@ def stored_weights(sizes: Dimensions, dtype: str, quantised: str | None) -> Coun
     return tensors
 
 
+def is_stored(sizes: Dimensions, part: str, shape: tuple[int, ...], quantised: str) -> bool:
+    """Whether a parameter is stored in a format of `STORED`: a matrix, but see `is_matrix`."""
+    known = STORED[quantised]
+    if len(shape) == 2 and part == "mlp" and known.experts:
+        return True
+    matrix = len(shape) == 2 and known.whole and part in ("embedding", "head")
+    return matrix or is_matrix(sizes, part, shape)
+
+
 def stored_matrix(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
     """Bytes of a quantised matrix, of its scales, and of these scales' own."""
-    count = math.prod(shape)
-    if dtype == "int8":
-        return count, 4 * shape[1]
-    packed, blocks = -(-count // 2), -(-count // 64)
-    return (packed, blocks, 4 * -(-blocks // 256)) if "double" in dtype else (packed, 4 * blocks)
+    known, count = STORED[dtype], math.prod(shape)
+    found = [nbytes * -(-count // numbers) for nbytes, numbers in known.tensors]
+    found += [n for n in (known.outputs * shape[1], known.inputs * shape[0]) if n]
+    return tuple(found)
 
 
 def total_bytes(tensors: Counter[int]) -> int:
