@@ -21,7 +21,7 @@ Look = Callable[..., None]
 
 
 def mlp(gpu: GPU, look: Look, make: Callable[..., optim.Optimizer], **settings: Any) -> None:
-    """The article's script: load, train one step, infer (chapter 04)."""
+    """The article's script: load, train one step, infer (notebook 04)."""
     with gpu.device:
         model = SimpleMLP()
     look("loaded", model)
@@ -52,7 +52,7 @@ def mlp(gpu: GPU, look: Look, make: Callable[..., optim.Optimizer], **settings: 
 
 
 def amp(gpu: GPU, look: Look, dtype: torch.dtype) -> None:
-    """One step of mixed precision (chapter 06); FP16 with a scaled loss."""
+    """One step of mixed precision (notebook 06); FP16 with a scaled loss."""
     with gpu.device:
         model = SimpleMLP()
     data = torch.zeros(128, 1, 28, 28).to(gpu.device)
@@ -70,7 +70,7 @@ def amp(gpu: GPU, look: Look, dtype: torch.dtype) -> None:
 
 
 def load(gpu: GPU, look: Look, name: str, precision: str, path: str) -> None:
-    """A model at full size, by either way onto the card (chapters 07 and 08)."""
+    """A model at full size, by either way onto the card (notebooks 07 and 08)."""
     from helpers import models
 
     model = models.load(name, precision, path)
@@ -78,7 +78,7 @@ def load(gpu: GPU, look: Look, name: str, precision: str, path: str) -> None:
 
 
 def training_step(gpu: GPU, look: Look, dtype: torch.dtype, attention: str) -> None:
-    """One step of gpt2-large with AdamW on 512 tokens (chapter 05)."""
+    """One step of gpt2-large with AdamW on 512 tokens (notebook 05)."""
     from helpers import models
 
     how = {"attn_implementation": attention if attention == "eager" else models.CAUSAL_SDPA}
@@ -97,7 +97,7 @@ def training_step(gpu: GPU, look: Look, dtype: torch.dtype, attention: str) -> N
 
 
 def kv_cache(gpu: GPU, look: Look) -> None:
-    """The keys and values of 1,024 tokens of Qwen2-0.5B in BF16 (chapter 03)."""
+    """The keys and values of 1,024 tokens of Qwen2-0.5B in BF16 (notebook 03)."""
     from transformers import DynamicCache
 
     from helpers import models
@@ -125,7 +125,7 @@ def _text(
 
 
 def one_of_eight(gpu: GPU, look: Look, param_dtype: torch.dtype | None = None) -> None:
-    """Two steps of FSDP on the first of eight GPUs, of which there is one (chapter 10)."""
+    """Two steps of FSDP on the first of eight GPUs, of which there is one (notebook 10)."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     from every_byte.ranks import one_of
@@ -152,7 +152,7 @@ def one_of_eight(gpu: GPU, look: Look, param_dtype: torch.dtype | None = None) -
 
 
 def fragmentation(gpu: GPU, look: Look) -> None:
-    """What stays reserved, and in which pieces (chapter 11)."""
+    """What stays reserved, and in which pieces (notebook 11)."""
 
     def empty(mebibytes: int) -> torch.Tensor:
         return torch.empty(mebibytes * MiB, dtype=torch.int8, device=gpu.device)
@@ -174,7 +174,7 @@ def fragmentation(gpu: GPU, look: Look) -> None:
 
 
 def out_of_memory(gpu: GPU, look: Look) -> None:
-    """The same on a card of 1.5 GiB, which is enough and yet is not (chapter 11)."""
+    """The same on a card of 1.5 GiB, which is enough and yet is not (notebook 11)."""
     try:
         fragmentation(gpu, look)
     except torch.OutOfMemoryError as error:

@@ -438,7 +438,7 @@ def test_what_is_not_replayed_is_refused(text: str, message: str) -> None:
         CachingAllocator(alloc_conf=text)
 
 
-# Out of memory while gigabytes are free: chapter 11's program.
+# Out of memory while gigabytes are free: Troubleshooting's program.
 
 
 def fragment(

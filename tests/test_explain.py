@@ -133,7 +133,7 @@ def test_the_message_of_the_measured_card_is_judged() -> None:
     record = json.loads((ROOT / "book/records/nvidia-h200-torch-2.11.0.json").read_text("utf-8"))
     text = record["experiments"]["out-of-memory"]["messages"]["at the error"]
     found = explain(text)
-    assert found.verdict == "in pieces"  # chapter 11 shows which
+    assert found.verdict == "in pieces"  # Troubleshooting shows which
     assert found.message is not None
     assert found.message.others[-1] == round(3.54 * GiB) and len(found.message.others) == 7
     figures = record["experiments"]["out-of-memory"]["checkpoints"]["at the error"]

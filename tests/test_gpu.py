@@ -34,7 +34,7 @@ from helpers.mlp import SimpleMLP
 ROOT = Path(__file__).parent.parent
 
 
-# The article's experiment: figures printed there, completed to the byte (README, chapter 04).
+# The article's experiment: figures printed there, completed to the byte (README, notebook 04).
 
 MODEL, BATCH, WORKSPACE = 204_032_512, 402_432, 8_519_680
 OPTIMIZERS: dict[str, tuple[Callable[..., optim.Optimizer], int, int]] = {

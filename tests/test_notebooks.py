@@ -137,6 +137,16 @@ def test_the_readme_says_what_chapter_10_replays() -> None:
     assert list(figures) == [replayed[i] for i in (0, 2, 1, 3)]
 
 
+def test_the_readme_shows_what_a_chapter_prints_of_a_script() -> None:
+    shown = (ROOT / "README.md").read_text("utf-8").partition("$ every-byte run ")[2]
+    (source,) = [source for source in SOURCES if source.stem.startswith("13_")]
+    outputs = [o for cell in read(source).cells for o in cell.get("outputs", [])]
+    (printed,) = [o.text for o in outputs if "Trainer(model" in o.get("text", "")]
+    lines = shown.partition("```")[0].splitlines()[1:]
+    assert len(lines) == 3
+    assert [line for line in lines if line not in printed.splitlines()] == []
+
+
 def break_source_hash(notebook: NotebookNode) -> None:
     notebook.metadata[STAMP]["source_sha256"] = "0" * 64
 
@@ -196,7 +206,7 @@ def nbval(notebook: NotebookNode, folder: Path) -> subprocess.CompletedProcess[s
 
 
 def test_nbval_fails_where_a_stored_digit_is_changed(tmp_path: Path) -> None:
-    """On chapter 04's own cells, up to the first figure that the GPU gives."""
+    """On notebook 04's own cells, up to the first figure that the GPU gives."""
     figure = "204,032,512 B"
     notebook = read(ROOT / "notebooks" / "04_mlp_adam_vs_sgd.py")
     ends = [i for i, cell in enumerate(notebook.cells) if "for stage, row in" in cell.source]

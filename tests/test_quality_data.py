@@ -1,4 +1,4 @@
-"""The numbers that chapter 09 keeps with its figures: complete, their bytes as the formulas say."""
+"""The numbers that notebook 09 keeps with its figures: complete, bytes as the formulas say."""
 
 import csv
 import math

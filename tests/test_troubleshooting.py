@@ -1,4 +1,4 @@
-"""Chapter 11 and the glossary: the way to each entry, and that messages are stored whole."""
+"""Troubleshooting and the glossary: the way to each entry, and that messages are stored whole."""
 
 import re
 from pathlib import Path

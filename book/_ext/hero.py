@@ -26,6 +26,7 @@ from every_byte.kinds import COLORS
 from every_byte.units import GB, MB, GiB
 
 PAGE = "book/index"
+PICTURE = Path(__file__).parent.parent / "_static" / "step.svg"
 
 MODELS = (
     *("Qwen3-0.6B", "Llama-3.2-1B", "Qwen2.5-3B", "Qwen3-4B", "Llama-3.1-8B"),
@@ -36,7 +37,7 @@ LENGTHS = [2**n for n in range(7, 18)]
 PRECISIONS: dict[str, dict[str, str | None]] = {
     "BF16": {"dtype": "bf16", "amp": None},
     "FP32": {"dtype": "fp32", "amp": None},
-    "mixed: AMP, BF16": {"dtype": "fp32", "amp": "bf16"},
+    "AMP, BF16": {"dtype": "fp32", "amp": "bf16"},
 }
 
 MOMENTS = (
@@ -90,17 +91,26 @@ class Choice:
     @property
     def memory(self) -> Memory:
         """What the estimator says."""
-        return estimate.memory(estimate.dimensions(self.model), self.setup)
+        card = cards()[self.card]
+        sizes = estimate.dimensions(self.model)
+        return estimate.memory(sizes, self.setup, card.cublas_workspace, card.context)
 
+
+ENDS = {
+    "does not fit": "out of memory.",
+    "may fit": "it may fit, with nothing to spare.",
+    "fits": "it fits.",
+}
+"""What the picture says for the estimator's verdict."""
 
 Row = list[int]  # bytes of each kind, in order
 
 
 def rows(memory: Memory) -> list[Row]:
-    """The bytes of each kind at each moment, which add up to what a card must have then."""
+    """The bytes of each kind at each moment, with the context's: what the card has to have then."""
     moments, found = dict(memory.moments), []
     for name, _, gradients, activations in MOMENTS:
-        left = moments[name] + memory.margin + memory.context
+        left = moments[name] + memory.context
         row = []
         for nbytes in (
             memory.parameters,
@@ -150,33 +160,37 @@ def short(nbytes: int) -> str:
     return f"{number:,.{decimals}f} {name}"
 
 
+def sold() -> dict[str, str]:
+    """How large each card is called: ``'24 GiB'``; programs can have a little less."""
+    return {name: f"{card.memory / GiB:.0f} GiB" for name, card in cards().items()}
+
+
 def view(choice: Choice) -> dict[str, Any]:
     """What the template shows of a choice."""
-    memory, capacity = choice.memory, cards()[choice.card].memory
-    needed, found = memory.needed, rows(memory)
+    memory, capacity = choice.memory, cards()[choice.card].usable
+    peak, found = memory.least, rows(memory)
     moment = [name for name, *_ in MOMENTS].index(memory.peak_at)
     now = found[moment]
-    top = 1.14 * max(needed, capacity)
-    fits = needed <= capacity
-    verdict = f"Training {choice.model} takes {short(needed)} at its peak. "
-    verdict += f"The {choice.card} has {short(capacity)}: "
-    end = "it fits." if fits else "out of memory."
+    top = 1.14 * max(peak, capacity)
+    verdict = f"Training {choice.model} takes {short(peak)} at its peak. "
+    verdict += f"The {choice.card} can give {short(capacity)}: "
+    end = ENDS[memory.verdict(capacity)]
     place = MOMENTS[moment][1]
     sizes = [short(n) for n in now]
     parts = ", ".join(f"{label} {size}" for (_, _, label), size in zip(KINDS, sizes, strict=True))
     return {
-        "fits": fits,
+        "fits": memory.verdict(capacity) != "does not fit",
         "verdict": verdict,
         "end": end,
         "spoken": f"Memory during one training step, by kind. {verdict}{end} At the peak, "
         f"{memory.peak_at}: {parts}.",
         "paths": paths(points(memory), top),
         "card_top": f"{100 - 100 * capacity / top:.2f}",
-        "card_label": f"{choice.card}: {capacity / GiB:.0f} GiB",
+        "card_label": f"{choice.card}: {sold()[choice.card]}",
         "peak_left": place,
         "now_left": place,
-        "peak_top": f"{100 - 100 * needed / top:.2f}",
-        "peak_label": f"peak {short(needed)}",
+        "peak_top": f"{100 - 100 * peak / top:.2f}",
+        "peak_label": f"peak {short(peak)}",
         "moment": moment,
         "at": memory.peak_at,
         "now": now,
@@ -186,17 +200,69 @@ def view(choice: Choice) -> dict[str, Any]:
     }
 
 
+def standalone(choice: Choice) -> str:
+    """The same picture as a file of its own, for the README: light and dark by the reader's system.
+
+    Written to `PICTURE` by ``python book/_ext/hero.py``; a test says when it is out of date.
+    """
+    shown, names = view(choice), [label for _, _, label in KINDS]
+    colors = [COLORS[color] for _, color, _ in KINDS]
+    areas = [
+        f'<path d="{path}" fill="{color}"/>'
+        for path, color in zip(shown["paths"], colors, strict=True)
+    ]
+    line = 80 + 3 * float(shown["card_top"])
+    peak = (20 + 4.4 * shown["peak_left"], 80 + 3 * float(shown["peak_top"]))
+    first, second = shown["verdict"].split(". ", 1)
+    words, begin = [], 20.0
+    for phase, width in PHASES.items():
+        words.append(f'<text x="{begin + 2.2 * width:g}" y="400" class="mid">{phase}</text>')
+        begin += 4.4 * width
+    keys = zip(names, colors, shown["sizes"], strict=True)
+    for place, (name, color, nbytes) in enumerate(reversed(list(keys))):
+        y = 240 + 30 * place
+        words.append(f'<rect x="482" y="{y - 13}" width="14" height="14" fill="{color}"/>')
+        words.append(f'<text x="504" y="{y}">{name.partition(":")[0]}</text>')
+        words.append(f'<text x="740" y="{y}" class="end">{nbytes}</text>')
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 420" role="img">
+<title>{shown["spoken"]}</title>
+<style>
+text {{ font: 16px system-ui, sans-serif; fill: #1f2328 }}
+.mid {{ text-anchor: middle }} .end {{ text-anchor: end }} .bold {{ font-weight: 700 }}
+.title {{ font-size: 20px; font-weight: 700 }}
+.line {{ stroke: #1f2328; fill: none }} .back {{ fill: #fff }} circle {{ fill: #1f2328 }}
+@media (prefers-color-scheme: dark) {{
+text, circle {{ fill: #e6edf3 }} .line {{ stroke: #e6edf3 }} .back {{ fill: #0d1117 }}
+}}
+</style>
+<rect class="back" width="760" height="420" rx="8"/>
+<text x="20" y="30" class="title">{first}.</text>
+<text x="20" y="58" class="title">{second}{shown["end"]}</text>
+<g transform="translate(20 80) scale(4.4 3)">{"".join(areas)}
+<rect class="back" width="100" height="{shown["card_top"]}" opacity="0.45"/></g>
+<path class="line" d="M20 380H460"/>
+<path class="line" stroke-width="2" stroke-dasharray="7 4" d="M20 {line:g}H460"/>
+<rect class="back" x="310" y="{line - 27:g}" width="148" height="23" rx="3"/>
+<text x="384" y="{line - 10:g}" class="mid">{shown["card_label"]}</text>
+<circle cx="{peak[0]:g}" cy="{peak[1]:g}" r="5"/>
+<text x="{peak[0]:g}" y="{peak[1] - 14:g}" class="mid bold">{shown["peak_label"]}</text>
+{chr(10).join(words)}
+</svg>
+"""
+
+
 def constants() -> dict[str, Any]:
     """What hero.js asks for, beside what is in the page's elements."""
     estimator = data()
     models = estimator["models"]
     estimator["models"] = {name: models[name] for name in MODELS}
-    for unused in ("levers", "halves", "order", "config", "cards"):
+    for unused in ("levers", "halves", "order", "config"):
         estimator.pop(unused, None)
     return {
         "estimator": estimator,
-        "cards": {name: card.memory for name, card in cards().items()},
+        "sold": sold(),
         "precisions": PRECISIONS,
+        "ends": ENDS,
         "batches": BATCHES,
         "lengths": LENGTHS,
         "moments": MOMENTS,
@@ -226,7 +292,7 @@ class Hero(SphinxDirective):
             start=Choice(),
             view=view(Choice()),
             models={name: name for name in MODELS},
-            cards={name: f"{name}, {card.memory / GiB:.0f} GiB" for name, card in cards().items()},
+            cards={name: f"{name}, {size}" for name, size in sold().items()},
             optimizers=optimizers,
             precisions={name: name for name in PRECISIONS},
             batches=BATCHES,
@@ -251,3 +317,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("hero", Hero)
     app.connect("html-page-context", add_files)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+if __name__ == "__main__":
+    PICTURE.write_text(standalone(Choice()), "utf-8")

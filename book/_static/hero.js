@@ -9,7 +9,7 @@
   const F = everyByteFormulas(data.estimator);
   const form = root.querySelector("form"), moment = document.getElementById("hero-moment");
   const $ = (selector) => root.querySelector(selector);
-  const GB = 1e9, MB = 1e6, GiB = 2 ** 30;
+  const GB = 1e9, MB = 1e6;
   const least = (a, b) => (a < b ? a : b);
 
   function short(nbytes) { // with three digits
@@ -32,7 +32,7 @@
   function rowsOf(held) { // the bytes of each kind at each moment
     const moments = Object.fromEntries(held.moments);
     return data.moments.map(([name, , gradients, activations]) => {
-      let left = moments[name] + held.margin + held.context;
+      let left = moments[name] + held.context;
       const row = [held.parameters, held.optimizer_states, held.gradients * BigInt(gradients) / 100n,
         held.activations * BigInt(activations) / 100n].map((nbytes) => {
         const part = least(nbytes, left);
@@ -77,14 +77,14 @@
   }
 
   function update() {
-    const { model, card, setup } = chosen(), capacity = data.cards[card];
+    const { model, card, setup } = chosen(), [capacity, workspace, context] = data.estimator.cards[card];
     for (const name of ["batch", "length"]) {
       const text = setup[name].toLocaleString("en-US"), slider = form.elements.namedItem(name);
       slider.setAttribute("aria-valuetext", text);
       form.querySelector(`output[for=${slider.id}]`).textContent = text;
     }
-    const held = F.memory(F.dimensions(data.estimator.models[model]), setup);
-    const needed = Number(held.needed), fits = needed <= capacity, top = 1.14 * Math.max(needed, capacity);
+    const held = F.memory(F.dimensions(data.estimator.models[model]), setup, workspace, context);
+    const most = Number(held.least), says = F.verdict(held, BigInt(capacity)), top = 1.14 * Math.max(most, capacity);
     const rows = rowsOf(held), peak = data.moments.findIndex(([name]) => name === held.peakAt);
     shown = { rows };
     const place = data.moments[peak][1], height = (nbytes) => `${(100 - 100 * nbytes / top).toFixed(2)}%`;
@@ -93,16 +93,16 @@
     });
     $(".card-line").style.top = $(".over").style.height = height(capacity);
     $(".card-line").classList.toggle("left", place > 50);
-    $(".card-line span").textContent = `${card}: ${(capacity / GiB).toFixed(0)} GiB`;
+    $(".card-line span").textContent = `${card}: ${data.sold[card]}`;
     $(".peak").style.left = `${place}%`;
-    $(".peak").style.top = height(needed);
+    $(".peak").style.top = height(most);
     $(".peak span").style.transform = `translate(-${place}%,-135%)`;
-    $(".peak span").textContent = `peak ${short(needed)}`;
-    const verdict = `Training ${model} takes ${short(needed)} at its peak. `
-      + `The ${card} has ${short(capacity)}: `;
+    $(".peak span").textContent = `peak ${short(most)}`;
+    const verdict = `Training ${model} takes ${short(most)} at its peak. `
+      + `The ${card} can give ${short(capacity)}: `;
     const end = $(".verdict b");
-    end.textContent = fits ? "it fits." : "out of memory.";
-    end.classList.toggle("out", !fits);
+    end.textContent = data.ends[says];
+    end.classList.toggle("out", says === "does not fit");
     $(".verdict").replaceChildren(verdict, end);
     const parts = data.labels.map((label, i) => `${label} ${short(rows[peak][i])}`).join(", ");
     $(".plot").setAttribute("aria-label",
