@@ -40,9 +40,13 @@ __all__ = [
 ]
 
 COMPOSITES: dict[Any, Callable[..., Any]] = {**attention.COMPOSITES, **recurrent.COMPOSITES}
-KERNELS: dict[Any, Callable[..., Any]] = {**attention.KERNELS, **recurrent.KERNELS, **ctc.KERNELS}
-_OF_A_CARD: dict[Any, Callable[..., Any]] = {
+KERNELS: dict[Any, Callable[..., Any]] = {
+    **attention.KERNELS,
     **fused_attention.KERNELS,
+    **recurrent.KERNELS,
+    **ctc.KERNELS,
+}
+_OF_A_CARD: dict[Any, Callable[..., Any]] = {
     **cudnn_attention.KERNELS,
     **normalisation.KERNELS,
     **indexing.KERNELS,

@@ -62,6 +62,22 @@ def scan_storage(number: int, width: int = 8, tile: int | None = None) -> int:
     return _aligned((32 + blocks) * 2 * max(width, 4)) + _ALIGNMENT
 
 
+def _embedding(
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    # embedding_symint in native/Embedding.cpp selects by one row of indices.
+    if weight.dim() != 2:
+        raise RuntimeError("'weight' must be 2-D")
+    copy = indices.reshape(-1)
+    result = weight.new_empty(*indices.shape, weight.size(1))
+    del copy
+    return result
+
+
 def _embedding_dense_backward(
     grad_output: Tensor,
     indices: Tensor,
@@ -70,6 +86,7 @@ def _embedding_dense_backward(
     scale_grad_by_freq: bool,
 ) -> Tensor:
     number, width = indices.numel(), grad_output.size(-1)
+    indices = indices.contiguous()
 
     def result() -> Tensor:
         return grad_output.new_empty(num_weights, width)
@@ -162,6 +179,7 @@ def _foreach_norm(
 
 
 KERNELS: dict[Any, Callable[..., Any]] = {
+    aten.embedding.default: _embedding,
     aten.embedding_dense_backward.default: _embedding_dense_backward,
     aten._foreach_norm.Scalar: _foreach_norm,
 }
