@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from torch import nn
 
+from every_byte.allocator import Placement
 from every_byte.gpu import VirtualGPU
 
 FIGURES = (
@@ -425,16 +426,25 @@ def _workspaces() -> Iterator[None]:
         yield
 
 
-def replayed(name: str, card: str, torch_version: str, left_over: int) -> dict[str, list[int]]:
+def replayed(
+    name: str,
+    card: str,
+    torch_version: str,
+    left_over: int,
+    placement: Placement | None = None,
+) -> dict[str, list[int]]:
     """What a run shows at its checkpoints: `FIGURES`, in bytes.
 
     Args:
         name: one of `WORKLOADS`.
         card, torch_version: where it was measured.
         left_over: bytes that were allocated before it began, and stayed so.
+        placement: where the driver places segments; by the card's rule if None.
     """
     found: dict[str, list[int]] = {}
     gpu = VirtualGPU(card, torch=torch_version)
+    if placement is not None:
+        gpu.memory.placement = placement
 
     def look(checkpoint: str) -> None:
         found[checkpoint] = [getattr(gpu, figure)() for figure in FIGURES]

@@ -93,7 +93,10 @@ def estimate_in(operation: Any) -> str | None:
 def temporaries(
     operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rules: Rules
 ) -> list[int]:
-    """Bytes that an operation takes after its results and gives back at its end, in order."""
+    """Bytes that an operation takes after its results and gives back at its end, in order.
+
+    A negative number gives back what was taken last.
+    """
     found = reduction_temporaries(operation, args, kwargs, rules)
     if found is None:
         found = product_temporaries(operation, args, rules)
