@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import published, signatures, workloads
+from every_byte.allocator import Recorded
 from every_byte.gpu import VirtualGPU
 from every_byte.units import MiB
 from helpers.record import compared, replays_of
@@ -137,6 +138,29 @@ def replayed_workloads() -> dict[str, Figures]:
     return found
 
 
+def at_the_drivers_addresses(runs: dict[str, Figures]) -> dict[str, Figures]:
+    """Those that are off, again with each segment where the driver placed it.
+
+    They ran in processes that had run others before, so that the driver filled holes that
+    their traces do not show: only there does its rule, as we know it, lead elsewhere.
+    """
+    measured, found = measured_workloads(), {}
+    for name in runs:
+        if any(map(any, off(name, runs[name]))) and (segments := measured[name].get("segments")):
+            placed = Recorded(_addresses(segments))
+            left_over = measured[name]["left over"]
+            found[name] = workloads.replayed(name, CARD, TORCH, left_over, placed)
+    return found
+
+
+def _addresses(steps: list[int]) -> Iterator[tuple[int, int]]:
+    """Address and size of each segment from their file, in steps of 2 MiB."""
+    address = 0
+    for step, size in zip(steps[::2], steps[1::2], strict=True):
+        address += step
+        yield address * 2 * MiB, size * 2 * MiB
+
+
 def replayed_series() -> list[list[int]]:
     """What the programs of published series take at each of their sizes."""
     return [[published.peak(one, n) for n in one["sizes"]] for one in published.all_series()]
@@ -185,8 +209,13 @@ def _replayed(about: str, done: list[str], every: list[str], gate: int) -> Goal:
     return Goal(f"{about}: of {len(every)} replayed", len(done), len(every), gate, True, whole)
 
 
-def goals(runs: dict[str, Figures], series: list[list[int]], operations: float) -> list[Goal]:
-    """The table: what was reached beside its goal and its gate."""
+def goals(
+    runs: dict[str, Figures],
+    placed: dict[str, Figures],
+    series: list[list[int]],
+    operations: float,
+) -> list[Goal]:
+    """The table: what was reached beside its goal and its gate; `placed`, by the driver."""
     record, again = (json.loads(p.read_text("utf-8")) for p in (RECORD, replays_of(RECORD)))
     figures = [
         nbytes
@@ -204,6 +233,7 @@ def goals(runs: dict[str, Figures], series: list[list[int]], operations: float) 
     done = [name for name in assuming if name in runs]
     networks = [name for name in convolutions if name in runs]
     reserved = sum(worst(runs, [name], 1) == 0 for name in plain)
+    given, every = runs | placed, [*plain, *done]
     lines = [
         Goal("record, figures that differ", sum(map(bool, figures)), 0, 68, False, whole),
         Goal("record, largest difference (B)", max(map(abs, figures)), 0, 66_560, False, whole),
@@ -211,14 +241,25 @@ def goals(runs: dict[str, Figures], series: list[list[int]], operations: float) 
         Goal("transformers, peak (B)", worst(runs, plain, 2), 0, 6_422_528, False, whole),
         Goal(f"of {len(plain)}, reserved equal", reserved, len(plain) // 2 + 1, 19, True, whole),
         Goal("transformers, reserved", worst(runs, plain, 1, True), 0.002, 0.0132, False, share),
+        *(
+            Goal(
+                f"at the driver's addresses, {name} (B)", worst(given, every, n), 0, 0, False, whole
+            )
+            for n, name in enumerate(("allocated", "reserved", "peak"))
+        ),
         _replayed("masks, 8 and 4 bits", done, assuming, 7),
         *peak_of(runs, done, 0.001, 0.008),
         _replayed("convolutions", networks, convolutions, 8),
         *peak_of(runs, networks, 0.01, 0.022),
         Goal("single operations equal", operations, 0.98, 0.992, True, share),
-        Goal(f"published: equal of {len(printed)}", sum(printed), 185, 163, True, whole),
+        Goal(f"published: equal of {len(printed)}", sum(printed), 185, 184, True, whole),
     ]
     return lines
+
+
+def _print_differences(name: str, found: Figures) -> None:
+    largest = [max(column, key=abs) for column in zip(*off(name, found), strict=True)]
+    print(f"{name:32}" + "".join(f"{nbytes:16,}" for nbytes in largest))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -242,13 +283,16 @@ def main(arguments: list[str] | None = None) -> int:
     print("\nlargest difference at any checkpoint, in bytes: allocated, reserved, and their peaks")
     runs = replayed_workloads()
     for name, found in runs.items():
-        largest = [max(column, key=abs) for column in zip(*off(name, found), strict=True)]
-        print(f"{name:32}" + "".join(f"{nbytes:16,}" for nbytes in largest))
+        _print_differences(name, found)
+    placed = at_the_drivers_addresses(runs)
+    print("\nof these again, each segment where the driver placed it")
+    for name, found in placed.items():
+        _print_differences(name, found)
     series = replayed_series()
-    made = {"workloads": runs, "series": series}
+    made = {"workloads": runs, "placed": placed, "series": series}
     if asked.write:
         SHOWN.write_text(json.dumps(made, separators=(",", ":")) + "\n", "utf-8")
-    lines = goals(runs, series, sum(same.values()) / sum(every.values()))
+    lines = goals(runs, placed, series, sum(same.values()) / sum(every.values()))
     print(f"\n{'':44}{'reached':>16}{'goal':>16}{'gate':>16}")
     for line in lines:
         numbers = (line.reached, line.goal, line.gate)

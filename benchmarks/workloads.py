@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 from torch import nn
 
+from every_byte.allocator import Placement
 from every_byte.gpu import VirtualGPU
 
 FIGURES = (
@@ -45,9 +46,32 @@ def _model(
 
     how = {} if attention is None else {"attn_implementation": attention}
     with gpu.device:
-        return getattr(transformers, head).from_config(
+        model = getattr(transformers, head).from_config(
             transformers.AutoConfig.for_model(kind, **settings), dtype=dtype, **how
         )
+    for part in model.modules():
+        if type(part).__name__.endswith("RotaryEmbedding"):
+            part.forward = partial(_angles_by_a_product, part)
+    return model
+
+
+@torch.no_grad()
+def _angles_by_a_product(
+    rotary: Any, x: torch.Tensor, position_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines as transformers 5.17 made them, with which it was measured.
+
+    Its product is the first of a run, and takes cuBLAS's workspace; 5.23 multiplies.
+    """
+    frequencies = rotary.inv_freq[None, :, None].expand(position_ids.size(0), -1, 1)
+    frequencies = frequencies.to(dtype=torch.float, device=x.device)
+    positions = position_ids[:, None, :].float()
+    with torch.autocast(x.device.type, enabled=False):
+        angles = (frequencies @ positions).transpose(1, 2)
+        both = torch.cat((angles, angles), dim=-1)
+        cos = both.cos() * rotary.attention_scaling
+        sin = both.sin() * rotary.attention_scaling
+    return cos.to(x.dtype), sin.to(x.dtype)
 
 
 def _steps(
@@ -402,16 +426,25 @@ def _workspaces() -> Iterator[None]:
         yield
 
 
-def replayed(name: str, card: str, torch_version: str, left_over: int) -> dict[str, list[int]]:
+def replayed(
+    name: str,
+    card: str,
+    torch_version: str,
+    left_over: int,
+    placement: Placement | None = None,
+) -> dict[str, list[int]]:
     """What a run shows at its checkpoints: `FIGURES`, in bytes.
 
     Args:
         name: one of `WORKLOADS`.
         card, torch_version: where it was measured.
         left_over: bytes that were allocated before it began, and stayed so.
+        placement: where the driver places segments; by the card's rule if None.
     """
     found: dict[str, list[int]] = {}
     gpu = VirtualGPU(card, torch=torch_version)
+    if placement is not None:
+        gpu.memory.placement = placement
 
     def look(checkpoint: str) -> None:
         found[checkpoint] = [getattr(gpu, figure)() for figure in FIGURES]

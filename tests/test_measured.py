@@ -46,6 +46,91 @@ def test_an_operation_takes_what_it_took_on_the_card(
             assert equal(one, events), (one.signature, events, one.variants)
 
 
+WITHIN_RUNS = (
+    *("aten._scaled_dot_product_efficient_attention_backward.default",),
+    *("aten.native_layer_norm_backward.default", "aten.embedding.default"),
+    *("aten.embedding_dense_backward.default", "aten.nll_loss_forward.default"),
+    *("aten.nll_loss_backward.default",),
+)
+
+
+@pytest.mark.parametrize("operation", WITHIN_RUNS)
+def test_an_operation_within_a_run_takes_what_it_took_on_the_card(operation: str) -> None:
+    """There tensors are views of others: these operations copy what is not contiguous."""
+    found = 0
+    with VirtualGPU(CARD, capacity=1 << 50, torch=TORCH) as gpu:
+        for one in signatures.measured(DATA / "kernels.json.xz"):
+            if one.operation == operation and "~" in one.signature:
+                events = signatures.replayed(gpu, one.signature)
+                assert equal(one, events), (one.signature, events, one.variants)
+                found += 1
+    assert found
+
+
+def test_a_single_query_borrows_by_splits_of_its_keys() -> None:
+    """cuDNN's attention while Llama and GPT-2 generate, on an H200: equal at every length."""
+    found = 0
+    with VirtualGPU(CARD, capacity=1 << 50, torch=TORCH) as gpu:
+        for one in signatures.measured(DATA / "kernels.json.xz"):
+            if (
+                "infer" in one.group
+                and one.operation == "aten.scaled_dot_product_attention.default"
+            ):
+                if "f16[" in one.signature:  # BF16, too
+                    events = signatures.replayed(gpu, one.signature)
+                    assert equal(one, events), (one.signature, events, one.variants)
+                    found += 1
+    assert found > 50
+
+
+def test_group_norm_borrows_factors_for_channels_and_groups() -> None:
+    """By PyTorch's source; published peaks of a B200 agree (book/records/liger.toml)."""
+    import torch
+
+    with VirtualGPU("B200", torch=TORCH) as gpu:
+        layer = torch.nn.GroupNorm(8, 32, device=gpu.device)
+        x = torch.empty(16, 32, 64, device=gpu.device, requires_grad=True)
+        of_channels, of_groups = 16 * 32 * 4, 16 * 8 * 4
+        gpu.reset_peak_memory_stats()
+        before = gpu.memory_allocated()
+        y = layer(x)
+        assert gpu.memory_allocated() - before == y.nbytes + 2 * of_groups
+        assert gpu.max_memory_allocated() - gpu.memory_allocated() == 2 * of_channels
+        upper = torch.empty_like(y)
+        gpu.reset_peak_memory_stats()
+        before = gpu.memory_allocated()
+        y.backward(upper)
+        grads = x.nbytes + 2 * 512  # a block for each vector of 128 B
+        assert gpu.max_memory_allocated() - before == grads + 3 * of_channels + 2 * of_groups
+
+
+def test_softmax_in_backward_peaks_as_published() -> None:
+    """pytorch#72450: bytes allocated of a softmax in BF16, and its peak."""
+    import torch
+
+    with VirtualGPU("A100 80 GB") as gpu:
+        x = torch.rand(5120, 2, 384, 384, dtype=torch.bfloat16, device=gpu.device)
+        x.requires_grad_()
+        assert gpu.memory_allocated() == 3_019_898_880
+        loss = torch.softmax(x, dim=-1).mean()
+        assert gpu.memory_allocated() == 6_039_798_272
+        loss.backward()
+        assert gpu.max_memory_allocated() == 15_099_495_424
+
+
+def test_a_product_copies_a_batch_whose_rows_overlap() -> None:
+    """pytorch#52111: it tries to allocate 37.25 GiB."""
+    import torch
+
+    batch, rows, columns = 1000, 100, 100_000
+    with VirtualGPU("H200", capacity=16 << 30) as gpu:
+        numbers = torch.empty(batch + rows + columns, device=gpu.device)
+        left = numbers.as_strided([batch, rows, columns], [1, 1, 1])
+        right = numbers.as_strided([batch, columns, 1], [1, 1, 1])
+        with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 37\.25 GiB"):
+            torch.bmm(left, right)
+
+
 RUNS = (
     *("llama1b-bf16-adamw-fused", "llama1b-fp32", "llama1b-bf16-ckpt"),
     *("gpt2-bf16-dropout", "phi3-2l", "embedding-layernorm", "lstm"),

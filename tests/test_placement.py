@@ -1,6 +1,6 @@
 """Where segments lie: upwards, or as the driver does, and what follows for what is reserved."""
 
-from every_byte.allocator import CachingAllocator, Downwards
+from every_byte.allocator import CachingAllocator, Downwards, Recorded
 from every_byte.units import MiB
 
 G = Downwards.GRANULE
@@ -26,6 +26,16 @@ def test_freed_segments_are_filled_upwards_and_join() -> None:
     placement.give_back(second, 32 * MiB)
     assert placement.place(20 * MiB) == second
     assert placement.place(40 * MiB) == second + 20 * MiB
+
+
+def test_a_recorded_run_has_the_addresses_of_its_driver() -> None:
+    high, low = 9 * G, 7 * G
+    placement = Recorded([(high, 20 * MiB), (low, 2 * MiB)])
+    assert placement.place(20 * MiB) == high
+    elsewhere = placement.place(32 * MiB)  # of which the record does not know
+    assert elsewhere + 32 * MiB <= low
+    assert placement.place(2 * MiB) == low
+    assert placement.place(2 * MiB) == elsewhere + 32 * MiB
 
 
 def test_of_equal_free_blocks_the_one_with_the_lowest_address_is_taken() -> None:

@@ -6,7 +6,7 @@ Needs neither PyTorch nor a GPU.
 from every_byte.allocator.config import AllocatorConfig
 from every_byte.allocator.history import Frame, MemoryHistory, TraceEntry
 from every_byte.allocator.model import BlockInfo, CachingAllocator, OutOfMemoryError, SegmentInfo
-from every_byte.allocator.placement import Downwards, Placement, Upwards
+from every_byte.allocator.placement import Downwards, Placement, Recorded, Upwards
 from every_byte.allocator.replay import Replay, replay_trace
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "MemoryHistory",
     "OutOfMemoryError",
     "Placement",
+    "Recorded",
     "Replay",
     "SegmentInfo",
     "TraceEntry",

@@ -224,7 +224,7 @@ class CachingAllocator:
         self._segments: dict[int, _Block] = {}  # address: first block
         self._live: dict[int, _Block | None] = {}  # handle: block; None for no bytes
         self._next_handle = 1
-        self._placement = placement or Upwards()
+        self.placement = placement or Upwards()
         self._ranges = Upwards()  # of addresses for expandable segments
         self._allocated, self._reserved, self._requested = _Stat(), _Stat(), _Stat()
 
@@ -450,7 +450,7 @@ class CachingAllocator:
     def _place(self, size: int) -> int:
         """Where a new segment begins."""
         expandable = self.config.expandable_segments
-        return (self._ranges if expandable else self._placement).place(size)
+        return (self._ranges if expandable else self.placement).place(size)
 
     def _fits(self, size: int) -> bool:
         return self.capacity is None or size <= self.mem_get_info()[0]
@@ -469,7 +469,7 @@ class CachingAllocator:
         """Give back a segment that is one free block: one cudaFree."""
         block.pool.free.remove(block)
         del self._segments[block.address]
-        self._placement.give_back(block.address, block.size)
+        self.placement.give_back(block.address, block.size)
         self._take(-block.size, "segment_free", block.address, block.address, block.pool)
 
     def _release_unsplittable(self, size: int, pool: _Pool) -> bool:

@@ -4,6 +4,8 @@ It matters to what is reserved: of free blocks of one size PyTorch takes the one
 with the lowest address.
 """
 
+from collections import deque
+from collections.abc import Iterable
 from typing import Protocol
 
 from every_byte.units import MiB
@@ -32,6 +34,30 @@ class Upwards:
         address = self._next
         self._next = -(-(address + size) // _ALIGNMENT) * _ALIGNMENT
         return address
+
+    def give_back(self, address: int, size: int) -> None:
+        """Take note of a segment that was freed: nothing to do."""
+
+
+class Recorded:
+    """The addresses that a driver gave to the segments of a run, in their order.
+
+    They depend on what its process did before, which no later trace shows. A segment of
+    another size than the next one recorded lies below all of them.
+
+    Args:
+        segments: address and size of each.
+    """
+
+    def __init__(self, segments: Iterable[tuple[int, int]]) -> None:
+        self._left = deque(segments)
+        self._others = Upwards()
+
+    def place(self, size: int) -> int:
+        """Where the next segment begins."""
+        if self._left and self._left[0][1] == size:
+            return self._left.popleft()[0]
+        return self._others.place(size)
 
     def give_back(self, address: int, size: int) -> None:
         """Take note of a segment that was freed: nothing to do."""

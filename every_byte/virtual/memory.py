@@ -176,11 +176,15 @@ class VirtualMemory(CachingAllocator):
         """Take what an operation borrows, and cuBLAS's workspaces at the first products."""
         if not any(isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves(result)):
             return
-        held = []
+        held = list[int]()
         if self.rules is not None:
             with untracked():
                 sizes = kernels.temporaries(operation, args, kwargs, self.rules)
-            held = [self.malloc(size) for size in sizes]
+            for size in sizes:
+                if size < 0:
+                    self.free(held.pop())
+                else:
+                    held.append(self.malloc(size))
         if operation.overloadpacket in self._matrix_products:
             held += self._take_workspaces(operation, args)
         while held:

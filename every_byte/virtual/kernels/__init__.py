@@ -40,9 +40,13 @@ __all__ = [
 ]
 
 COMPOSITES: dict[Any, Callable[..., Any]] = {**attention.COMPOSITES, **recurrent.COMPOSITES}
-KERNELS: dict[Any, Callable[..., Any]] = {**attention.KERNELS, **recurrent.KERNELS, **ctc.KERNELS}
-_OF_A_CARD: dict[Any, Callable[..., Any]] = {
+KERNELS: dict[Any, Callable[..., Any]] = {
+    **attention.KERNELS,
     **fused_attention.KERNELS,
+    **recurrent.KERNELS,
+    **ctc.KERNELS,
+}
+_OF_A_CARD: dict[Any, Callable[..., Any]] = {
     **cudnn_attention.KERNELS,
     **normalisation.KERNELS,
     **indexing.KERNELS,
@@ -89,7 +93,10 @@ def estimate_in(operation: Any) -> str | None:
 def temporaries(
     operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rules: Rules
 ) -> list[int]:
-    """Bytes that an operation takes after its results and gives back at its end, in order."""
+    """Bytes that an operation takes after its results and gives back at its end, in order.
+
+    A negative number gives back what was taken last.
+    """
     found = reduction_temporaries(operation, args, kwargs, rules)
     if found is None:
         found = product_temporaries(operation, args, rules)

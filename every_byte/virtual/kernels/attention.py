@@ -5,10 +5,9 @@ computed with its whole matrix, dropout in four steps. Here they take CUDA's, as
 PyTorch 2.14 has it on cards of compute capability 8.0, 8.6, 8.9 and 12.x:
 `COMPOSITES` choose the kernel, `KERNELS` allocate what it does.
 
-Covered: what each kernel returns, what autograd keeps of it, in which layout,
-and flash attention's temporaries. Not covered: splits of flash attention over few
-heads, and nested tensors. cuDNN's attention, which Hopper's cards and Blackwell's of
-10.x prefer, is in `every_byte.virtual.kernels.cudnn_attention`.
+What PyTorch's attention kernels allocate is in `every_byte.virtual.kernels.fused_attention`;
+cuDNN's attention, which Hopper's cards and Blackwell's of 10.x prefer, in
+`every_byte.virtual.kernels.cudnn_attention`. Not covered: nested tensors.
 """
 
 import math
@@ -187,116 +186,8 @@ def _native_dropout(input: Tensor, p: float, train: bool | None) -> tuple[Tensor
     return torch.empty_like(input), mask
 
 
-def _flash_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    return_debug_mask: bool = False,
-    *,
-    scale: float | None = None,
-) -> tuple[Any, ...]:
-    # mha_fwd in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp: the
-    # result in the layout (batch, length, heads, size), FP32 logarithms of each row's
-    # sum, and two tensors of random state, with and without dropout.
-    if return_debug_mask:
-        raise NotImplementedError("flash attention's debug mask is not replayed")
-    result = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
-    logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
-    state = query.new_empty(2, dtype=torch.uint64)
-    unused = query.new_empty((), dtype=torch.uint64)
-    none = query.new_empty(0)
-    return result, logsumexp, None, None, query.size(2), key.size(2), state, unused, none
-
-
-def _flash_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, *_: Any, **__: Any
-) -> tuple[Tensor, ...]:
-    # _flash_attention_backward in .../cuda/attention_backward.cu, and mha_bwd in flash_api.cpp.
-    copies = [t.transpose(1, 2).contiguous() for t in (grad_out, out)]
-    grads = [torch.empty_like(t.transpose(1, 2)) for t in (query, key, value)]
-    batch, heads, length, size = query.shape
-    rows, columns = _rounded(length, 128), _rounded(size, 32 if size <= 128 else 64)
-    temporaries = [
-        query.new_empty(batch, heads, rows, dtype=torch.float32),
-        query.new_empty(batch, rows, heads, columns, dtype=torch.float32),
-        *_for_all_heads(query, key, value),
-    ]
-    del copies, temporaries
-    return tuple(grad.transpose(1, 2) for grad in grads)
-
-
-def _efficient_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_bias: Tensor | None,
-    compute_log_sumexp: bool,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-) -> tuple[Tensor, ...]:
-    # _efficient_attention_forward in .../cuda/attention.cu. The random state is on the
-    # host with dropout; without, it is two zeros on the device.
-    batch, heads, length, _ = query.shape
-    if dropout_p:
-        states = [torch.scalar_tensor(0, dtype=torch.int64) for _ in range(2)]
-    else:
-        states = [query.new_zeros((), dtype=torch.int64) for _ in range(2)]
-    result = query.new_empty(batch, length, heads, value.size(-1)).transpose(1, 2)
-    rows = _rounded(length, 32) if compute_log_sumexp else 0
-    return result, query.new_empty(batch, heads, rows, dtype=torch.float32), *states
-
-
-def _efficient_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_bias: Tensor | None,
-    out: Tensor,
-    logsumexp: Tensor,
-    philox_seed: Tensor,
-    philox_offset: Tensor,
-    dropout_p: float,
-    grad_input_mask: list[bool],
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-) -> tuple[Tensor | None, ...]:
-    # _efficient_attention_backward in .../cuda/attention_backward.cu, but for its workspace.
-    copy = grad_out.transpose(1, 2).contiguous()
-    grads = [t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (query, key, value)]
-    expanded = _for_all_heads(query, key, value)
-    bias = None
-    if attn_bias is not None and grad_input_mask[3]:
-        last = attn_bias.size(-1)
-        bias = attn_bias.new_empty(*attn_bias.shape[:-1], _rounded(last, 16))[..., :last]
-    delta = query.new_empty(query.shape[:3], dtype=torch.float32)
-    del copy, expanded, delta
-    return *grads, bias
-
-
-def _for_all_heads(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """Gradients of keys and values for each query head, before they are summed by group."""
-    batch, heads, length, _ = key.shape
-    if heads == query.size(1):
-        return []
-    return [t.new_empty(batch, length, query.size(1), t.size(-1)) for t in (key, value)]
-
-
-def _rounded(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
 KERNELS: dict[Any, Callable[..., Any]] = {
     aten.native_dropout.default: _native_dropout,
-    aten._scaled_dot_product_flash_attention.default: _flash_forward,
-    aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
-    aten._scaled_dot_product_efficient_attention.default: _efficient_forward,
-    aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     **COMPOSITES,  # in inference mode they arrive whole
 }
 """Operations on ``meta`` tensors, and what allocates as CUDA's kernel does."""

@@ -35,8 +35,8 @@ def _aligned(*parts: int) -> int:
 def sort_storage(number: int, key: int, value: int, bits: int | None = None) -> int:
     """Bytes that ``cub::DeviceRadixSort`` of pairs takes for `number` keys.
 
-    Copies of keys and values; for each byte of a key 256 counts of 8 B; for each block
-    256 counts of 4 B.
+    Copies of keys and values, unless one pass does; for each byte of a key 256 counts of
+    8 B; for each block 256 counts of 4 B.
 
     Args:
         number: of keys.
@@ -47,7 +47,8 @@ def sort_storage(number: int, key: int, value: int, bits: int | None = None) -> 
         return 1
     blocks = -(-number // _SORT_TILE.get((key, value), 4608))
     passes = key if bits is None else -(-bits // 8)
-    return _aligned(key * number, value * number, passes * 256 * 8, blocks * 256 * 4) + _ALIGNMENT
+    copies = (key * number, value * number) if passes > 1 else ()
+    return _aligned(*copies, passes * 256 * 8, blocks * 256 * 4) + _ALIGNMENT
 
 
 def scan_storage(number: int, width: int = 8, tile: int | None = None) -> int:
@@ -62,6 +63,22 @@ def scan_storage(number: int, width: int = 8, tile: int | None = None) -> int:
     return _aligned((32 + blocks) * 2 * max(width, 4)) + _ALIGNMENT
 
 
+def _embedding(
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    # embedding_symint in native/Embedding.cpp selects by one row of indices.
+    if weight.dim() != 2:
+        raise RuntimeError("'weight' must be 2-D")
+    copy = indices.reshape(-1)
+    result = weight.new_empty(*indices.shape, weight.size(1))
+    del copy
+    return result
+
+
 def _embedding_dense_backward(
     grad_output: Tensor,
     indices: Tensor,
@@ -70,6 +87,7 @@ def _embedding_dense_backward(
     scale_grad_by_freq: bool,
 ) -> Tensor:
     number, width = indices.numel(), grad_output.size(-1)
+    indices = indices.contiguous()
 
     def result() -> Tensor:
         return grad_output.new_empty(num_weights, width)
@@ -105,7 +123,10 @@ def _embedding_dense_backward(
 
 
 def temporaries(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
-    """Bytes that an operation takes after its results, in order; None if it is not of these."""
+    """Bytes that an operation takes after its results, in order; None if it is not of these.
+
+    A negative number gives back what was taken last.
+    """
     packet = operation.overloadpacket
     if packet in (aten.sort, aten.argsort) and isinstance(args[0], Tensor):
         # Keys and indices in native/cuda/Sort.cpp; rows of many are sorted by segments,
@@ -129,22 +150,59 @@ def temporaries(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return [args[0].nbytes]  # between two dimensions: roll_cuda in native/cuda/TensorShape.cu
     if packet is aten.randperm and isinstance(args[0], int):
         return _of_a_permutation(args[0])
-    if operation is aten.index_put_.default and len(args) > 3 and args[3]:
-        return None
+    if packet in (aten.index_put_, aten.index_put) and len(args) > 3 and args[3]:
+        return _accumulated(*args[:3])
+    if packet is aten.histc and all(limit == 0 for limit in args[2:4]):
+        # The smallest and the largest number: _histc_cuda_template in native/cuda/SummaryOps.cu.
+        return [args[0].element_size(), -args[0].element_size()] * 2
     if operation in (aten.pow.Scalar,):
         return [8]  # the number on the left, as FP64 or a whole number
     return None
 
 
+def _accumulated(tensor: Tensor, indices: list[Tensor | None], values: Tensor) -> list[int]:
+    # index_put_with_sort_kernel in native/cuda/Indexing.cu, for one index of whole numbers in
+    # the first dimension: its limits (staged, if very many); the indices as they lie in
+    # memory; then those and their places are sorted, by as many bits as they need.
+    first = indices[0]
+    if len(indices) != 1 or first is None or first.dtype is not torch.int64:
+        return []
+    number = first.numel()
+    each = 8 * number
+    row = math.prod(tensor.shape[1:])
+    limit = [8, 1, -1, -8]
+    copy = [] if values.is_contiguous() else [values.numel() * values.element_size()]
+    bits = max(1, ((tensor.numel() - 1) // row).bit_length())
+    sorting = [each, each, each, sort_storage(number, 8, 8, bits)]
+    return [*limit, *limit, each, each, -each, *copy, *sorting]
+
+
+def _logsumexp(tensor: Tensor, dim: list[int], keepdim: bool = False) -> Tensor:
+    # logsumexp_out_impl in native/ReduceOps.cpp: of the largest numbers those that are
+    # infinite are masked; then as much as the whole tensor, for the powers.
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        tensor = tensor.to(torch.get_default_dtype())
+    largest = tensor.amax(dim, True)
+    sizes = largest.abs()
+    infinite = sizes == math.inf
+    del infinite
+    del sizes
+    powers = tensor - largest
+    result = powers.sum(dim, keepdim)
+    del powers
+    return result
+
+
 def _of_a_permutation(number: int) -> list[int]:
-    # randperm_out_cuda in native/cuda/Randperm.cu: keys of so many bits that few are equal.
+    # randperm_out_cuda in native/cuda/Randperm.cu: keys of so many bits that few are equal;
+    # the generator's state of 8 B before.
     if number < 2:
         return []
     collisions = math.log(0.9) * 12
     bits = min(64, math.ceil(math.log2(number - (6 * number**2 + 1) / collisions)))
     key = 4 if bits <= 32 else 8
     keys = key * number
-    return [8 * number, keys, keys, sort_storage(number, key, 8, bits)]
+    return [8, -8, 8 * number, keys, keys, sort_storage(number, key, 8, bits)]
 
 
 def _foreach_norm(
@@ -162,6 +220,8 @@ def _foreach_norm(
 
 
 KERNELS: dict[Any, Callable[..., Any]] = {
+    aten.embedding.default: _embedding,
     aten.embedding_dense_backward.default: _embedding_dense_backward,
     aten._foreach_norm.Scalar: _foreach_norm,
+    aten.logsumexp.default: _logsumexp,
 }

@@ -24,7 +24,13 @@ def temporaries(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         # (_safe_softmax in native/transformers/attention.cpp).
         scores, dim = args[:2]
         return [scores.numel(), scores.numel() // scores.size(dim), scores.element_size()]
+    if packet in _TARGETS and not (target := args[_TARGETS[packet]]).is_contiguous():
+        return [target.nbytes]
     return None
+
+
+# Where the losses have their targets, which they read contiguous: native/cuda/NLLLoss.cu.
+_TARGETS = {aten.nll_loss_forward: 1, aten.nll_loss_backward: 2}
 
 
 def _rms_norm(
@@ -52,9 +58,8 @@ class _FusedRMSNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # _fused_rms_norm_cuda in native/cuda/layer_norm_kernel.cu: one FP32 number for a row.
         rows = input.shape[: input.dim() - len(normalized_shape)]
-        exact = torch.float64 if input.dtype is torch.float64 else torch.float32
         result = torch.empty_like(input, memory_format=torch.contiguous_format)
-        rstd = input.new_empty((*rows, *(1 for _ in normalized_shape)), dtype=exact)
+        rstd = input.new_empty((*rows, *(1 for _ in normalized_shape)), dtype=_exact(input))
         ctx.save_for_backward(input, rstd, weight)
         ctx.mark_non_differentiable(rstd)
         ctx.set_materialize_grads(False)
@@ -97,12 +102,96 @@ def _native_layer_norm(
     copy = input.contiguous()
     result = torch.empty_like(copy)
     rows = input.shape[: input.dim() - len(normalized_shape)]
-    exact = torch.float64 if input.dtype is torch.float64 else torch.float32
     mean, rstd = (
-        input.new_empty((*rows, *(1 for _ in normalized_shape)), dtype=exact) for _ in range(2)
+        input.new_empty((*rows, *(1 for _ in normalized_shape)), dtype=_exact(input))
+        for _ in range(2)
     )
     del copy
     return result, mean, rstd
+
+
+def _native_layer_norm_backward(
+    grad_out: Tensor,
+    input: Tensor,
+    normalized_shape: list[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    # layer_norm_backward_cuda and LayerNormBackwardKernelImpl there.
+    copies = [input.contiguous()]
+    made = torch.empty_like(copies[0]) if output_mask[0] else None
+    grads = [
+        torch.empty_like(like, memory_format=torch.contiguous_format)
+        if asked and like is not None
+        else None
+        for like, asked in zip((weight, bias), output_mask[1:], strict=True)
+    ]
+    copies.append(grad_out.contiguous())
+    while copies:
+        copies.pop()
+    return made, *grads
+
+
+def _native_group_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    channels: int,
+    pixels: int,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # native_group_norm in native/group_norm.cpp, GroupNormKernelImplInternal in
+    # native/cuda/group_norm_kernel.cu: with weights a factor and a summand for each channel.
+    copy = input.contiguous()
+    result = torch.empty_like(copy)
+    of_groups = input.dtype if weight is None else weight.dtype
+    mean, rstd = (input.new_empty(rows, groups, dtype=of_groups) for _ in range(2))
+    if pixels != 1 and not (weight is None and bias is None):
+        factors = [input.new_empty(rows, channels, dtype=_exact(input)) for _ in range(2)]
+        del factors
+    del copy
+    return result, mean, rstd
+
+
+def _native_group_norm_backward(
+    grad_out: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    rows: int,
+    channels: int,
+    pixels: int,
+    groups: int,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, ...]:
+    # native_group_norm_backward in native/group_norm.cpp, and of the kernel in
+    # group_norm_kernel.cu: sums for each channel (ds, db), factors for each group (c2, c3)
+    # and for each channel (c1). Where there is one pixel it has c2 and c3 alone.
+    copies = [grad_out.contiguous(), input.contiguous()]
+    made = torch.empty_like(copies[1]) if output_mask[0] else None
+    like = input if weight is None else weight
+    grads = [like.new_empty(channels) if asked else None for asked in output_mask[1:]]
+    exact = _exact(input)
+    held = []
+    if pixels != 1:
+        held += [input.new_empty(rows, channels, dtype=exact) for _ in range(2)]
+    if output_mask[0]:
+        held += [input.new_empty(rows, groups, dtype=exact) for _ in range(2)]
+        if pixels != 1 and weight is not None:
+            held.append(input.new_empty(rows, channels, dtype=exact))
+    del held, copies
+    return made, *grads
+
+
+def _exact(tensor: Tensor) -> torch.dtype:
+    """In which type sums are kept: FP32 for half precision."""
+    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
 
 
 COMPOSITES: dict[Any, Callable[..., Any]] = {
@@ -111,4 +200,7 @@ COMPOSITES: dict[Any, Callable[..., Any]] = {
 }
 KERNELS: dict[Any, Callable[..., Any]] = {
     aten.native_layer_norm.default: _native_layer_norm,
+    aten.native_layer_norm_backward.default: _native_layer_norm_backward,
+    aten.native_group_norm.default: _native_group_norm,
+    aten.native_group_norm_backward.default: _native_group_norm_backward,
 }

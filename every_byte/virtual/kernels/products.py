@@ -1,7 +1,8 @@
 """What matrix products borrow beside cuBLAS's workspace: copies of operands it cannot read.
 
 cuBLAS reads a matrix along its rows or its columns; others are copied before
-(``prepare_matrix_for_cublas`` in ``aten/src/ATen/native/cuda/Blas.cpp``).
+(``prepare_matrix_for_cublas`` and ``prepare_batch_matrix_for_cublas`` in
+``aten/src/ATen/native/cuda/Blas.cpp``).
 """
 
 from typing import Any
@@ -14,12 +15,18 @@ from every_byte.virtual.rules import Rules
 aten = torch.ops.aten
 
 # Where an operation's matrices stand among its arguments.
-_MATRICES = {aten.mm: (0, 1), aten.addmm: (1, 2), aten._addmm_activation: (1, 2)}
+_MATRICES = {
+    **{aten.mm: (0, 1), aten.addmm: (1, 2), aten._addmm_activation: (1, 2)},
+    **{aten.bmm: (0, 1), aten.baddbmm: (1, 2)},
+}
 
 
 def _readable(matrix: Tensor) -> bool:
-    (rows, columns), (down, along) = matrix.shape, matrix.stride()
-    return (down == 1 and along >= max(1, rows)) or (along == 1 and down >= max(1, columns))
+    (rows, columns), (down, along) = matrix.shape[-2:], matrix.stride()[-2:]
+    if (down == 1 and along >= max(1, rows)) or (along == 1 and down >= max(1, columns)):
+        return True
+    # Of a batch also what is contiguous but for the strides of single rows and columns.
+    return matrix.dim() == 3 and matrix.is_contiguous() and down != 0 and along != 0
 
 
 def product_temporaries(operation: Any, args: tuple[Any, ...], rules: Rules) -> list[int] | None:
@@ -28,7 +35,7 @@ def product_temporaries(operation: Any, args: tuple[Any, ...], rules: Rules) -> 
     if places is None or "dtype" in str(operation):
         return None
     matrices = [args[place] for place in places]
-    return [m.nbytes for m in matrices if m.numel() and not _readable(m)]
+    return [m.numel() * m.element_size() for m in matrices if m.numel() and not _readable(m)]
 
 
 def by_cublaslt(operation: Any, args: tuple[Any, ...]) -> bool:
