@@ -6,7 +6,7 @@
 # After this chapter you can say, before you press enter, how many bytes a training step will take on the GPU, and what each of them is for.
 #
 # - **Time:** 15 minutes to read, under a minute to run.
-# - **Needs:** nothing. It runs on any machine, a GPU is optional, and nothing is downloaded.
+# - **Needs:** nothing. A GPU is optional, and nothing is downloaded.
 
 # %% tags=["hide-input", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the set-up", "code_prompt_hide": "Hide the set-up"}
 # set-up
@@ -40,7 +40,7 @@ print(versions("torch", "torchvision"))
 #
 # A small network reads the digits of MNIST {cite}`lecun1998`, 128 at a time, and learns with Adam {cite}`kingma2015`. We record its first step: after each operation that changed the memory, the bytes by what they are for.
 
-# %%
+# %% tags=["hide-input"]
 BATCH_SIZE = 128
 train_loader = DataLoader(mnist(train=True), BATCH_SIZE, shuffle=True)
 test_loader = DataLoader(mnist(train=False), BATCH_SIZE)
@@ -61,7 +61,7 @@ with gpu.record(model, optimizer) as recorded:
     optimizer.step()
 highest = gpu.max_memory_allocated()
 
-# %% mystnb={"image": {"alt": "Allocated memory during one training step with Adam, stacked by kind. Forward adds little to the parameters. Backward adds the gradients layer by layer. The optimizer's step adds two sets of states, then for a moment a temporary as large as all parameters: the peak, 1,037.61 MB, is five times the parameters."}, "figure": {"name": "adam-step", "caption": "Allocated memory during the first training step with Adam, by kind. The peak lies in the optimizer."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Allocated memory during one training step with Adam, stacked by kind. Forward adds little to the parameters. Backward adds the gradients layer by layer. The optimizer's step adds two sets of states, then for a moment a temporary as large as all parameters: the peak, 1,037.60 MB, is five times the parameters."}, "figure": {"name": "adam-step", "caption": "Allocated memory during the first training step with Adam, by kind. The peak lies in the optimizer."}}
 figure = timeline(recorded)
 
 # %% [markdown]
@@ -101,7 +101,6 @@ print(f"{parameters:,} parameters x 4 B = {4 * parameters:,} B")
 # ### Rounding
 #
 # PyTorch's allocator hands out memory in multiples of 512 bytes {cite}`pytorch-allocator`. Eleven of the twelve tensors fit such a multiple. The last bias, 10 numbers, takes 40 bytes and is given 512.
-
 
 # %%
 def rounded(nbytes):
@@ -155,7 +154,6 @@ for name, nbytes in predicted.items():
 #
 # First the training step, in plain PyTorch. It hands back what the article's script still refers to afterwards: the output and the loss.
 
-
 # %%
 def train_step(model, optimizer, data, target):
     optimizer.zero_grad()
@@ -165,10 +163,8 @@ def train_step(model, optimizer, data, target):
     optimizer.step()
     return {"output": output, "loss": loss}
 
-
 # %% [markdown]
 # Each run begins on an empty card. What the step above left behind is given back first.
-
 
 # %%
 def empty_card():
@@ -185,7 +181,6 @@ print(f"[Before loading model] {gpu.memory_allocated():,} B")
 # %% [markdown]
 # Now the article's script, stage by stage. `breakdown` sorts the allocated bytes by what they are for. Its rows add up to `memory_allocated()` exactly.
 
-
 # %%
 def load_and_train(make_optimizer, stages):
     with gpu.device:
@@ -201,10 +196,8 @@ def load_and_train(make_optimizer, stages):
     stages["training"] = gpu.breakdown(model, optimizer)
     return model, alive
 
-
 # %% [markdown]
 # For inference the article drops the optimizer and the gradients. Its variable `loss` lives on. We look once with the loss and once without.
-
 
 # %%
 def infer(model, alive, stages):
@@ -216,7 +209,6 @@ def infer(model, alive, stages):
     stages["inference, loss kept"] = gpu.breakdown(model)
     del alive["loss"]
     stages["inference"] = gpu.breakdown(model)
-
 
 # %%
 runs = {}
@@ -399,7 +391,6 @@ table(
 #
 # Two extra copies of the model: is it worth it? We train for real, on the GPU if there is one and else on the CPU, 15 steps with each optimizer. Learning rates are common choices, not tuned ones.
 
-
 # %%
 @torch.no_grad()
 def accuracy(model, device):
@@ -409,7 +400,6 @@ def accuracy(model, device):
             (model(data.to(device)).argmax(1).cpu() == target).sum().item()
         )
     return right / len(test_loader.dataset)
-
 
 # %%
 def train(make_optimizer, steps=15):
@@ -425,7 +415,6 @@ def train(make_optimizer, steps=15):
         losses.append(alive["loss"].item())
         if len(losses) == steps:
             return losses, accuracy(model, device)
-
 
 # %%
 TRAINED = {

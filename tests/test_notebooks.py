@@ -55,6 +55,8 @@ def test_figures_have_a_text_of_their_own(source: Path) -> None:
 
 # These open with their question, and its answer in two sentences.
 CRAFTED = {
+    "01_parameters_to_bytes",
+    "03_training_and_inference",
     "04_mlp_adam_vs_sgd",
 }
 EVIDENCE = {"12_audit"}  # pages to look things up in, not chapters: no way through them
