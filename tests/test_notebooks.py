@@ -58,6 +58,10 @@ CRAFTED = {
     "01_parameters_to_bytes",
     "03_training_and_inference",
     "04_mlp_adam_vs_sgd",
+    "07_gpt2_large",
+    "08_qwen2",
+    "09_quality_vs_precision",
+    "17_conversion_and_hardware",
 }
 EVIDENCE = {"12_audit"}  # pages to look things up in, not chapters: no way through them
 
