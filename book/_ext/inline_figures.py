@@ -40,17 +40,14 @@ class LeadFigures(SphinxTransform):
     default_priority = 400
 
     def apply(self, **_: Any) -> None:
-        """Move them, each with all forms of its cell's output."""
+        """Move them, with their captions."""
         page = next(iter(self.document.findall(nodes.section)), None)
         for figure in list(self.document.findall(nodes.figure)):
             if page is None or "lead" not in figure["classes"]:
                 continue
-            output: nodes.Element = figure
-            while output.get("nb_element") != "mime_bundle":
-                output = output.parent
-            output.parent.remove(output)
+            figure.parent.remove(figure)
             first = next(i for i, node in enumerate(page) if isinstance(node, nodes.section))
-            page.insert(first, output)
+            page.insert(first, figure)
 
 
 def inline(svg: str, prefix: str, alt: str) -> str:
