@@ -132,12 +132,14 @@ for name, nbytes in (("FP16", 2), ("FP32", 4)):
 #
 # Exponent bits buy **range**, mantissa bits buy **resolution**. **Epsilon** is the step from 1 to the next number: $2^{-M}$. *Digits* counts the decimal digits that always survive: $M \log_{10} 2$, rounded down.
 
+
 # %% tags=["hide-input"]
 def short(number):
     """Whole numbers and fractions in full, others by their power of ten."""
     if number == int(number) and number < 1e6:
         return f"{number:,.0f}"
     return f"{number:.4g}" if 0.1 < number < 1 else f"{number:.2e}"
+
 
 # %% tags=["hide-input"]
 rows = []
@@ -262,6 +264,7 @@ table(
 #
 # {numref}`rounding-error` has every format: the largest relative error of rounding, in each interval from a power of two to the next. Within its range a float is equally good at all magnitudes: $2^{-M-1}$. Below its normal numbers it fades, and above its range it ends. An integer with a scale is the opposite: its steps are equal, so its relative error grows as the number shrinks.
 
+
 # %% tags=["hide-input"]
 def worst(rounding, power):
     """The largest relative error of 32 numbers from 2**power upwards."""
@@ -277,6 +280,7 @@ def int8(value):
 
 def nf4(value):
     return min(nf4_levels(), key=lambda level: abs(level - value))
+
 
 # %% tags=["hide-input"]
 ROUNDINGS = {

@@ -6,7 +6,7 @@
 # After this chapter you can say what an optimizer, a precision, a batch or a context length adds to a model's bytes, and check it.
 #
 # - **Time:** 20 minutes to read, half a minute to run.
-# - **Needs:** nothing. It runs on any machine, a GPU is optional, and nothing is downloaded.
+# - **Needs:** nothing. A GPU is optional, and nothing is downloaded.
 
 # %% tags=["hide-input", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the set-up", "code_prompt_hide": "Hide the set-up"}
 # set-up with bitsandbytes
@@ -42,7 +42,7 @@ print(versions("torch", "transformers", "bitsandbytes"))
 # %% [markdown]
 # ## A model of one billion parameters
 #
-# The article that this book began with {cite}`hoperj2024` has a model of one billion parameters as its example: 4 GB of them in FP32, 4 GB of gradients, 8 GB of Adam's states. 16 GB in all. The article only calculates it. Here we build it, as a transformer like Llama whose sizes come to a billion.
+# The article that this book began with {cite}`hoperj2024` has a model of one billion parameters as its example: 4 GB of them in FP32, 4 GB of gradients, 8 GB of Adam's states: 16 GB in all. Here we build it, as a transformer like Llama.
 
 # %%
 ONE_BILLION = Dimensions(

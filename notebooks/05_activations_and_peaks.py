@@ -118,6 +118,7 @@ def replay(
             train(model, optimizers, given, recorded)
     return recorded
 
+
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Allocated memory during a training step of gpt2-large with AdamW, stacked by kind: parameters and two states below, activations that grow to about 11 GB in forward, two more temporaries at the beginning of backward, where the peak is, then gradients that take the place of activations, and the optimizer's temporary."}, "figure": {"name": "step-of-gpt2-large", "caption": "Allocated memory during one training step of gpt2-large, by kind, on a virtual card without a bound."}}
 recorded = replay(("gpt2-large", "fused", 4, 512))
 figure = timeline(recorded)
@@ -146,6 +147,7 @@ print(f"in all                       {sum(predicted):12,} B")
 #
 # `saved_tensors_hooks` calls a function with each tensor that autograd saves {cite}`pytorch-saved-tensors`. We note its storage, once, and the module that was running. Parameters are left out: they take no further memory.
 
+
 # %%
 def saved_tensors(model, run):
     """What autograd saves while `run` runs: (module, bytes) by storage."""
@@ -163,6 +165,7 @@ def saved_tensors(model, run):
             kept = run()
     return kept, list(saved.values())
 
+
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how the running module is followed", "code_prompt_hide": "Hide how the running module is followed"}
 @contextmanager
 def following(model, running):
@@ -178,6 +181,7 @@ def following(model, running):
     with modules.register_module_forward_pre_hook(begins):
         with modules.register_module_forward_hook(ends):
             yield
+
 
 # %%
 with gpu.device:
@@ -202,6 +206,7 @@ table(["module", "saved (B)"], saved)
 #
 # PyTorch's `scaled_dot_product_attention` chooses among such kernels: flash attention for 16-bit numbers, memory-efficient attention {cite}`rabe2021` for FP32.
 
+
 # %% tags=["hide-input"]
 def saved_by_module(card, model, batch, length):
     """Bytes saved, by the modules' last names; activations held then."""
@@ -213,6 +218,7 @@ def saved_by_module(card, model, batch, length):
         place = module.split(".h.")[-1].lstrip("0123456789.")
         sums[place] = sums.get(place, 0) + nbytes
     return sums, held
+
 
 # %%
 WIDTH, HEADS = 1280, 20
@@ -264,12 +270,14 @@ table(
 #
 # All 36 layers, 4 texts of 1,024 tokens, in FP32. From here on, all figures are **replayed** on the second card. {numref}`saved-by-module` shows where the activations are. With eager attention, the largest part is attention's own, most of it scores. The fused kernel takes these away.
 
+
 # %%
 def forward(name, attention, batch, length, **changes):
     """Bytes saved in forward by module, and activations held after it."""
     with VirtualGPU() as card:
         model = build(name, attention, card.device, **changes)
         return saved_by_module(card, model, batch, length)
+
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Horizontal bars: bytes that gpt2-large saves for backward by module, for 4 texts of 1,024 tokens in FP32. Eager: attention 14.3 GB, of which most are scores, the MLP's activation function 12.1 GB, its last projection 3.0 GB, five others 0.8 GB each. Fused: attention falls to 3.0 GB, the rest stays."}, "figure": {"name": "saved-by-module", "caption": "What gpt2-large saves for backward, by module, with eager and with fused attention."}}
 large = {way: forward("gpt2-large", way, 4, 1024) for way in ATTENTION}
@@ -298,6 +306,7 @@ def formula(name, attention, batch, length, dropout=False):
         sizes, *work, KIND[attention], dropout=dropout
     )
 
+
 # %% tags=["hide-input"]
 rows = [
     (way, n, formula("gpt2-large", way, 4, 1024))
@@ -322,6 +331,7 @@ def size_row(batch, length):
         yield n
         yield f"{n / base[way]:.2f}"
         yield n - formula("gpt2-large", way, batch, length)
+
 
 # %% tags=["hide-input"]
 table(
@@ -354,11 +364,13 @@ for way, n in with_dropout.items():
 #
 # Where in the step of {numref}`step-of-gpt2-large` is the peak? We ask the recording: what is alive there, and what was alive one operation earlier?
 
+
 # %%
 def peak_of(recorded):
     """Bytes by kind at the peak, and the phase in which it falls."""
     begun = [n for n, i in recorded.marks.items() if i <= recorded.peak]
     return recorded.steps[recorded.peak], begun[-1]
+
 
 # %% tags=["hide-input"]
 row, phase = peak_of(recorded)
@@ -391,6 +403,7 @@ print(f"logits of this batch  {one:,} B")
 #
 # We try the formula on gpt2-large and on a model of a billion, Llama-3.2-1B {cite}`llama3`. Both are in FP32 with AdamW, with eager and with fused attention.
 
+
 # %%
 def predicted_peak(name, attention, batch, length):
     sizes, work = estimate.dimensions(name), ("fp32", batch, length)
@@ -402,6 +415,7 @@ def predicted_peak(name, attention, batch, length):
     return (
         m.parameters + m.optimizer_states + max(begin_of_backward, optimizer)
     )
+
 
 # %% tags=["hide-input"]
 NAMES = ("gpt2-large", "Llama-3.2-1B")
@@ -415,6 +429,7 @@ CASES = [
 # %%
 timelines = {case: replay(case) for case in CASES}
 results = {case: peak_of(recorded) for case, recorded in timelines.items()}
+
 
 # %% tags=["hide-input"]
 def compared(case):
@@ -439,6 +454,7 @@ table(
 #
 # Not all gradients have to be alive at once, either. PyTorch can call a function as soon as one is complete. If that function steps the optimizer for this parameter and drops the gradient, the **step happens within backward** {cite}`pytorch-step-in-backward`: 3P, and little more.
 
+
 # %%
 def one_by_one(model):
     return adamw(model, foreach=False)
@@ -446,6 +462,7 @@ def one_by_one(model):
 
 def in_one_kernel(model):
     return adamw(model, fused=True)
+
 
 # %%
 def within_backward(model, kind=optim.AdamW):
@@ -460,6 +477,7 @@ def within_backward(model, kind=optim.AdamW):
         p.register_post_accumulate_grad_hook(step_now)
     return list(optimizers.values())
 
+
 # %%
 CASE = ("Llama-3.2-1B", "fused", 1, 128)
 P = estimate.parameter_bytes(estimate.dimensions(CASE[0]), "fp32")
@@ -470,6 +488,7 @@ WAYS = {
     "within backward": within_backward,
 }
 own = {name: peak_of(replay(CASE, None, way)) for name, way in WAYS.items()}
+
 
 # %% tags=["hide-input"]
 def in_p(row):
@@ -493,11 +512,13 @@ table(
 # - `zero_grad(set_to_none=False)` fills them with zeros instead of dropping them. They are there in the next forward too.
 # - **Gradient accumulation** adds up the gradients of small batches and steps once. They are there in every forward but the first. But the activations are only those of one small batch.
 
+
 # %% tags=["hide-input"]
 def zeros_kept(model, optimizers, given, recorded):
     for p in model.parameters():
         p.grad = torch.zeros_like(p)  # what set_to_none=False leaves
     step(model, optimizers, given, recorded)
+
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how gradients are accumulated", "code_prompt_hide": "Hide how gradients are accumulated"}
 def accumulate(model, optimizers, given, recorded):
@@ -510,6 +531,7 @@ def accumulate(model, optimizers, given, recorded):
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
+
 
 # %% tags=["hide-input"]
 def gb(nbytes):
@@ -539,6 +561,7 @@ table(
 #
 # $$\frac{L}{k} \cdot \text{input} + k \cdot \text{layer's activations}$$
 
+
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the layers of a group", "code_prompt_hide": "Hide the layers of a group"}
 class Group(nn.Module):
     """Layers of which only the first one's input is kept."""
@@ -555,6 +578,7 @@ class Group(nn.Module):
     def forward(self, hidden, **given):
         return checkpoint(self.run, hidden, use_reentrant=False, **given)
 
+
 # %% tags=["hide-input"]
 def checkpointed(k):
     """For `replay`: groups of k layers, and a note of each layer's run."""
@@ -567,6 +591,7 @@ def checkpointed(k):
         model.model.layers = nn.ModuleList(map(Group, groups))
 
     return prepare
+
 
 # %% tags=["hide-input"]
 ONE_BILLION, SIZES = CASES[-1], estimate.dimensions("Llama-3.2-1B")
@@ -584,6 +609,7 @@ def by_formula(k):
     work = (SIZES, 4, 1024, "fp32", "efficient")
     made_again = k * estimate.layer_activations(*work)
     return estimate.activations(*work, k) - made_again
+
 
 # %% tags=["hide-input"]
 def summit(recorded):
@@ -619,6 +645,7 @@ print(f"layers: {layers}, run in a step with checkpoints: {ran.count(1)}")
 #
 # The same hooks can send what is saved to the host's memory and bring it back in backward. `torch.autograd.graph.save_on_cpu` does so. On a virtual card there is nothing to copy, so here a shape and a type stand for the copy on the host. We also leave the parameters where they are, which `save_on_cpu` does not.
 
+
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the hooks", "code_prompt_hide": "Hide the hooks"}
 def on_host(model):
     own = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -636,6 +663,7 @@ def on_host(model):
         return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
     return saved_tensors_hooks(away, back)
+
 
 # %% tags=["hide-input"]
 def offloading(model, optimizers, given, recorded):
@@ -666,6 +694,7 @@ table(
 #
 # 8-bit Adam {cite}`dettmers2022optimizers` shrinks the states. LoRA {cite}`hu2021` freezes the model and trains two thin matrices beside each of its own: nearly no gradients and states, as [Training and inference](03_training_and_inference.ipynb) shows. Adafactor's {cite}`shazeer2018` row is **estimated**.
 
+
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show LoRA", "code_prompt_hide": "Hide LoRA"}
 class LoRA(nn.Module):
     def __init__(self, linear, rank=16):
@@ -687,6 +716,7 @@ def with_lora(model):
                 if isinstance(child, nn.Linear):
                     setattr(block, name, LoRA(child))
     checkpointed(1)(model)
+
 
 # %% tags=["hide-input"]
 def adam8(model):
@@ -724,6 +754,7 @@ table(
 #
 # {numref}`ladder` has all levers on one model and 4 texts of 1,024 tokens. The first rung is the article's: 16 bytes for each parameter, and all activations. Each further rung adds a lever. *1 text at a time* makes a step after each text: that is a different training, with four times as many steps. LoRA again takes all four texts.
 
+
 # %% tags=["hide-input"]
 def adam8_within_backward(model):
     return within_backward(model, bitsandbytes.optim.AdamW8bit)
@@ -734,6 +765,7 @@ def only_backward(model, optimizers, given, recorded):
     loss = loss_of(model, given)
     recorded.mark("backward")
     loss.backward()
+
 
 # %%
 HALF = {"prepare": each, "dtype": torch.bfloat16}
@@ -749,6 +781,7 @@ RUNGS = {
     "+ 1 text at a time": (1, LAST),
     "LoRA, BF16, 4 texts": (4, {**HALF, **LORA}),
 }
+
 
 # %% tags=["hide-input"]
 def rung(name, capacity=None):

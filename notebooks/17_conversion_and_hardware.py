@@ -93,6 +93,7 @@ figure = stacked_bars(
 #
 # A conversion is lossless if each number comes back from it. A 16-bit format has only 65,536 patterns, so we try them all.
 
+
 # %% tags=["hide-input"]
 def come_back(source, through):
     """Numbers of a 16-bit or 8-bit format that survive the way and back."""
@@ -103,6 +104,7 @@ def come_back(source, through):
     is_number = ~numbers.double().isnan()
     same = (back.view(ints) == patterns) & is_number
     return is_number.sum().item(), same.sum().item()
+
 
 # %% tags=["hide-input"]
 half, brain = torch.float16, torch.bfloat16
@@ -138,6 +140,7 @@ def fates(known):
     ends = [0, first(1), first(normal), first(known.max_pattern + 1)]
     ends.append(len(patterns))
     return [b - a for a, b in pairwise(ends)]
+
 
 # %% tags=["hide-input"]
 names = "become 0", "become subnormal", "stay normal", "become infinite"
@@ -180,6 +183,7 @@ CASTS["TF32"] = lambda w: torch.tensor(
 
 def converted(cast):
     return {name: cast(w) for name, w in trained.items()}
+
 
 # %% tags=["hide-input"]
 rows = []
@@ -250,15 +254,18 @@ with torch.no_grad():
 folder = tempfile.TemporaryDirectory()
 original.save_pretrained(folder.name)
 
+
 # %%
 def load(**how):
     return Qwen2ForCausalLM.from_pretrained(folder.name, **how)
+
 
 # %% tags=["hide-input"]
 def describe(model):
     rotary = dict(model.named_buffers())["model.rotary_emb.inv_freq"]
     nbytes = model.num_parameters() * model.dtype.itemsize
     return str(model.dtype)[6:], nbytes, str(rotary.dtype)[6:]
+
 
 # %% tags=["hide-input"]
 table(
@@ -328,6 +335,7 @@ for call in (
 # %% [markdown]
 # `.bfloat16()` is not refused in this version. It leaves the integers alone and casts what was not quantised:
 
+
 # %% tags=["hide-input"]
 def kinds(model):
     held = Counter()
@@ -360,6 +368,7 @@ folder.cleanup()
 #
 # With one scale for the whole tensor, a single large weight makes all steps coarse. One scale for each row confines the damage.
 
+
 # %%
 def absmax_int8(w, rows):
     """Integers from -127 to 127, and the scale or scales `a`."""
@@ -369,6 +378,7 @@ def absmax_int8(w, rows):
 
 def rms_error(w, back):
     return ((w - back).double().square().mean()).sqrt().item()
+
 
 # %%
 W = trained["0.weight"]
@@ -407,6 +417,7 @@ def int8_product(X, W):
     (qx, ax), (qw, aw) = absmax_int8(X, True), absmax_int8(W, True)
     sums = qx.double() @ qw.double().T  # whole numbers: exact
     return sums * (ax.double() / 127) * (aw.double().T / 127)
+
 
 # %%
 outliers = (X.abs() >= 6.0).any(0)
@@ -493,6 +504,7 @@ axes.spines["left"].set_visible(False)
 #
 # (A row of our matrix is 9 blocks. Where rows end inside a block, bitsandbytes 0.50.2 gives wrong weights back on CPUs with AVX-512: compare before you trust it there.)
 
+
 # %%
 def nf4_by_hand(w):
     """Packed level numbers, and the scales: as bitsandbytes stores them."""
@@ -502,6 +514,7 @@ def nf4_by_hand(w):
     numbers = torch.bucketize(blocks * (1 / scales)[:, None], borders)
     first, second = numbers.flatten()[::2], numbers.flatten()[1::2]
     return (first * 16 + second).to(torch.uint8), scales
+
 
 # %%
 packed, scales = nf4_by_hand(W)
@@ -527,10 +540,12 @@ print(
 #
 # **Measure** on a matrix of 1024 by 1024:
 
+
 # %% tags=["hide-input"]
 def thousandths(number):
     """Half upwards: 0.5625 is a tie, and Python prints the even 0.562."""
     return f"{math.floor(number * 1000 + 0.5) / 1000:.3f}"
+
 
 # %% tags=["hide-input"]
 square = torch.rand(1024, 1024) - 0.5
@@ -555,6 +570,7 @@ table(["", "predicted (B)", "counted (B)", "all of it (B)"], rows)
 #
 # Now all of it on one network: bytes per weight, rounding error relative to the size of a weight, and the digits that it reads. Only the two weight matrices are quantised, as bitsandbytes does with linear layers.
 
+
 # %% tags=["hide-input"]
 def through_4bit(kind, double=False):
     def cast(w):
@@ -569,6 +585,7 @@ def through_4bit(kind, double=False):
 def through_int8(w):
     q, a = absmax_int8(w, rows=True)
     return q * a / 127
+
 
 # %% tags=["hide-input"]
 METHODS = {

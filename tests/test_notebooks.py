@@ -60,6 +60,7 @@ CRAFTED = {
     "03_training_and_inference",
     "04_mlp_adam_vs_sgd",
     "05_activations_and_peaks",
+    "06_mixed_precision",
     "07_gpt2_large",
     "08_qwen2",
     "09_quality_vs_precision",
