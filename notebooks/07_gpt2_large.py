@@ -264,7 +264,7 @@ table(
 # %% [markdown]
 # *Predicted* is right to the byte for FP32, FP16, BF16 and INT8 loaded with `device_map`. The 4-bit rows are off, and the article's figures are all higher. Each of these has a reason.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Stacked bars of the bytes of gpt2-large after loading, by kind. FP32 takes about 3.1 GB, FP16 and BF16 half of it, INT8 0.84 GB, and the 4-bit formats a little over 0.5 GB, of which scales and rounding are visible parts."}, "figure": {"classes": "lead", "name": "gpt2-large-loaded", "caption": "gpt2-large after loading, in every precision and in two ways."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Stacked bars of the bytes of gpt2-large after loading, by kind. FP32 takes about 3.1 GB, FP16 and BF16 half of it, INT8 0.84 GB, and the 4-bit formats a little over 0.5 GB, of which scales and rounding are visible parts."}, "figure": {"classes": "first", "name": "gpt2-large-loaded", "caption": "gpt2-large after loading, in every precision and in two ways."}}
 figure = stacked_bars(
     {
         "loaded by .to()": {

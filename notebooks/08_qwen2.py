@@ -305,7 +305,7 @@ table(
     + [("difference", PRINTED - total, "")],
 )
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two stacked bars of memory for Qwen2-0.5B in FP16. With transformers 4.41: 988.07 MB of parameters, 201.33 MB of buffers, about 8 MB of rounding. Today: the same parameters and nothing else that can be seen."}, "figure": {"classes": "lead", "name": "qwen2-then-and-now", "caption": "Qwen2-0.5B after loading in FP16, with the transformers of 2024 and of today."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two stacked bars of memory for Qwen2-0.5B in FP16. With transformers 4.41: 988.07 MB of parameters, 201.33 MB of buffers, about 8 MB of rounding. Today: the same parameters and nothing else that can be seen."}, "figure": {"classes": "first", "name": "qwen2-then-and-now", "caption": "Qwen2-0.5B after loading in FP16, with the transformers of 2024 and of today."}}
 figure = stacked_bars(
     {"Qwen2-0.5B in FP16": {"transformers 4.41": then, "today": held["fp16"]}}
 )

@@ -3,7 +3,7 @@
 Inside an ``<img>`` a figure keeps its black text on white in dark mode, too.
 Inline, every-byte.css gives text and lines the page's own colour.
 
-A figure of the class ``lead`` (``"figure": {"classes": "lead"}`` in its cell's header) stands
+A figure of the class ``first`` (``"figure": {"classes": "first"}`` in its cell's header) stands
 at the top of its page, before the first section, and not where its cell is.
 """
 
@@ -34,8 +34,8 @@ class InlineFigures(SphinxPostTransform):
             image.replace_self(nodes.raw("", svg, format="html"))
 
 
-class LeadFigures(SphinxTransform):
-    """Moves figures of the class ``lead`` up; before figures are numbered, so in order."""
+class FirstFigures(SphinxTransform):
+    """Moves figures of the class ``first`` up; before figures are numbered, so in order."""
 
     default_priority = 400
 
@@ -43,7 +43,7 @@ class LeadFigures(SphinxTransform):
         """Move them, with their captions."""
         page = next(iter(self.document.findall(nodes.section)), None)
         for figure in list(self.document.findall(nodes.figure)):
-            if page is None or "lead" not in figure["classes"]:
+            if page is None or "first" not in figure["classes"]:
                 continue
             figure.parent.remove(figure)
             first = next(i for i, node in enumerate(page) if isinstance(node, nodes.section))
@@ -61,6 +61,6 @@ def inline(svg: str, prefix: str, alt: str) -> str:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Sphinx calls this."""
-    app.add_transform(LeadFigures)
+    app.add_transform(FirstFigures)
     app.add_post_transform(InlineFigures)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
