@@ -20,8 +20,8 @@ def digits(train: bool, count: int = 2000) -> tuple[Tensor, Tensor]:
 def trained_network() -> nn.Sequential:
     """576 -> 64 -> 10 units in FP64, after 60 steps of SGD with momentum."""
     torch.manual_seed(0)
-    wide = {"dtype": torch.float64}
-    network = nn.Sequential(nn.Linear(576, 64, **wide), nn.Tanh(), nn.Linear(64, 10, **wide))
+    first, last = (nn.Linear(m, n, dtype=torch.float64) for m, n in ((576, 64), (64, 10)))
+    network = nn.Sequential(first, nn.Tanh(), last)
     inputs, labels = digits(train=True)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
     for _ in range(60):
