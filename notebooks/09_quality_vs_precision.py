@@ -561,7 +561,7 @@ spoken = {
     name: evaluate(models, perplexity) for name, models in language.items()
 }
 
-# %% tags=["nbval-ignore-output", "hide-input"] mystnb={"image": {"alt": "Perplexity on held-out names against bytes from 4 KiB to 512 KiB, both axes logarithmic. Four language models, 16 to 64 wide, each a line that runs level from FP32 to 6 bits, rises a little at 4 bits, clearly at 3, and steeply at 2 bits. Each line in 4 bits lies below the next smaller model in 16 bits, with fewer bytes."}, "figure": {"classes": "lead", "name": "perplexity-against-bytes", "caption": "Perplexity of four small language models in fourteen formats, against their bytes."}}
+# %% tags=["nbval-ignore-output", "hide-input"] mystnb={"image": {"alt": "Perplexity on held-out names against bytes from 4 KiB to 512 KiB, both axes logarithmic. Four language models, 16 to 64 wide, each a line that runs level from FP32 to 6 bits, rises a little at 4 bits, clearly at 3, and steeply at 2 bits. Each line in 4 bits lies below the next smaller model in 16 bits, with fewer bytes."}, "figure": {"classes": "first", "name": "perplexity-against-bytes", "caption": "Perplexity of four small language models in fourteen formats, against their bytes."}}
 figure = against_bytes({"perplexity": measured(spoken)})
 ppl = middle(spoken)
 exact = [ppl[model, "FP32"] for model in language]
