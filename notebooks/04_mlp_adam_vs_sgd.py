@@ -3,7 +3,7 @@
 #
 # **How many bytes does one training step take, and what is each of them for?** With Adam a model holds four times the bytes of its parameters after a step: the parameters, their gradients and two states. During the step it needs five times as many for a moment, and that peak is what must fit.
 #
-# After this chapter you can say, before you press enter, how many bytes a training step will take on the GPU, and what each of them is for.
+# After this chapter you can predict how many bytes a training step takes, and say what each is for.
 #
 # - **Time:** 15 minutes to read, under a minute to run.
 # - **Needs:** nothing. A GPU is optional, and nothing is downloaded.
@@ -38,7 +38,7 @@ print(versions("torch", "torchvision"))
 # %% [markdown]
 # ## The step, drawn
 #
-# A small network reads the digits of MNIST {cite}`lecun1998`, 128 at a time, and learns with Adam {cite}`kingma2015`. We record its first step: after each operation that changed the memory, the bytes by what they are for.
+# A small network reads the digits of MNIST {cite}`lecun1998`, 128 at a time, and learns with Adam {cite}`kingma2015`. We record its first step, with the bytes by what they are for.
 
 # %% tags=["hide-input"]
 BATCH_SIZE = 128
@@ -102,7 +102,6 @@ print(f"{parameters:,} parameters x 4 B = {4 * parameters:,} B")
 #
 # PyTorch's allocator hands out memory in multiples of 512 bytes {cite}`pytorch-allocator`. Eleven of the twelve tensors fit such a multiple. The last bias, 10 numbers, takes 40 bytes and is given 512.
 
-
 # %%
 def rounded(nbytes):
     """Bytes that the allocator hands out for a request of `nbytes`."""
@@ -155,7 +154,6 @@ for name, nbytes in predicted.items():
 #
 # First the training step, in plain PyTorch. It hands back what the article's script still refers to afterwards: the output and the loss.
 
-
 # %%
 def train_step(model, optimizer, data, target):
     optimizer.zero_grad()
@@ -165,10 +163,8 @@ def train_step(model, optimizer, data, target):
     optimizer.step()
     return {"output": output, "loss": loss}
 
-
 # %% [markdown]
 # Each run begins on an empty card. What the step above left behind is given back first.
-
 
 # %%
 def empty_card():
@@ -185,7 +181,6 @@ print(f"[Before loading model] {gpu.memory_allocated():,} B")
 # %% [markdown]
 # Now the article's script, stage by stage. `breakdown` sorts the allocated bytes by what they are for. Its rows add up to `memory_allocated()` exactly.
 
-
 # %%
 def load_and_train(make_optimizer, stages):
     with gpu.device:
@@ -201,10 +196,8 @@ def load_and_train(make_optimizer, stages):
     stages["training"] = gpu.breakdown(model, optimizer)
     return model, alive
 
-
 # %% [markdown]
 # For inference the article drops the optimizer and the gradients. Its variable `loss` lives on. We look once with the loss and once without.
-
 
 # %%
 def infer(model, alive, stages):
@@ -216,7 +209,6 @@ def infer(model, alive, stages):
     stages["inference, loss kept"] = gpu.breakdown(model)
     del alive["loss"]
     stages["inference"] = gpu.breakdown(model)
-
 
 # %%
 runs = {}
@@ -399,7 +391,6 @@ table(
 #
 # Two extra copies of the model: is it worth it? We train for real, on the GPU if there is one and else on the CPU, 15 steps with each optimizer. Learning rates are common choices, not tuned ones.
 
-
 # %%
 @torch.no_grad()
 def accuracy(model, device):
@@ -409,7 +400,6 @@ def accuracy(model, device):
             (model(data.to(device)).argmax(1).cpu() == target).sum().item()
         )
     return right / len(test_loader.dataset)
-
 
 # %%
 def train(make_optimizer, steps=15):
@@ -425,7 +415,6 @@ def train(make_optimizer, steps=15):
         losses.append(alive["loss"].item())
         if len(losses) == steps:
             return losses, accuracy(model, device)
-
 
 # %%
 TRAINED = {
