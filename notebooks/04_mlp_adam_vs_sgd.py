@@ -102,6 +102,7 @@ print(f"{parameters:,} parameters x 4 B = {4 * parameters:,} B")
 #
 # PyTorch's allocator hands out memory in multiples of 512 bytes {cite}`pytorch-allocator`. Eleven of the twelve tensors fit such a multiple. The last bias, 10 numbers, takes 40 bytes and is given 512.
 
+
 # %%
 def rounded(nbytes):
     """Bytes that the allocator hands out for a request of `nbytes`."""
@@ -154,6 +155,7 @@ for name, nbytes in predicted.items():
 #
 # First the training step, in plain PyTorch. It hands back what the article's script still refers to afterwards: the output and the loss.
 
+
 # %%
 def train_step(model, optimizer, data, target):
     optimizer.zero_grad()
@@ -163,8 +165,10 @@ def train_step(model, optimizer, data, target):
     optimizer.step()
     return {"output": output, "loss": loss}
 
+
 # %% [markdown]
 # Each run begins on an empty card. What the step above left behind is given back first.
+
 
 # %%
 def empty_card():
@@ -181,6 +185,7 @@ print(f"[Before loading model] {gpu.memory_allocated():,} B")
 # %% [markdown]
 # Now the article's script, stage by stage. `breakdown` sorts the allocated bytes by what they are for. Its rows add up to `memory_allocated()` exactly.
 
+
 # %%
 def load_and_train(make_optimizer, stages):
     with gpu.device:
@@ -196,8 +201,10 @@ def load_and_train(make_optimizer, stages):
     stages["training"] = gpu.breakdown(model, optimizer)
     return model, alive
 
+
 # %% [markdown]
 # For inference the article drops the optimizer and the gradients. Its variable `loss` lives on. We look once with the loss and once without.
+
 
 # %%
 def infer(model, alive, stages):
@@ -209,6 +216,7 @@ def infer(model, alive, stages):
     stages["inference, loss kept"] = gpu.breakdown(model)
     del alive["loss"]
     stages["inference"] = gpu.breakdown(model)
+
 
 # %%
 runs = {}
@@ -391,6 +399,7 @@ table(
 #
 # Two extra copies of the model: is it worth it? We train for real, on the GPU if there is one and else on the CPU, 15 steps with each optimizer. Learning rates are common choices, not tuned ones.
 
+
 # %%
 @torch.no_grad()
 def accuracy(model, device):
@@ -400,6 +409,7 @@ def accuracy(model, device):
             (model(data.to(device)).argmax(1).cpu() == target).sum().item()
         )
     return right / len(test_loader.dataset)
+
 
 # %%
 def train(make_optimizer, steps=15):
@@ -415,6 +425,7 @@ def train(make_optimizer, steps=15):
         losses.append(alive["loss"].item())
         if len(losses) == steps:
             return losses, accuracy(model, device)
+
 
 # %%
 TRAINED = {
