@@ -6,7 +6,7 @@
 # After this chapter you can say what an optimizer, a precision, a batch or a context length adds to a model's bytes, and check it.
 #
 # - **Time:** 20 minutes to read, half a minute to run.
-# - **Needs:** nothing. It runs on any machine, a GPU is optional, and nothing is downloaded.
+# - **Needs:** nothing. A GPU is optional, and nothing is downloaded.
 
 # %% tags=["hide-input", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the set-up", "code_prompt_hide": "Hide the set-up"}
 # set-up with bitsandbytes
@@ -42,7 +42,7 @@ print(versions("torch", "transformers", "bitsandbytes"))
 # %% [markdown]
 # ## A model of one billion parameters
 #
-# The article that this book began with {cite}`hoperj2024` has a model of one billion parameters as its example: 4 GB of them in FP32, 4 GB of gradients, 8 GB of Adam's states. 16 GB in all. The article only calculates it. Here we build it, as a transformer like Llama whose sizes come to a billion.
+# The article that this book began with {cite}`hoperj2024` has a model of one billion parameters as its example: 4 GB of them in FP32, 4 GB of gradients, 8 GB of Adam's states: 16 GB in all. Here we build it, as a transformer like Llama.
 
 # %%
 ONE_BILLION = Dimensions(
@@ -485,7 +485,7 @@ for name, nbytes in FIGURES.items():
 # %% [markdown]
 # ### 2. Which part does FP16 shrink?
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Stacked bars, estimated. Everything in FP32: 26.57 GB. Mixed precision: 27.56 GB; its activations are a tenth less than in FP32, and two GB of cast weights come on top. Everything in FP16: 14.9 GB, half of the parameters, gradients and states, and well over half of the activations."}, "figure": {"name": "what-fp16-shrinks", "caption": "The same training step in FP32, in mixed precision and in FP16. Estimated."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Stacked bars, estimated. Everything in FP32: 26.57 GB. Mixed precision: 27.56 GB; its activations are a tenth less than in FP32, and two GB of cast weights come on top. Everything in FP16: 16.31 GB, half of the parameters, gradients and states, and four fifths of the activations."}, "figure": {"name": "what-fp16-shrinks", "caption": "The same training step in FP32, in mixed precision and in FP16. Estimated."}}
 half = estimate.training(ONE_BILLION, "adam", "fp16", **WORK)
 mixed = estimate.memory(ONE_BILLION, Setup(amp="fp16", **WORK))
 mixed = replace(mixed, rounding=0, context=0)

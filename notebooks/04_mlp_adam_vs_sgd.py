@@ -3,10 +3,10 @@
 #
 # **How many bytes does one training step take, and what is each of them for?** With Adam a model holds four times the bytes of its parameters after a step: the parameters, their gradients and two states. During the step it needs five times as many for a moment, and that peak is what must fit.
 #
-# After this chapter you can say, before you press enter, how many bytes a training step will take on the GPU, and what each of them is for.
+# After this chapter you can predict how many bytes a training step takes, and say what each is for.
 #
 # - **Time:** 15 minutes to read, under a minute to run.
-# - **Needs:** nothing. It runs on any machine, a GPU is optional, and nothing is downloaded.
+# - **Needs:** nothing. A GPU is optional, and nothing is downloaded.
 
 # %% tags=["hide-input", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the set-up", "code_prompt_hide": "Hide the set-up"}
 # set-up
@@ -33,14 +33,14 @@ print(gpu)
 print(versions("torch", "torchvision"))
 
 # %% [markdown]
-# The first line above names the GPU of this page. With a real one, its figures are **measured**. Without one, they are **replayed**: PyTorch runs every operation for its shapes, and a model of its memory allocator counts the bytes. The same card and the same versions give the same figures. That is the point of this book.
+# The first line above names the GPU of this page. With a real one, its figures are **measured**. Without one, they are **replayed**: PyTorch runs every operation for its shapes, and a model of its memory allocator counts the bytes. The same card and the same versions give the same figures.
 
 # %% [markdown]
 # ## The step, drawn
 #
-# A small network reads the digits of MNIST {cite}`lecun1998`, 128 at a time, and learns with Adam {cite}`kingma2015`. We record its first step: after each operation that changed the memory, the bytes by what they are for.
+# A small network reads the digits of MNIST {cite}`lecun1998`, 128 at a time, and learns with Adam {cite}`kingma2015`. We record its first step, with the bytes by what they are for.
 
-# %%
+# %% tags=["hide-input"]
 BATCH_SIZE = 128
 train_loader = DataLoader(mnist(train=True), BATCH_SIZE, shuffle=True)
 test_loader = DataLoader(mnist(train=False), BATCH_SIZE)
@@ -61,7 +61,7 @@ with gpu.record(model, optimizer) as recorded:
     optimizer.step()
 highest = gpu.max_memory_allocated()
 
-# %% mystnb={"image": {"alt": "Allocated memory during one training step with Adam, stacked by kind. Forward adds little to the parameters. Backward adds the gradients layer by layer. The optimizer's step adds two sets of states, then for a moment a temporary as large as all parameters: the peak, 1,037.61 MB, is five times the parameters."}, "figure": {"name": "adam-step", "caption": "Allocated memory during the first training step with Adam, by kind. The peak lies in the optimizer."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Allocated memory during one training step with Adam, stacked by kind. Forward adds little to the parameters. Backward adds the gradients layer by layer. The optimizer's step adds two sets of states, then for a moment a temporary as large as all parameters: the peak, 1,037.60 MB, is five times the parameters."}, "figure": {"name": "adam-step", "caption": "Allocated memory during the first training step with Adam, by kind. The peak lies in the optimizer."}}
 figure = timeline(recorded)
 
 # %% [markdown]

@@ -1,10 +1,12 @@
 # %% [markdown]
 # # Activations and peaks: what a training step needs at its worst
 #
+# **When does a training step need the most memory, and what brings that down?** It peaks at the beginning of backward, when every activation is still alive, or in the optimizer's step, when every gradient is. Find out which of the two is higher, then choose the lever that lowers it.
+#
 # After this chapter you can predict the peak of a training step, say what is alive at that moment, and choose the lever that brings it down.
 #
 # - **Time:** 25 minutes to read, under a minute to run.
-# - **Needs:** nothing. It runs on any machine, a GPU is optional, and nothing is downloaded.
+# - **Needs:** nothing. A GPU is optional, and nothing is downloaded.
 
 # %% tags=["hide-input", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the set-up", "code_prompt_hide": "Hide the set-up"}
 # set-up with bitsandbytes
@@ -39,16 +41,97 @@ print(gpu)
 print(versions("torch", "transformers", "bitsandbytes"))
 
 # %% [markdown]
-# The source article counts parameters, gradients and optimizer states, and says of activations that their explanation is left for another day {cite}`hoperj2024`. This is the day.
+# **Activations** are what forward leaves behind for backward. Nobody asks for them by name, they come and go within one step, and they are often the largest part of it. The article that this book began with leaves them for another day {cite}`hoperj2024`. This is the day.
 #
-# **Activations** are what forward leaves behind for backward. Nobody asks for them by name, they come and go within one step, and they often are the largest part of it. They also decide *when* a step is at its largest, its **peak**.
+# {numref}`step-of-gpt2-large` is one training step of gpt2-large {cite}`radford2019` with AdamW, on 4 texts of 512 tokens. The activations pile up in *forward*. In *backward*, gradients take their place. The peak lies between the two, at the very beginning of *backward*.
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how a step is recorded", "code_prompt_hide": "Hide how a step is recorded"}
+ATTENTION = {"eager": "eager", "fused": models.CAUSAL_SDPA}
+NO_DROPOUT = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+
+
+def build(name, attention, device, dtype=torch.float32, **changes):
+    if name.startswith("gpt2"):
+        changes = NO_DROPOUT | changes
+    how = {"attn_implementation": ATTENTION[attention], "use_cache": False}
+    config = models.config(name, **how, **changes)
+    return models.build(config, device, dtype).train()
+
+
+def texts(model, batch, length):
+    ids = torch.zeros(batch, length, dtype=torch.int64)
+    given = {"input_ids": ids, "position_ids": torch.arange(length)[None]}
+    if model.config._attn_implementation == "eager":
+        future = torch.full((length, length), float("-inf")).triu(1)
+        given["attention_mask"] = future[None, None].to(model.dtype)
+    return {name: value.to(model.device) for name, value in given.items()}
+
+
+def loss_of(model, given):
+    logits = model(**given).logits
+    return cross_entropy(logits.flatten(0, 1), given["input_ids"].flatten())
+
+
+def step(model, optimizers, given, recorded):
+    recorded.mark("forward")
+    logits = model(**given).logits
+    recorded.mark("loss")
+    target = given["input_ids"].flatten()
+    loss = cross_entropy(logits.flatten(0, 1), target)
+    del logits
+    recorded.mark("backward")
+    loss.backward()
+    recorded.mark("optimizer")
+    for optimizer in optimizers:
+        optimizer.step()
+    recorded.mark("zero_grad")
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+
+
+def adamw(model, **options):
+    return [optim.AdamW(model.parameters(), **options)]
+
+
+def make_states(model, optimizers):
+    """A first step on gradients of zeros: now the states are there."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def replay(
+    case, prepare=None, optimizer=adamw, train=step, capacity=None, **changes
+):
+    """The timeline of a step on a virtual card, with the states there."""
+    name, attention, batch, length = case
+    with VirtualGPU(capacity=capacity) as card:
+        model = build(name, attention, card.device, **changes)
+        if prepare:
+            prepare(model)
+        optimizers = optimizer(model)
+        make_states(model, optimizers)
+        given = texts(model, batch, length)
+        with card.record(model, *optimizers) as recorded:
+            train(model, optimizers, given, recorded)
+    return recorded
+
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Allocated memory during a training step of gpt2-large with AdamW, stacked by kind: parameters and two states below, activations that grow to about 11 GB in forward, two more temporaries at the beginning of backward, where the peak is, then gradients that take the place of activations, and the optimizer's temporary."}, "figure": {"name": "step-of-gpt2-large", "caption": "Allocated memory during one training step of gpt2-large, by kind, on a virtual card without a bound."}}
+recorded = replay(("gpt2-large", "fused", 4, 512))
+figure = timeline(recorded)
+
+# %% [markdown]
+# That is more than many cards hold. So the steps of whole models on this page run on a second, *virtual* card without a bound, also where there is a real one. Their figures are **replayed**. The optimizer has its states already, as in the second step of a training.
 
 # %% [markdown]
 # ## Predict
 #
-# A linear layer computes $y = Wx + b$. Its backward needs $x$ for the gradient of $W$, and $W$ for the gradient of $x$. $W$ is there anyway. So the layer makes autograd keep **its input**. A ReLU keeps its output, which is the next layer's input: the same tensor.
+# A linear layer computes $y = Wx + b$. Its backward needs $x$ for the gradient of $W$, and $W$ for the gradient of $x$. $W$ is there anyway. So the layer makes autograd keep **its input**. A ReLU keeps its output, which is the same tensor as the next layer's input.
 #
-# For the SimpleMLP of [Adam against SGD](04_mlp_adam_vs_sgd.ipynb) that is one number for each input of a layer and each image, and the logarithms of the softmax, which the loss keeps.
+# For the SimpleMLP of [One training step](04_mlp_adam_vs_sgd.ipynb) that is one number for each input of a layer and each image, and the logarithms of the softmax, which the loss keeps.
 
 # %%
 BATCH = 128
@@ -74,8 +157,7 @@ def saved_tensors(model, run):
     def pack(tensor):
         storage = tensor.untyped_storage()
         if tensor.device == device and storage._cdata not in parameters:
-            entry = (running[-1], storage.nbytes())
-            saved.setdefault(storage._cdata, entry)
+            saved.setdefault(storage._cdata, (running[-1], storage.nbytes()))
         return tensor.detach()
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -84,7 +166,7 @@ def saved_tensors(model, run):
     return kept, list(saved.values())
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how the running module is followed", "code_prompt_hide": "Hide how the running module is followed"}
 @contextmanager
 def following(model, running):
     """Keep the name of the module that runs at the end of `running`."""
@@ -112,42 +194,20 @@ loss, saved = saved_tensors(
 table(["module", "saved (B)"], saved)
 
 # %% [markdown]
-# Each layer's input is there, and of the loss three things: the logarithms, the labels, and the number that the sum is divided by.
+# Each layer's input is there. The loss keeps three things: the logarithms, the labels, and the number that the sum is divided by.
 
 # %% [markdown]
 # ### A transformer's layer
 #
-# One layer of gpt2-large {cite}`radford2019`, with 2 texts of 512 tokens. Attention can be computed in two ways. **Eager**: scores of each token for each other, a softmax, a product with the values. **Fused**: one kernel that goes over the scores in tiles and never stores them {cite}`dao2022`. PyTorch's `scaled_dot_product_attention` chooses among such kernels: flash attention for 16-bit numbers, memory-efficient attention {cite}`rabe2021` for FP32.
+# Now one layer of gpt2-large, with 2 texts of 512 tokens. Attention can be computed in two ways:
+#
+# - **Eager:** scores of each token for each other, a softmax, a product with the values.
+# - **Fused:** one kernel that goes over the scores in tiles and never stores them {cite}`dao2022`.
+#
+# PyTorch's `scaled_dot_product_attention` chooses among such kernels: flash attention for 16-bit numbers, memory-efficient attention {cite}`rabe2021` for FP32.
 
 
-# %%
-ATTENTION = {"eager": "eager", "fused": models.CAUSAL_SDPA}
-NO_DROPOUT = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
-
-
-def build(name, attention, device, dtype=torch.float32, **changes):
-    if name.startswith("gpt2"):
-        changes = NO_DROPOUT | changes
-    how = {"attn_implementation": ATTENTION[attention], "use_cache": False}
-    config = models.config(name, **how, **changes)
-    return models.build(config, device, dtype).train()
-
-
-def texts(model, batch, length):
-    ids = torch.zeros(batch, length, dtype=torch.int64)
-    given = {"input_ids": ids, "position_ids": torch.arange(length)[None]}
-    if model.config._attn_implementation == "eager":
-        future = torch.full((length, length), float("-inf")).triu(1)
-        given["attention_mask"] = future[None, None].to(model.dtype)
-    return {name: value.to(model.device) for name, value in given.items()}
-
-
-# %%
-def loss_of(model, given):
-    logits = model(**given).logits
-    return cross_entropy(logits.flatten(0, 1), given["input_ids"].flatten())
-
-
+# %% tags=["hide-input"]
 def saved_by_module(card, model, batch, length):
     """Bytes saved, by the modules' last names; activations held then."""
     given, sums = texts(model, batch, length), {}
@@ -181,7 +241,7 @@ for attention in ATTENTION:
     model = build("gpt2-large", attention, gpu.device, num_hidden_layers=1)
     layer[attention] = saved_by_module(gpu, model, 2, LENGTH)[0]
 
-# %%
+# %% tags=["hide-input"]
 eager, fused = layer["eager"], layer["fused"]
 total = (
     sum(FORMULA.values()),
@@ -197,18 +257,18 @@ table(
 )
 
 # %% [markdown]
-# A storage is named after the module that saved it first. So in the fused column the attention's result is the kernel's own and not `c_proj`'s.
+# A storage is named after the module that saved it first. So in the fused column the attention's result belongs to the kernel and not to `c_proj`.
 #
-# In numbers for each token, with width $h$, $a$ heads and length $S$, eager attention keeps
+# For each token, with width $h$, $a$ heads and length $S$, a layer with eager attention keeps this many numbers:
 #
 # $$28h + aS$$
 #
-# of which $20h$ are the MLP's: its activation function is written as five operations, and autograd keeps what each needs. The $aS$ are the **quadratic term**: as many scores for each token as there are tokens. The fused kernel keeps one number for each row of scores instead.
+# $20h$ of them are the MLP's: its activation function is written as five operations, and autograd keeps what each needs. $aS$ is the **quadratic term**: each token has as many scores as there are tokens. The fused kernel keeps one number for each row of scores instead.
 
 # %% [markdown]
 # ## The whole gpt2-large
 #
-# All 36 layers, 4 texts of 1,024 tokens, in FP32. That is more than most cards hold. So from here on the page uses a second, *virtual* card without a bound, also where there is a real one: all figures below are **replayed**.
+# All 36 layers, 4 texts of 1,024 tokens, in FP32. From here on, all figures are **replayed** on the second card. {numref}`saved-by-module` shows where the activations are. With eager attention, the largest part is attention's own, most of it scores. The fused kernel takes these away.
 
 
 # %%
@@ -219,7 +279,7 @@ def forward(name, attention, batch, length, **changes):
         return saved_by_module(card, model, batch, length)
 
 
-# %% mystnb={"image": {"alt": "Horizontal bars: bytes that gpt2-large saves for backward by module, for 4 texts of 1,024 tokens in FP32. Eager: attention 14.3 GB, of which most are scores, the MLP's activation function 12.1 GB, its last projection 3.0 GB, five others 0.8 GB each. Fused: attention falls to 3.0 GB, the rest stays."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Horizontal bars: bytes that gpt2-large saves for backward by module, for 4 texts of 1,024 tokens in FP32. Eager: attention 14.3 GB, of which most are scores, the MLP's activation function 12.1 GB, its last projection 3.0 GB, five others 0.8 GB each. Fused: attention falls to 3.0 GB, the rest stays."}, "figure": {"name": "saved-by-module", "caption": "What gpt2-large saves for backward, by module, with eager and with fused attention."}}
 large = {way: forward("gpt2-large", way, 4, 1024) for way in ATTENTION}
 figure = stacked_bars(
     {
@@ -232,7 +292,7 @@ figure = stacked_bars(
 )
 
 # %% [markdown]
-# `every_byte.estimate` has the formula for all of it. What remains are the bytes of the loss, its value and the number that it was divided by.
+# `every_byte.estimate` has the formula for all of it. The few bytes that remain are the loss, and the number that it was divided by.
 
 # %%
 KIND = {"eager": "eager", "fused": "efficient"}  # in FP32
@@ -247,6 +307,7 @@ def formula(name, attention, batch, length, dropout=False):
     )
 
 
+# %% tags=["hide-input"]
 rows = [
     (way, n, formula("gpt2-large", way, 4, 1024))
     for way, (_, n) in large.items()
@@ -259,7 +320,7 @@ table(
 # %% [markdown]
 # ### Batch and length, one at a time
 
-# %%
+# %% tags=["hide-input"]
 SIZES = ((1, 256), (2, 256), (1, 512), (1, 1024))
 base = {way: formula("gpt2-large", way, 1, 256) for way in ATTENTION}
 
@@ -272,7 +333,7 @@ def size_row(batch, length):
         yield n - formula("gpt2-large", way, batch, length)
 
 
-# %%
+# %% tags=["hide-input"]
 table(
     [
         "texts",
@@ -282,13 +343,13 @@ table(
 )
 
 # %% [markdown]
-# *Times* is the ratio to the first row. Twice the batch takes twice the activations, in both columns. Twice the length takes more than twice with eager attention, and exactly twice with fused: the quadratic term is gone.
+# *Times* is the ratio to the first row. Twice the batch takes twice the activations, either way. Twice the length takes more than twice with eager attention, and exactly twice with fused: the quadratic term is gone.
 #
 # ### With dropout
 #
-# As published, gpt2-large trains with dropout of 0.1 on scores, residuals and embedding. On CUDA each drops with one kernel that keeps **a byte for each number**. Eager attention also keeps the scores a second time, after the drop. The fused kernel keeps nothing more: it draws the same random numbers again.
+# As published, gpt2-large trains with dropout of 0.1 on scores, residuals and embedding. On CUDA each dropout is one kernel that keeps **a byte for each number**. Eager attention also keeps the scores a second time, after dropout. The fused kernel keeps nothing more: it draws the same random numbers again.
 
-# %%
+# %% tags=["hide-input"]
 ON = dict.fromkeys(NO_DROPOUT, 0.1)
 with_dropout = {
     way: forward("gpt2-large", way, 4, 1024, **ON)[1] for way in ATTENTION
@@ -301,62 +362,7 @@ for way, n in with_dropout.items():
 # %% [markdown]
 # ## The anatomy of a step
 #
-# Where in a step is the peak? We record one step of a training that is under way: the optimizer has its states already. `replay` opens a virtual card, builds the model, and trains on it.
-
-
-# %%
-def step(model, optimizers, given, recorded):
-    recorded.mark("forward")
-    logits = model(**given).logits
-    recorded.mark("loss")
-    target = given["input_ids"].flatten()
-    loss = cross_entropy(logits.flatten(0, 1), target)
-    del logits
-    recorded.mark("backward")
-    loss.backward()
-    recorded.mark("optimizer")
-    for optimizer in optimizers:
-        optimizer.step()
-    recorded.mark("zero_grad")
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-
-
-# %%
-def adamw(model, **options):
-    return [optim.AdamW(model.parameters(), **options)]
-
-
-def make_states(model, optimizers):
-    """A first step on gradients of zeros: now the states are there."""
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-# %%
-def replay(
-    case, prepare=None, optimizer=adamw, train=step, capacity=None, **changes
-):
-    """The timeline of a step on a virtual card, with the states there."""
-    name, attention, batch, length = case
-    with VirtualGPU(capacity=capacity) as card:
-        model = build(name, attention, card.device, **changes)
-        if prepare:
-            prepare(model)
-        optimizers = optimizer(model)
-        make_states(model, optimizers)
-        given = texts(model, batch, length)
-        with card.record(model, *optimizers) as recorded:
-            train(model, optimizers, given, recorded)
-    return recorded
-
-
-# %% mystnb={"image": {"alt": "Allocated memory during a training step of gpt2-large with AdamW, stacked by kind: parameters and two states below, activations that grow to about 11 GB in forward, two more temporaries at the beginning of backward, where the peak is, then gradients that take the place of activations, and the optimizer's temporary."}}
-recorded = replay(("gpt2-large", "fused", 4, 512))
-figure = timeline(recorded)
+# Where in the step of {numref}`step-of-gpt2-large` is the peak? We ask the recording: what is alive there, and what was alive one operation earlier?
 
 
 # %%
@@ -366,6 +372,7 @@ def peak_of(recorded):
     return recorded.steps[recorded.peak], begun[-1]
 
 
+# %% tags=["hide-input"]
 row, phase = peak_of(recorded)
 before = recorded.steps[recorded.peak - 1]
 print(f"the peak falls in: {phase}")
@@ -381,18 +388,20 @@ print(f"that operation takes  {row.total - before.total:,} B")
 print(f"logits of this batch  {one:,} B")
 
 # %% [markdown]
-# The peak is not at the end of forward but a little later. Backward begins at the loss: the gradient of the logarithms, then that of the logits, each as large as the logits, while all activations are still alive. After that each layer frees more than it makes.
+# The peak is not at the end of forward but a little later. Backward begins at the loss. It makes the gradient of the logarithms, then that of the logits, each as large as the logits, while all activations are still alive. After that, each layer frees more than it makes.
 #
 # So a step has two summits. One is at the beginning of backward, the other in the optimizer:
 #
-# $$\text{peak} = P + \text{states} + \max(\text{activations} + 3 \cdot \text{logits},\ \ \text{gradients} + P)$$
+# $$\text{peak} = P + \text{states} + \max(A, B)$$
 #
-# with $P$ the parameters' bytes. The second $P$ in the brackets is the temporary of Adam's `foreach`.
+# - $P$: the parameters.
+# - $A$, where backward begins: the activations, and **two** more tensors as large as the logits. (The activations already include a third, the logarithms that the loss keeps.)
+# - $B$, in the optimizer: the gradients, and once more $P$, the temporary of Adam's `foreach`.
 
 # %% [markdown]
 # ### Predicted and replayed
 #
-# gpt2-large, and a model of a billion: Llama-3.2-1B {cite}`llama3`. Both in FP32 with AdamW, with eager and with fused attention.
+# We try the formula on gpt2-large and on a model of a billion, Llama-3.2-1B {cite}`llama3`. Both are in FP32 with AdamW, with eager and with fused attention.
 
 
 # %%
@@ -400,13 +409,15 @@ def predicted_peak(name, attention, batch, length):
     sizes, work = estimate.dimensions(name), ("fp32", batch, length)
     m = estimate.training(sizes, "adamw", *work, KIND[attention])
     one = estimate.logits(sizes, batch, length)
-    begin_of_backward = m.activations + 3 * one
+    kept = m.activations + one  # with the loss's logarithms
+    begin_of_backward = kept + 2 * one
     optimizer = m.gradients + m.parameters
     return (
         m.parameters + m.optimizer_states + max(begin_of_backward, optimizer)
     )
 
 
+# %% tags=["hide-input"]
 NAMES = ("gpt2-large", "Llama-3.2-1B")
 CASES = [
     (name, way, batch, length)
@@ -420,7 +431,7 @@ timelines = {case: replay(case) for case in CASES}
 results = {case: peak_of(recorded) for case, recorded in timelines.items()}
 
 
-# %%
+# %% tags=["hide-input"]
 def compared(case):
     name, way, batch, length = case
     (row, phase), guess = results[case], predicted_peak(*case)
@@ -439,9 +450,9 @@ table(
 # %% [markdown]
 # ### The optimizer's own peak
 #
-# Adam's `foreach=True`, the default on CUDA, treats all tensors at once and needs a temporary as large as all of them: **5P**. `foreach=False` goes tensor by tensor: **4P**, and little more.
+# Adam's `foreach=True`, the default on CUDA, treats all tensors at once and needs a temporary as large as all of them: **5P**. `fused=True` is one kernel without it, and `foreach=False` goes tensor by tensor: **4P**, and little more.
 #
-# Nor need all gradients be alive at once. PyTorch can call a function as soon as one is complete. If that steps the optimizer for this parameter and drops the gradient, the **step happens within backward** {cite}`pytorch-step-in-backward`: 3P, and little more.
+# Not all gradients have to be alive at once, either. PyTorch can call a function as soon as one is complete. If that function steps the optimizer for this parameter and drops the gradient, the **step happens within backward** {cite}`pytorch-step-in-backward`: 3P, and little more.
 
 
 # %%
@@ -449,6 +460,11 @@ def one_by_one(model):
     return adamw(model, foreach=False)
 
 
+def in_one_kernel(model):
+    return adamw(model, fused=True)
+
+
+# %%
 def within_backward(model, kind=optim.AdamW):
     """An optimizer for each parameter, which steps in backward."""
     optimizers = {p: kind([p]) for p in model.parameters()}
@@ -467,13 +483,14 @@ CASE = ("Llama-3.2-1B", "fused", 1, 128)
 P = estimate.parameter_bytes(estimate.dimensions(CASE[0]), "fp32")
 WAYS = {
     "foreach=True": adamw,
+    "fused=True": in_one_kernel,
     "foreach=False": one_by_one,
     "within backward": within_backward,
 }
 own = {name: peak_of(replay(CASE, None, way)) for name, way in WAYS.items()}
 
 
-# %%
+# %% tags=["hide-input"]
 def in_p(row):
     parts = (row.total, row["gradients"], row["temporaries"])
     return [f"{n / P:.2f}" for n in parts]
@@ -485,25 +502,25 @@ table(
 )
 
 # %% [markdown]
-# What comes on top of 4P and 3P is in backward here. The model's embedding serves as its head too. At the end of backward the gradients of both uses are there, each as large as the embedding, and are added up. A model of many equal tensors comes closer to 4P and 3P.
+# Here the bytes over 4P and 3P are in backward. The model's embedding serves as its head too. At the end of backward the gradients of both uses are there, each as large as the embedding, and are added up. A model of many equal tensors comes closer to 4P and 3P.
 
 # %% [markdown]
 # ### When gradients live
 #
-# Otherwise the gradients live from backward until `zero_grad()`. Two habits keep them for longer:
+# The gradients live from backward until `zero_grad()`, unless the step happens within backward. Two habits keep them for longer:
 #
 # - `zero_grad(set_to_none=False)` fills them with zeros instead of dropping them. They are there in the next forward too.
-# - **Gradient accumulation** adds up the gradients of small batches and steps once. They are there in all forwards but the first. Yet the activations are those of one small batch.
+# - **Gradient accumulation** adds up the gradients of small batches and steps once. They are there in every forward but the first. But the activations are only those of one small batch.
 
 
-# %%
+# %% tags=["hide-input"]
 def zeros_kept(model, optimizers, given, recorded):
     for p in model.parameters():
         p.grad = torch.zeros_like(p)  # what set_to_none=False leaves
     step(model, optimizers, given, recorded)
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how gradients are accumulated", "code_prompt_hide": "Hide how gradients are accumulated"}
 def accumulate(model, optimizers, given, recorded):
     for i, ids in enumerate(given["input_ids"].split(1)):
         recorded.mark(f"forward {i + 1}")
@@ -516,7 +533,7 @@ def accumulate(model, optimizers, given, recorded):
         optimizer.zero_grad()
 
 
-# %%
+# %% tags=["hide-input"]
 def gb(nbytes):
     return f"{nbytes / GB:.2f}"
 
@@ -540,12 +557,12 @@ table(
 #
 # ### Checkpointing: compute again instead of keeping
 #
-# **Activation checkpointing** {cite}`chen2016` keeps only the input of a group of layers. In backward it runs the group again and then has what it needs. The larger the groups, the fewer inputs are kept, and the more is made again at a time. With groups of $k$ of $L$ layers:
+# **Activation checkpointing** {cite}`chen2016` keeps only the input of a group of layers. In backward it runs the group again and then has what it needs. The larger the groups, the fewer inputs are kept, but the more is made again at a time. With groups of $k$ of $L$ layers:
 #
-# $$\frac{L}{k} \text{ inputs} + k \cdot \text{one layer's activations}$$
+# $$\frac{L}{k} \cdot \text{input} + k \cdot \text{layer's activations}$$
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the layers of a group", "code_prompt_hide": "Hide the layers of a group"}
 class Group(nn.Module):
     """Layers of which only the first one's input is kept."""
 
@@ -562,7 +579,7 @@ class Group(nn.Module):
         return checkpoint(self.run, hidden, use_reentrant=False, **given)
 
 
-# %%
+# %% tags=["hide-input"]
 def checkpointed(k):
     """For `replay`: groups of k layers, and a note of each layer's run."""
 
@@ -576,7 +593,7 @@ def checkpointed(k):
     return prepare
 
 
-# %%
+# %% tags=["hide-input"]
 ONE_BILLION, SIZES = CASES[-1], estimate.dimensions("Llama-3.2-1B")
 GROUPS, ran, kept = (1, 2, 4, 8, 16), [], {0: timelines[ONE_BILLION]}
 for k in GROUPS:
@@ -594,7 +611,7 @@ def by_formula(k):
     return estimate.activations(*work, k) - made_again
 
 
-# %%
+# %% tags=["hide-input"]
 def summit(recorded):
     """The highest of forward and backward, over parameters and states."""
     rows = recorded.steps[: recorded.marks["optimizer"]]
@@ -614,22 +631,22 @@ table(
     + [(str(k), *saved_by(k), gb(summit(kept[k]))) for k in GROUPS],
 )
 
-# %%
+# %% tags=["hide-input"]
 layers = SIZES.num_hidden_layers
 print(f"layers: {layers}, run in a step with checkpoints: {ran.count(1)}")
 
 # %% [markdown]
-# What is saved is as the formula says. Each layer runs twice. A layer's forward is about a third of its work, so a step costs about a third more.
+# Checkpoints save what the formula says. Each layer runs twice. A layer's forward is about a third of its work, so a step costs about a third more.
 #
-# *Summit* is the highest point of forward and backward, over parameters and states. It soon falls no further: three times the logits, of 128,256 words, are more than any layer. With large groups it rises again, since all of a group is made at once.
+# *Summit* is the highest point of forward and backward, over parameters and states. It soon stops falling: the logarithms and the two gradients, each for 128,256 words, are more than any layer. With large groups it rises again, since all of a group is made at once.
 
 # %% [markdown]
 # ### Offloading: keep it elsewhere
 #
-# The same hooks can send what is saved to the host's memory and bring it back in backward. `torch.autograd.graph.save_on_cpu` does so. On a virtual card there is nothing to copy, so here shape and type stand for the copy on the host. We also leave the parameters where they are, which `save_on_cpu` does not.
+# The same hooks can send what is saved to the host's memory and bring it back in backward. `torch.autograd.graph.save_on_cpu` does so. On a virtual card there is nothing to copy, so here a shape and a type stand for the copy on the host. We also leave the parameters where they are, which `save_on_cpu` does not.
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the hooks", "code_prompt_hide": "Hide the hooks"}
 def on_host(model):
     own = {p.untyped_storage()._cdata for p in model.parameters()}
 
@@ -648,7 +665,7 @@ def on_host(model):
     return saved_tensors_hooks(away, back)
 
 
-# %%
+# %% tags=["hide-input"]
 def offloading(model, optimizers, given, recorded):
     with on_host(model):
         loss = loss_of(model, given)
@@ -670,15 +687,15 @@ table(
 )
 
 # %% [markdown]
-# Offloading computes nothing twice. It pays with traffic, and a tensor that several operations save travels several times.
+# Offloading computes nothing twice. The price is traffic, and a tensor that several operations save travels several times.
 
 # %% [markdown]
 # ### Optimizers and LoRA
 #
-# 8-bit Adam {cite}`dettmers2022optimizers` shrinks the states. LoRA {cite}`hu2021` freezes the model and trains two thin matrices beside each of its own: nearly no gradients and states, as [Training and inference](03_training_and_inference.ipynb) shows. Adafactor {cite}`shazeer2018` looks at values while it steps, which a virtual card has not: its row is **estimated**.
+# 8-bit Adam {cite}`dettmers2022optimizers` shrinks the states. LoRA {cite}`hu2021` freezes the model and trains two thin matrices beside each of its own: nearly no gradients and states, as [Training and inference](03_training_and_inference.ipynb) shows. Adafactor's {cite}`shazeer2018` row is **estimated**.
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show LoRA", "code_prompt_hide": "Hide LoRA"}
 class LoRA(nn.Module):
     def __init__(self, linear, rank=16):
         super().__init__()
@@ -701,7 +718,7 @@ def with_lora(model):
     checkpointed(1)(model)
 
 
-# %%
+# %% tags=["hide-input"]
 def adam8(model):
     return [bitsandbytes.optim.AdamW8bit(model.parameters())]
 
@@ -719,7 +736,7 @@ trained = {
     "LoRA": replay(CASE, **LORA),
 }
 
-# %%
+# %% tags=["hide-input"]
 tensors = [shape for _, shape in estimate.shapes(SIZES)]
 adafactor = estimate.optimizer_states(tensors, "adafactor")
 peaks = {name: peak_of(recorded) for name, recorded in trained.items()}
@@ -735,10 +752,10 @@ table(
 # %% [markdown]
 # ## Compare: down the ladder
 #
-# All levers on one model and 4 texts of 1,024 tokens. The first rung is the article's: 16 bytes for each parameter, and all activations. Each further one adds a lever. The last of them, *1 text at a time*, makes a step after each text. It is another training with four times as many, smaller steps, while LoRA again takes all four texts.
+# {numref}`ladder` has all levers on one model and 4 texts of 1,024 tokens. The first rung is the article's: 16 bytes for each parameter, and all activations. Each further rung adds a lever. *1 text at a time* makes a step after each text: that is a different training, with four times as many steps. LoRA again takes all four texts.
 
 
-# %%
+# %% tags=["hide-input"]
 def adam8_within_backward(model):
     return within_backward(model, bitsandbytes.optim.AdamW8bit)
 
@@ -766,7 +783,7 @@ RUNGS = {
 }
 
 
-# %%
+# %% tags=["hide-input"]
 def rung(name, capacity=None):
     batch, options = RUNGS[name]
     way = "eager" if name.endswith("eager") else "fused"
@@ -776,20 +793,20 @@ def rung(name, capacity=None):
 
 ladder = {name: rung(name) for name in RUNGS}
 
-# %% mystnb={"image": {"alt": "Stacked bars of what is alive at the peak of a training step of Llama-3.2-1B, lever by lever. The first, FP32 with AdamW and eager attention, is 43.8 GB, of which 26.8 GB are activations. Fused attention takes it to 34.4 GB, checkpoints to 24.7, tensor by tensor to 21.9, BF16 to 11.0, 8-bit AdamW to 8.5, the step within backward to 8.5, one text at a time to 6.6, LoRA with all texts to 6.0. A line marks 8 GiB, which the last two stay well below."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Stacked bars of what is alive at the peak of a training step of Llama-3.2-1B, lever by lever. The first, FP32 with AdamW and eager attention, is 43.8 GB, of which 26.8 GB are activations. Fused attention takes it to 34.4 GB, checkpoints to 24.7, tensor by tensor to 21.9, BF16 to 11.0, 8-bit AdamW to 8.5, the step within backward to 8.5, one text at a time to 6.6, LoRA with all texts to 6.0. A line marks 8 GiB, which the last two stay well below."}, "figure": {"name": "ladder", "caption": "What is alive at the peak of a training step of Llama-3.2-1B, lever by lever. The dotted line is 8 GiB."}}
 figure = stacked_bars(
     {"at the peak": {name: row for name, (row, _) in ladder.items()}}
 )
 limit = figure.axes[0].axvline(8 * GiB / GB, color="black", linestyle=":")
 
-# %%
+# %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the peaks in bytes", "code_prompt_hide": "Hide the peaks in bytes"}
 table(
     ["lever", "peak (B)", "in"],
     [(name, row.total, phase) for name, (row, phase) in ladder.items()],
 )
 
 # %% [markdown]
-# The dotted line is a card of "8 GB", which has 8 GiB. The CUDA context, some hundred megabytes, takes its share of them. The proof for the last rungs: the same steps on a virtual card that ends there.
+# The dotted line is a card of "8 GB", which has 8 GiB. The CUDA context takes some hundred megabytes of them. To prove the last rungs, we run the same steps on a virtual card that ends there.
 
 # %%
 for name in list(RUNGS)[-4:]:
@@ -800,16 +817,16 @@ for name in list(RUNGS)[-4:]:
         print(f"{name:24}{str(error).partition('.')[0]}")
 
 # %% [markdown]
-# Two rungs end a hair below the line and still fail. Their blocks would fit, but what is free lies in pieces between them, in segments that the allocator cannot give back.
+# Two rungs end just below the line and still fail. Their blocks would fit, but the free memory lies in pieces between them, in segments that the allocator cannot give back.
 #
-# What a lever is worth depends on where the peak is. Checkpoints end where the optimizer's summit begins, so the next lever is the optimizer's. *Step within backward* hardly helps with four texts, since the peak is then at the logits, before any gradient. With one text it is what makes room. What BF16 costs in quality is another question.
+# What a lever is worth depends on where the peak is. Once checkpoints have lowered the first summit, the optimizer's is the higher one, so the next lever is for the optimizer. *Step within backward* hardly helps with four texts: the peak is then at the logits, before any gradient. With one text it is what makes room. What BF16 costs in quality is another question.
 
 # %% [markdown]
 # ## What to remember
 #
 # - Autograd keeps the **inputs of layers** and what else their backward needs: in proportion to the batch, and with eager attention to the **square of the length**. A fused kernel keeps one number for each row of scores.
-# - A step has **two summits**: the beginning of backward, with all activations and three times the logits, and the optimizer, with all gradients and its temporary. The higher one is what must fit.
-# - Find the summit first, then choose the lever: checkpoints and offloading for the first, `foreach=False`, smaller states, a step within backward or LoRA for the second.
+# - A step has **two summits**: the beginning of backward, with all activations and twice the logits, and the optimizer, with all gradients and its temporary. The higher one is what must fit.
+# - Find the summit first, then choose the lever: checkpoints and offloading for the first, `fused=True` or `foreach=False`, smaller states, a step within backward or LoRA for the second.
 
 # %% [markdown]
 # ## Exercises
@@ -826,7 +843,7 @@ for length in (1_792, 1_793):
     print(f"{length:,} tokens: scores {scores / layer:.2%} of a layer")
 
 # %% [markdown]
-# **2.** Gradient accumulation is no rung of the ladder. What would it do to "+ 8-bit AdamW"? Guess, then replay it.
+# **2.** Gradient accumulation is not on the ladder. What would it do to "+ 8-bit AdamW"? Guess, then replay it.
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
 options = RUNGS["+ 8-bit AdamW"][1] | {"train": accumulate}
@@ -837,7 +854,7 @@ print(f"1 at a time, added up  {row.total:14,} B, in {phase}")
 # %% [markdown]
 # <details><summary>Why?</summary>
 #
-# It makes room where activations and logits are larger than the gradients, as in the table of gpt2-large. Here checkpoints have already taken the activations away. What the smaller batch saves in logits is about what the gradients take that now live through forward.
+# It makes room where activations and logits are larger than the gradients, as in the table of gpt2-large. Here checkpoints have already taken the activations away. The smaller batch saves in logits about as much as the gradients take, which now live through forward.
 #
 # </details>
 
@@ -846,11 +863,11 @@ print(f"1 at a time, added up  {row.total:14,} B, in {phase}")
 #
 # <details><summary>Solution</summary>
 #
-# A ReLU's gradient can be told from its output, which the next layer keeps anyway. A GELU's needs its input. So each hidden layer keeps two tensors instead of one: nearly twice as much in all. To see it, swap `nn.ReLU()` for `nn.GELU()` in `model.layers` and call `saved_tensors` again.
+# A ReLU's gradient follows from its output, which the next layer keeps anyway. A GELU's needs its input. So each hidden layer keeps two tensors instead of one: nearly twice as much in all. To see it, swap `nn.ReLU()` for `nn.GELU()` in `model.layers` and call `saved_tensors` again.
 #
 # </details>
 
 # %% [markdown]
 # ## Where to go next
 #
-# [Mixed precision](06_mixed_precision.ipynb) asks what 16 bits do to these activations. [Training and inference](03_training_and_inference.ipynb) has the formulas for other optimizers and for inference. The kernels that this page replays, and what of them it does not see, stand in `helpers/cuda_kernels.py`, after PyTorch's sources {cite}`pytorch-sdpa`.
+# [Mixed precision](06_mixed_precision.ipynb) asks what 16 bits do to these activations. [Training and inference](03_training_and_inference.ipynb) has the formulas for other optimizers and for inference. The kernels that this page replays follow PyTorch's sources {cite}`pytorch-sdpa`.

@@ -1,6 +1,8 @@
 # %% [markdown]
 # # gpt2-large in every precision
 #
+# **What does one model take on the GPU in 32, 16, 8 and 4 bits?** Parameters times bytes is right to within a few per cent in 32 and 16 bits, while INT8 takes more than a quarter of FP32 and NF4 more than an eighth. Embeddings stay in 16 bits, scales come on top, and the way of loading decides what the allocator adds.
+#
 # After this chapter you can load a model in 32, 16, 8 or 4 bits, say beforehand what it will take on the GPU, and name what the formula leaves out.
 #
 # - **Time:** 20 minutes to read, two minutes to run.
@@ -40,9 +42,9 @@ print(versions("torch", "transformers", "accelerate", "bitsandbytes"))
 # %% [markdown]
 # ## The experiment
 #
-# The article {cite}`hoperj2024` loads one model, gpt2-large {cite}`radford2019`, three times: in FP32, in FP16, and in INT8 with bitsandbytes {cite}`dettmers2022`. After each it prints the GPU's memory: 3.21 GB, 1.60 GB, 0.89 GB.
+# This chapter repeats an experiment of the article that the book began with {cite}`hoperj2024`. It loads one model, gpt2-large {cite}`radford2019`, three times: in FP32, in FP16, and in INT8 with bitsandbytes {cite}`dettmers2022`. After each load it prints the GPU's memory: 3.21 GB, 1.60 GB, 0.89 GB.
 #
-# We load it ten times, at full size, with the same library. Today's call looks like this:
+# We load it ten times, at full size, with the same library. {numref}`gpt2-large-loaded` has the results. Today's call looks like this:
 #
 # ```python
 # AutoModelForCausalLM.from_pretrained(
@@ -55,7 +57,7 @@ print(versions("torch", "transformers", "accelerate", "bitsandbytes"))
 #
 # The published weights are 3.2 GB away. So we use a checkpoint of the same size, made from the real configuration with random numbers. `checkpoint("gpt2-large", weights="hub")` would fetch the published one.
 #
-# May we? What a tensor takes depends on its shape and its type, never on its values:
+# Is that allowed? What a tensor takes depends on its shape and its type, never on its values:
 
 # %%
 sizes = {}
@@ -68,14 +70,14 @@ for name, fill in {"zeros": 0.0, "ones": 1.0, "random": None}.items():
 print(sizes)
 
 # %% [markdown]
-# That holds for every precision of this chapter: rows, blocks and scales are counted from shapes as well.
+# This holds for every precision of this chapter: rows, blocks and scales follow from shapes, too.
 
 # %% [markdown]
 # ## Predict
 #
 # ### Plain formats
 #
-# Parameters times bytes. The article counts 812M parameters. That is what the hub shows, and it includes 36 stored masks (see [From parameters to bytes](01_parameters_to_bytes.ipynb)). The model has fewer:
+# Here it is parameters times bytes. The article counts 812M parameters. That is what the hub shows, and it includes 36 stored masks (see [From parameters to bytes](01_parameters_to_bytes.ipynb)). The model has fewer:
 
 # %%
 model_sizes = estimate.dimensions("gpt2-large")
@@ -122,7 +124,7 @@ print(f"{total:,} B; as int8 {estimator['int8']:,} B")
 #
 # Load, look, compute, clean up. The forward pass shows that what we loaded is the model: its logits must be close to those of FP32. Without a GPU it runs on the CPU, with the same weights.
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how a load is measured", "code_prompt_hide": "Hide how a load is measured"}
 prompt = torch.arange(8)[None] * 37
 logits, rows, reserved, drawn = {}, {}, {}, {}
 
@@ -148,7 +150,7 @@ def load_and_measure(name, precision, path="device_map", **options):
 # %% [markdown]
 # ### As in 2024
 #
-# First the article's own model. It used the transformers of 2024, whose GPT-2 kept two buffers in each layer: a causal mask of 1,024 x 1,024 bytes, and a single number to put where the mask forbids. We put them back, and move the model to the GPU as the article did.
+# First the article's own model. It used the transformers of 2024, whose GPT-2 kept two buffers in each layer: a causal mask of 1,024 x 1,024 bytes, and a single number to put where the mask forbids attention. We put them back, and move the model to the GPU as the article did.
 
 
 # %%
@@ -164,9 +166,9 @@ def as_in_2024(dtype):
 
 
 # %% [markdown]
-# FP16 we load twice: onto an empty card, and right after FP32 without emptying the cache, so that it lies in FP32's old segments.
+# We load FP16 twice: onto an empty card, and right after FP32 without emptying the cache, so that it lies in FP32's old segments.
 
-# %%
+# %% tags=["hide-input"]
 history = {}
 for name, dtype, leave_empty in (
     ("FP16, empty card", torch.float16, True),
@@ -184,7 +186,7 @@ for name, dtype, leave_empty in (
 # %% [markdown]
 # ### As today
 #
-# There are two ways onto the GPU. `.to("cuda")` loads on the host and moves tensor by tensor: the article's way for FP32 and FP16. `device_map=` goes straight to the card: its way for INT8, and today's usual one.
+# There are two ways onto the GPU. `.to("cuda")` loads on the host and moves tensor by tensor, as the article does for FP32 and FP16. `device_map=` goes straight to the card, as it does for INT8, and as is usual today.
 
 # %%
 for precision in ("fp32", "fp16"):
@@ -210,9 +212,9 @@ print(f"{gpu.memory_allocated():,} B")
 #
 # ### Did we load the model?
 #
-# The logits beside those of FP32. They differ a little from machine to machine, so this table is not compared when the notebook is checked; what must hold is asserted.
+# Here are the logits beside those of FP32. They differ a little from machine to machine, so this table is not compared when the notebook is checked. What must hold is asserted.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["nbval-ignore-output", "hide-input"]
 exact = logits["fp32, .to()"]
 LIMITS = {"fp32": 1e-4, "fp16": 0.01, "bf16": 0.05, "int8": 0.1, "nf4": 0.6}
 checks = {}
@@ -230,12 +232,12 @@ display(
 assert all(spread < limit for _, spread, limit in checks.values()), checks
 
 # %% [markdown]
-# Two bytes change next to nothing. INT8 is close. Four bits move the logits by a good part of their spread. These weights are random; what four bits do to trained ones, [Quality against precision](09_quality_vs_precision.ipynb) measures.
+# Two bytes change next to nothing. INT8 is close. Four bits move the logits by a good part of their spread. These weights are random. [Quality against precision](09_quality_vs_precision.ipynb) measures what four bits do to trained ones.
 
 # %% [markdown]
 # ### Prediction, measurement, article
 
-# %%
+# %% tags=["hide-input"]
 ARTICLE = {"fp32": "3.21", "fp16": "1.60", "int8": "0.89"}
 table(
     [
@@ -262,7 +264,7 @@ table(
 # %% [markdown]
 # *Predicted* is right to the byte for FP32, FP16, BF16 and INT8 loaded with `device_map`. The 4-bit rows are off, and the article's figures are all higher. Each of these has a reason.
 
-# %% mystnb={"image": {"alt": "Stacked bars of the bytes of gpt2-large after loading, by kind. FP32 takes about 3.1 GB, FP16 and BF16 half of it, INT8 0.84 GB, and the 4-bit formats a little over 0.5 GB, of which scales and rounding are visible parts."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Stacked bars of the bytes of gpt2-large after loading, by kind. FP32 takes about 3.1 GB, FP16 and BF16 half of it, INT8 0.84 GB, and the 4-bit formats a little over 0.5 GB, of which scales and rounding are visible parts."}, "figure": {"classes": "first", "name": "gpt2-large-loaded", "caption": "gpt2-large after loading, in every precision and in two ways."}}
 figure = stacked_bars(
     {
         "loaded by .to()": {
@@ -276,7 +278,7 @@ figure = stacked_bars(
 # %% [markdown]
 # ### One model, two ways, two figures
 
-# %%
+# %% tags=["hide-input"]
 moved, mapped = rows["fp32, .to()"], rows["fp32"]
 matrices = 2 * model_sizes.num_hidden_layers
 embedding = 4 * model_sizes.vocab_size * model_sizes.hidden_size
@@ -287,21 +289,21 @@ print(f"difference: {moved.total - mapped.total:,} B")
 print(f"predicted:  {not_split:,} B")
 
 # %% [markdown]
-# By `.to()` each of the 72 MLP matrices, of exactly 25 MiB, gets a segment of 26 MiB. PyTorch splits a large block only if more than 1 MiB remains, so the last MiB goes with the matrix. The embedding does the same with the end of its segment.
+# With `.to()`, each of the 72 MLP matrices, of exactly 25 MiB, gets a segment of 26 MiB ({numref}`segments-by-to`). PyTorch splits a large block only if more than 1 MiB remains, so the last MiB stays with the matrix. The embedding keeps the end of its segment in the same way.
 
-# %% mystnb={"image": {"alt": "Segments of the card after loading in FP32 by .to(). 72 segments of 26 MiB each hold one matrix of 25 MiB and one MiB that was not split off. Others of 20 MiB hold attention matrices. One of 246 MiB holds the embedding."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Segments of the card after loading in FP32 by .to(). 72 segments of 26 MiB each hold one matrix of 25 MiB and one MiB that was not split off. Others of 20 MiB hold attention matrices. One of 246 MiB holds the embedding."}, "figure": {"name": "segments-by-to", "caption": "What the allocator holds after loading in FP32 with .to()."}}
 figure = segments(drawn["fp32, .to()"])
 
 # %% [markdown]
-# With `device_map`, transformers first reserves one block as large as all parameters and gives it back. All large tensors are then cut from a single segment, and nothing is left over.
+# With `device_map`, transformers first reserves one block as large as all parameters and gives it back. All large tensors are then cut from a single segment, and nothing is left over ({numref}`segments-by-device-map`).
 
-# %% mystnb={"image": {"alt": "Segments of the card after loading in FP32 by device_map: one segment of 2954 MiB is filled by the large tensors with no bytes added, and two small segments of 2 MiB hold biases and norms."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Segments of the card after loading in FP32 by device_map: one segment of 2954 MiB is filled by the large tensors with no bytes added, and two small segments of 2 MiB hold biases and norms."}, "figure": {"name": "segments-by-device-map", "caption": "What the allocator holds after loading in FP32 with device_map."}}
 figure = segments(drawn["fp32"])
 
 # %% [markdown]
 # ### 3.21 GB
 #
-# The article's model had 36 masks besides, and 36 single numbers that take 512 bytes each:
+# The article's model also had 36 masks, and 36 single numbers that take 512 bytes each:
 
 # %%
 then = history["FP32, empty card"]
@@ -310,14 +312,14 @@ for kind in ("parameters", "buffers", "rounding"):
 print(f"{'in all':12}{then.total:14,} B = {then.total / GB:.2f} GB")
 
 # %% [markdown]
-# The article prints 3.21 GB. Masks left transformers since; today they are made when they are needed.
+# The article prints 3.21 GB. Transformers has since dropped the stored masks: today it makes them when they are needed.
 
 # %% [markdown]
 # ### 0.89 GB is not a quarter
 #
-# A quarter of the FP32 bytes would be 0.77 GB. INT8 takes more, because not every number has one byte. With an FP32 checkpoint and no `dtype=`, what is not quantised even stays in FP32:
+# A quarter of the FP32 bytes would be 0.77 GB. INT8 takes more, because not every number has one byte. With an FP32 checkpoint and no `dtype=`, the rest even stays in FP32:
 
-# %%
+# %% tags=["hide-input"]
 kinds = {"matrices": parts["attention"] + parts["mlp"]}
 norms_and_biases = sum(
     shape[0] for _, shape in estimate.shapes(model_sizes) if len(shape) == 1
@@ -348,11 +350,11 @@ table(
 )
 
 # %% [markdown]
-# The embedding is the reason: 50,257 words of 1,280 numbers each, which nobody quantises here. Larger models have relatively smaller embeddings, and come closer to a quarter.
+# The reason is the embedding: 50,257 words of 1,280 numbers each, which bitsandbytes does not quantise. Larger models have relatively smaller embeddings, and come closer to a quarter.
 #
-# The 4-bit formats add two things. Their scales are an eighth of the weights they serve, less with double quantisation:
+# The 4-bit formats add two things. Their scales are an eighth of the weights that they serve, less with double quantisation:
 
-# %%
+# %% tags=["hide-input"]
 table(
     ["loaded as", "parameters (B)", "scales (B)", "rounding (B)"],
     [
@@ -363,11 +365,11 @@ table(
 )
 
 # %% [markdown]
-# And their rounding is large. Each weight arrives on the card in FP16 and is quantised there, in a gap that the ones before it left. The FP16 copy goes; what is left over at the end of a gap, up to 1 MiB each, stays with the block.
+# And their rounding is large. Each weight arrives on the card in FP16 and is quantised there, into a gap that earlier copies left. The FP16 copy goes, but what is left at the end of the gap, up to 1 MiB, stays with the block.
 #
 # The formula leaves out one more thing: each matrix has its own table of 16 levels, and with double quantisation one of 256 and an offset. That is every byte of the difference:
 
-# %%
+# %% tags=["hide-input"]
 quantised = 4 * model_sizes.num_hidden_layers  # matrices
 tables = {"nf4": 4 * 16, "fp4": 4 * 16, "nf4 double": 4 * (16 + 256 + 1)}
 kept = {"nf4 double": 4 * 256}  # the one that stays in the process
@@ -390,7 +392,7 @@ table(
 #
 # FP16 and INT8 were published as 1.60 and 0.89 GB. With the buffers of 2024 and an empty card the replay gives less. What else could have been on the card? We try FP32's segments, and workspaces that an earlier matrix product left.
 
-# %%
+# %% tags=["hide-input"]
 workspace = cublas_workspace_size(CUBLAS_WORKSPACE)
 buffers = 36 * (1024**2 + 512)  # with their rounding
 totals = {name: row.total for name, row in history.items()}
@@ -407,14 +409,14 @@ table(
 )
 
 # %% [markdown]
-# No single history gives both. One workspace would explain INT8, two would explain FP16, and FP32 is right without any. The libraries' versions are not printed in the article. We leave it open.
+# No single history gives both. One workspace would explain INT8, two would explain FP16, and FP32 is right without any. The article does not print the libraries' versions. We leave it open.
 
 # %% [markdown]
 # ### What `memory_allocated` does not count
 #
-# It counts blocks that are handed out. The segments that PyTorch holds are more, and `nvidia-smi` shows these and the CUDA context besides, 0.3 to 1.8 GB by version and card.
+# It counts the blocks that are handed out. The segments that PyTorch holds are more. `nvidia-smi` shows these and the CUDA context, 0.3 to 1.8 GB by version and card.
 
-# %%
+# %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show what is allocated and reserved, in bytes", "code_prompt_hide": "Hide what is allocated and reserved, in bytes"}
 table(
     ["loaded as", "allocated (B)", "reserved (B)", "free inside (B)"],
     [
@@ -435,7 +437,7 @@ except TypeError as error:
     print(f"TypeError: {error}")
 
 # %% [markdown]
-# `load` uses the new one. In full, for INT8 and for NF4:
+# The new ones, for INT8 and for NF4:
 #
 # ```python
 # BitsAndBytesConfig(load_in_8bit=True)
@@ -443,14 +445,14 @@ except TypeError as error:
 #                    bnb_4bit_use_double_quant=True)
 # ```
 #
-# Pass `dtype=torch.float16` beside it, for all that is not quantised.
+# Pass `dtype=torch.float16` as well, for everything that is not quantised.
 
 # %% [markdown]
 # ### What an H200 measured
 #
-# The loads of this page, on a card with nothing else on it. Allocated bytes are **measured**; beside them stands what the replay of that card is off by.
+# The same loads were **measured** on a card with nothing else on it. The folded table has the allocated bytes, and how far the replay of that card is off.
 
-# %%
+# %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show what the card measured, in bytes", "code_prompt_hide": "Hide what the card measured, in bytes"}
 print(CARD)
 LOADS = [f"load-gpt2-large-{p}-to" for p in ("fp32", "fp16", "bf16")]
 LOADS += [
@@ -462,7 +464,7 @@ table(COLUMNS, beside_replay(*LOADS))
 # %% [markdown]
 # ## What to remember
 #
-# - Loading takes parameters times bytes, and the rest can be named: buffers, scales, what the allocator does not split off. The **way of loading** decides the last.
+# - Loading takes parameters times bytes, and the rest can be named: buffers, scales, and what the allocator does not split off. The last depends on the **way of loading**.
 # - INT8 is more than a quarter and NF4 more than an eighth: embeddings, norms and biases stay in 16 bits, and scales come on top.
 # - Say `dtype=`. Without it, what is not quantised keeps the checkpoint's type.
 
@@ -499,4 +501,4 @@ for name in ("gpt2-large", "Llama-3.1-70B"):
 # %% [markdown]
 # ## Where to go next
 #
-# [Qwen2](08_qwen2.ipynb) finds 200 MiB that an article could not account for, and converts a loaded model from one precision to another. [Number formats](02_precision_formats.ipynb) shows what INT8 and NF4 do to single numbers.
+# [Qwen2](08_qwen2.ipynb) finds 200 MiB that an article could not account for, and converts a loaded model from one precision to another. [Conversion and hardware](17_conversion_and_hardware.ipynb) shows what INT8 and NF4 do to single numbers.

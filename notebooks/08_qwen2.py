@@ -1,10 +1,12 @@
 # %% [markdown]
 # # Qwen2-0.5B: the missing 200 MiB
 #
+# **Why did a model take a fifth more memory than its parameters times bytes?** Each of its 24 layers kept the same tables of positions, 192 MiB of buffers that no parameter count shows. Today's transformers keeps none of them, and every byte of the gap can be named.
+#
 # After this chapter you can load a model in the precision you mean, convert it on the GPU, and account for a gap between theory and measurement, byte by byte.
 #
 # - **Time:** 20 minutes to read, about a minute to run.
-# - **Needs:** 5 GB of memory and 1 GB of disk. It runs on any machine, a GPU is optional, and nothing is downloaded: the first run makes a checkpoint of random weights.
+# - **Needs:** 5 GB of memory and 1 GB of disk. A GPU is optional, and nothing is downloaded: the first run makes a checkpoint of random weights.
 
 # %% tags=["hide-input", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the set-up", "code_prompt_hide": "Hide the set-up"}
 # set-up with bitsandbytes
@@ -43,13 +45,13 @@ print(gpu)
 print(versions("torch", "transformers", "accelerate", "bitsandbytes"))
 
 # %% [markdown]
-# This chapter works through a second article {cite}`qwen2-notes`. Its author loads Qwen2-0.5B-Instruct {cite}`qwen2` in FP16, multiplies parameters by bytes, measures, and finds a fifth more than the product. The article puts the gap down to the framework and the GPU's cache. We find every byte of it.
+# This chapter works through a second article {cite}`qwen2-notes`. Its author loads Qwen2-0.5B-Instruct {cite}`qwen2` in FP16, multiplies parameters by bytes, measures, and finds a fifth more than the product. The article explains the gap by the framework and the GPU's cache. We find every byte of it: the buffers in {numref}`qwen2-then-and-now`.
 #
 # The weights here are random, in the published shapes and dtype: memory does not depend on values. `WEIGHTS = "hub"` in the set-up takes the published ones.
 #
-# The article begins with versions and hardware. So do we:
+# The article begins with versions and hardware, and so do we:
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["nbval-ignore-output", "hide-input"]
 print("transformers version:", transformers.__version__)
 print("torch version:", torch.__version__)
 if torch.cuda.is_available():
@@ -80,7 +82,7 @@ print("the loaded config says:", config.dtype)
 # Whether `from_pretrained` heeds it depends on the version. Transformers 4 made FP32 of everything, unless told `torch_dtype="auto"` or a dtype. Since transformers 5, `"auto"` is the default, and the argument is called `dtype`.
 
 
-# %%
+# %% tags=["hide-input"]
 def loaded_as(**options):
     with untracked():  # on the host: no business of the GPU's
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -102,9 +104,9 @@ table(
 # %% [markdown]
 # ### How many parameters?
 #
-# The article asks `num_parameters()`. We count the same model without its weights. Then in a way that goes wrong, and with accelerate's estimator.
+# The article asks `num_parameters()`. We count the same model without its weights, then in a way that goes wrong, and then with accelerate's estimator.
 
-# %%
+# %% tags=["hide-input"]
 with untracked():
     skeleton = models.build(NAME, "meta")
     N = skeleton.num_parameters()
@@ -122,7 +124,7 @@ print(f"accelerate's estimator:     {estimated:13,} B")
 print(f"  less 2 B a parameter:     {estimated - 2 * N:13,} B")
 
 # %% [markdown]
-# The output head *is* the embedding matrix, under a second name: the two are **tied**. Counting names instead of tensors adds 28 %. Accelerate's estimator, called as a library, gets it right, and adds the buffers of today's rotary embedding. It knows no rounding and nothing that grows while the model runs.
+# The output head *is* the embedding matrix, under a second name: the two are **tied**. If you count names instead of tensors, you add 28 %. Accelerate's estimator, called as a library, gets it right, and adds the buffers of today's rotary embedding. It does not know about rounding, or about anything that grows while the model runs.
 
 # %% [markdown]
 # ### Parameters times bytes
@@ -138,7 +140,7 @@ for name, nbytes in predicted.items():
     print(f"{name}: {nbytes:13,} B = {nbytes / GiB!r} GiB")
 
 # %% [markdown]
-# In FP16 the article prints the same digits, 0.9202077388763428, and calls them MB. Its code divides by 1024³: they are GiB. For FP32 it prints them once more: the factor 2 for FP16 was left in. FP32 takes 4 bytes.
+# For FP16 the article prints the same digits, 0.9202077388763428, and calls them MB. Its code divides by 1024³, so they are GiB. For FP32 it prints them again: the factor 2 for FP16 was left in. FP32 takes 4 bytes.
 #
 # The two quantised rows store the matrices of the layers in 8 or 4 bits, with scales, and the rest in FP16.
 
@@ -148,7 +150,7 @@ for name, nbytes in predicted.items():
 # Each precision is loaded with `device_map`, as in the article, and computes once on eight tokens.
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how a load is measured", "code_prompt_hide": "Hide how a load is measured"}
 def empty_card():
     gc.collect()
     gpu.clear_cublas_workspaces()
@@ -169,7 +171,7 @@ held, logits = {}, {}
 for precision in WAYS:
     measure(precision)
 
-# %%
+# %% tags=["hide-input"]
 table(
     [
         "loaded in",
@@ -197,7 +199,7 @@ table(
 #
 # A figure for memory is worth nothing if the model is broken. So we compare the logits with those of FP32, in the largest and the root-mean-square difference. They differ a little from machine to machine.
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["nbval-ignore-output", "hide-input"]
 spread = logits["fp32"].std().item()
 off = {name: values - logits["fp32"] for name, values in logits.items()}
 rms = {n: d.square().mean().sqrt().item() for n, d in off.items()}
@@ -208,16 +210,18 @@ for name, d in off.items():
 assert rms["fp16"] < rms["bf16"] < rms["int8"] < rms["nf4"] < spread, rms
 
 # %% [markdown]
-# FP16 comes closest, BF16 follows, and each bit you remove costs. [Number formats](02_precision_formats.ipynb) says why. With random weights this shows that each load works, not how well a quantised model answers.
+# FP16 comes closest, BF16 follows, and each bit you remove costs. [Conversion and hardware](17_conversion_and_hardware.ipynb) says why. With random weights this shows that each load works, not how well a quantised model answers.
 
 # %% [markdown]
 # ## Compare: the missing 200 MiB
 #
 # ### What was there in 2024
 #
-# Qwen2 tells positions apart by rotating queries and keys. The angles' cosines and sines come from a table. In transformers 4.41 **every layer** kept tables of its own, for all 32,768 positions that the model allows, in the model's dtype {cite}`transformers-4-41`:
+# Qwen2 marks positions by rotating queries and keys. The angles' cosines and sines come from a table. In transformers 4.41 **every layer** kept its own tables, for all 32,768 positions that the model allows, in the model's dtype {cite}`transformers-4-41`:
 #
-# $$24 \text{ layers} \cdot 2 \text{ tables} \cdot 32{,}768 \text{ positions} \cdot 64 \cdot 2 \text{ bytes}$$
+# $$24 \cdot 2 \cdot 32{,}768 \cdot 64 \cdot 2 \text{ bytes}$$
+#
+# These are layers, tables, positions, numbers for each, and bytes for each number.
 
 # %%
 LAYERS, POSITIONS = 24, 32_768
@@ -228,14 +232,14 @@ print(f"tables:      {tables:11,} B = {tables // MiB} MiB")
 print(f"frequencies: {frequencies:11,} B, the FP32 buffers they come from")
 
 # %% [markdown]
-# 24 equal copies. They are buffers, not parameters, so no count of parameters sees them. Nor are they saved in the checkpoint.
+# The 24 copies are equal. They are buffers, not parameters, so no count of parameters sees them. They are not saved in the checkpoint, either.
 #
 # ### Replay
 #
 # We repeat that load, tensor by tensor: the parameters in the order of their names, then each layer's buffers. After each parameter, the accelerate of the time emptied PyTorch's cache {cite}`accelerate-0-30`. That will matter later.
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the load", "code_prompt_hide": "Hide the load"}
 def load_as_then(dtype, emptying=True):
     def on_the_card(*shape, dtype=dtype):
         made.append(torch.empty(shape, dtype=dtype, device=gpu.device))
@@ -262,14 +266,14 @@ print(f"this GPU:          {then.total / GiB!r} GiB")
 print("article, measured: 1.115407943725586 GiB")
 
 # %% [markdown]
-# Every printed digit.
+# Every printed digit agrees.
 #
 # ### Every byte by cause
 #
-# Two kinds of rounding are in it. Small tensors fill up to multiples of 512 bytes. And of a large block, a rest of up to 1 MiB is not split off: it goes with the block {cite}`pytorch-allocator`.
+# There are two kinds of rounding in it. Small tensors are filled up to multiples of 512 bytes. And in a large block, a remainder of up to 1 MiB is not split off: it stays with the block {cite}`pytorch-allocator`.
 
 
-# %%
+# %% tags=["hide-input"]
 def roundings(snapshot):
     """To multiples of 512 bytes; and rests that were not split off."""
     steps = rests = 0
@@ -284,7 +288,7 @@ def roundings(snapshot):
 
 steps, rests = roundings(gpu.memory_snapshot())
 
-# %%
+# %% tags=["hide-input"]
 PRINTED = int(1.115407943725586 * GiB)
 CAUSES = {
     "the formula: 2 B a parameter": 2 * N,
@@ -301,7 +305,7 @@ table(
     + [("difference", PRINTED - total, "")],
 )
 
-# %% mystnb={"image": {"alt": "Two stacked bars of memory for Qwen2-0.5B in FP16. With transformers 4.41: 988.07 MB of parameters, 201.33 MB of buffers, about 8 MB of rounding. Today: the same parameters and nothing else that can be seen."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two stacked bars of memory for Qwen2-0.5B in FP16. With transformers 4.41: 988.07 MB of parameters, 201.33 MB of buffers, about 8 MB of rounding. Today: the same parameters and nothing else that can be seen."}, "figure": {"classes": "first", "name": "qwen2-then-and-now", "caption": "Qwen2-0.5B after loading in FP16, with the transformers of 2024 and of today."}}
 figure = stacked_bars(
     {"Qwen2-0.5B in FP16": {"transformers 4.41": then, "today": held["fp16"]}}
 )
@@ -311,7 +315,7 @@ figure = stacked_bars(
 #
 # ### Why it is gone
 #
-# Today the whole model has *one* rotary module. It keeps the inverse frequencies, twice, and computes cosines and sines in each forward pass, for the positions at hand only. The rests are gone, too: transformers reserves one block for all parameters before it loads them, and they are carved from it.
+# Today the whole model has *one* rotary module. It keeps the inverse frequencies, twice, and computes cosines and sines in each forward pass, only for the positions at hand. The remainders are gone, too: transformers reserves one block for all parameters before it loads them, and they are cut from it.
 
 # %%
 print("today:", {name: f"{b.nbytes} B" for name, b in rotary.items()})
@@ -320,12 +324,12 @@ print(f"in a forward pass of 6,144 tokens: {2 * 6_144 * HEAD * 2:,} B")
 # %% [markdown]
 # ## The FP32 figure and its history
 #
-# In FP32 the article prints 2.2383761405944824 GiB. Parameters and tables as above, at 4 bytes, come close. But this time the card was not empty: the FP16 model was alive while the new one was loaded. And the cells are numbered 1, 2, 3, 4, **6**. What was in cell 5?
+# For FP32 the article prints 2.2383761405944824 GiB. Parameters and tables as above, at 4 bytes, come close. But this time the card was not empty: the FP16 model was alive while the new one was loaded. And the cells are numbered 1, 2, 3, 4, **6**. What was in cell 5?
 #
-# Which block a tensor gets depends on what was there before. So we replay some histories, each with and without accelerate's emptying.
+# Which block a tensor gets depends on what was there before. So we replay several histories, each with and without accelerate's emptying.
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the histories", "code_prompt_hide": "Hide the histories"}
 def in_fp32_after(*earlier, emptying=True):
     empty_card()
     cells = {}
@@ -345,7 +349,7 @@ HISTORIES = {
 PRINTED_FP32 = int(2.2383761405944824 * GiB)
 model = None
 
-# %%
+# %% tags=["hide-input"]
 off = {
     name: [
         in_fp32_after(*earlier, emptying=emptying) - PRINTED_FP32
@@ -365,7 +369,7 @@ print("article, measured: 2.2383761405944824 GiB")
 # %% [markdown]
 # One history gives the article's figure in every digit: FP16, then FP32, then **FP32 again**, with accelerate's emptying. So cell 5 was most likely the load of cell 6, run once before.
 #
-# That is a reconstruction, not a record: the article says neither what cell 5 was nor which accelerate it used. And an exact hit among several tries may be luck. Exercise 1 tries more: no other fits.
+# That is a reconstruction, not a record. The article says neither what cell 5 was nor which accelerate it used, and an exact hit among several tries may be luck. Exercise 1 tries more, and no other fits.
 
 # %% [markdown]
 # ## Convert the loaded model
@@ -377,7 +381,7 @@ print("article, measured: 2.2383761405944824 GiB")
 # So the peak lies at the parameter where old and new together are largest.
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the prediction", "code_prompt_hide": "Hide the prediction"}
 def converting(model, width):
     """Peak bytes: before each old tensor goes, the new one is there."""
     now = peak = sum(p.nbytes for p in model.parameters())
@@ -399,7 +403,7 @@ CONVERSIONS = {
 #
 # The model comes in the checkpoint's BF16, by `.to(device)`, and is converted three times.
 
-# %%
+# %% tags=["hide-input"]
 with untracked():
     host = AutoModelForCausalLM.from_pretrained(folder)
 weights = [p.data for p in host.parameters()]  # for later, on the host
@@ -417,7 +421,7 @@ with gpu.record(model) as recorded, gpu.label("parameters"):
         after = gpu.memory_allocated(), gpu.memory_reserved()
         rows.append((name, expected, peak, *after))
 
-# %%
+# %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the peaks in bytes", "code_prompt_hide": "Hide the peaks in bytes"}
 table(
     [
         "step",
@@ -429,11 +433,11 @@ table(
     rows,
 )
 
-# %% mystnb={"image": {"alt": "Allocated memory while a loaded model is converted. From 1 GB in BF16 it rises to 2 GB during float(). At half() it jumps by the FP16 copy of the embedding, the peak of about 2.25 GB, then falls at once as the FP32 embedding goes, and on down to 1 GB. to(bfloat16) rises by the embedding for a moment and comes back to 1 GB."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Allocated memory while a loaded model is converted. From 1 GB in BF16 it rises to 2 GB during float(). At half() it jumps by the FP16 copy of the embedding, the peak of about 2.25 GB, then falls at once as the FP32 embedding goes, and on down to 1 GB. to(bfloat16) rises by the embedding for a moment and comes back to 1 GB."}, "figure": {"name": "conversions", "caption": "Allocated memory while a loaded model is converted three times."}}
 figure = timeline(recorded)
 
 # %% [markdown]
-# `half()` frees **at once**, tensor by tensor: there are never two models. The peak over the old model is the first and largest tensor, the embedding. The peaks are higher than predicted because of rounding, and 256 bytes of buffers.
+# `half()` frees **at once**, tensor by tensor: there are never two models ({numref}`conversions`). The peak over the old model is the first and largest tensor, the embedding. The peaks are higher than predicted because of rounding and 256 bytes of buffers.
 #
 # What is freed stays *reserved* by PyTorch's cache. That is what `nvidia-smi` still shows, until the cache is emptied:
 
@@ -444,13 +448,13 @@ print(f"reserved: {before:,} B, emptied: {gpu.memory_reserved():,} B")
 print(f"allocated: {gpu.memory_allocated():,} B")
 
 # %% [markdown]
-# Not all of it comes back: the new tensors lie scattered over the old segments, and only segments that are wholly free are returned. Loading in the precision you want, in the first place, reserves no more than it needs.
+# Not all of it comes back: the new tensors lie scattered over the old segments, and only segments that are wholly free are returned. If you load in the precision you want in the first place, nothing more than needed is reserved.
 #
 # ### What conversion does to values
 #
 # From BF16 to FP32 nothing is lost. From BF16 to FP16 the range shrinks: numbers over 65,504 become infinite, tiny ones lose digits or become zero. A round trip shows how many. BF16 has only 65,536 patterns, so we try each, and count how often the weights hold it.
 
-# %%
+# %% tags=["hide-input"]
 patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16)
 numbers = patterns.view(torch.bfloat16)
 there = numbers.half()
@@ -470,7 +474,7 @@ print(f"became infinite: {counts[there.isinf()].sum()}")
 print(f"largest weight: {largest:.3f}, largest of FP16: 65,504")
 
 # %% [markdown]
-# Only weights under $2^{-17}$ change, by at most $2^{-25}$: nothing that a sum of hundreds would notice. Activations are larger than weights, and there FP16 can overflow where BF16 does not. [Number formats](02_precision_formats.ipynb) has the limits.
+# Only weights under $2^{-17}$ change, by at most $2^{-25}$: nothing that a sum of hundreds would notice. Activations are larger than weights, and FP16 can overflow there where BF16 does not. [Number formats](02_precision_formats.ipynb) has the limits.
 #
 # ### What conversion does to buffers
 #
@@ -499,19 +503,19 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         )
 
 # %% [markdown]
-# A whole turn is 6.28 rad. Across a long text the converted frequencies point anywhere, and turning back to FP32 does not bring them back. So load in the precision you want, or leave such buffers out of the conversion.
+# A whole turn is 6.28 rad. Across a long text the converted frequencies point anywhere, and converting them to FP32 does not bring them back. So load in the precision you want, or leave such buffers out of the conversion.
 
 # %% [markdown]
 # ## What running it adds
 #
-# So far the model only lay there. Qwen's own benchmark generates 2,048 tokens after inputs of several lengths, on an A100 with flash attention. It was published with transformers 4.38 for Qwen2 {cite}`qwen2-speed`, and with 4.46 for Qwen2.5 {cite}`qwen25-speed`, which has the same sizes.
+# So far the model only sat there. Qwen's own benchmark generates 2,048 tokens after inputs of several lengths, on an A100 with flash attention. Qwen published it with transformers 4.38 for Qwen2 {cite}`qwen2-speed`, and with 4.46 for Qwen2.5 {cite}`qwen25-speed`, which has the same sizes.
 #
 # Two things grow with the input:
 #
 # - the **KV cache**, in BF16: $2 \cdot 24 \cdot 2 \cdot 64 \cdot 2$ bytes for each token;
 # - the **logits**, 151,936 for each token. The old version computed them for *all* positions of the input, and held them in BF16 and FP32 at once: 6 bytes for each.
 
-# %%
+# %% tags=["hide-input"]
 LENGTHS = (1, 6_144, 14_336, 30_720)
 table(
     ["input tokens", "KV cache (B)", "logits of all, 6 B each (B)"],
@@ -529,7 +533,7 @@ table(
 # No small card holds that. So this section opens a virtual GPU of its own, wherever it runs: its figures are **replayed**. Attention is PyTorch's flash kernel, which makes no matrix of scores.
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the forward pass", "code_prompt_hide": "Hide the forward pass"}
 def fused(module, query, key, value, mask, scaling=None, **_):
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     result = flash(query, key, value, 0.0, True, scale=scaling)[0]
@@ -552,7 +556,7 @@ def forward(model, tokens, cache, all_logits):
 # The peak of a generation is either that of reading the input, or that of the last of the 2,048 tokens.
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how the peak is found", "code_prompt_hide": "Hide how the peak is found"}
 @torch.inference_mode()
 def peak_of_generating(tokens, as_then):
     with VirtualGPU() as card:
@@ -572,7 +576,7 @@ def peak_of_generating(tokens, as_then):
         return max(reading, card.max_memory_allocated())
 
 
-# %%
+# %% tags=["hide-input"]
 QWEN2 = (1.17, 6.42, 13.48, 27.61)
 QWEN25 = (0.97, 1.23, 1.60, 2.34)
 
@@ -588,23 +592,23 @@ table(
     beside(QWEN2, as_then=True),
 )
 
-# %%
+# %% tags=["hide-input"]
 table(
     ["input", "Qwen2.5, measured", "replayed as now (GiB)", "off by"],
     beside(QWEN25, as_then=False),
 )
 
 # %% [markdown]
-# The long inputs come out within 0.01 GiB of Qwen's figures, though the two versions are up to twelve times apart. So the reason is named: the logits of all positions then, of the last one today (`logits_to_keep`). For one token 0.01 to 0.02 GiB are missing. What picks each of the 2,048 tokens from its scores is not in the replay. It may be that: we did not check.
+# The long inputs come out within 0.01 GiB of Qwen's figures, though the two versions are up to twelve times apart. So we know the reason: the old version computed the logits of all positions, today's only of the last one (`logits_to_keep`). For one token 0.01 to 0.02 GiB are missing. The replay leaves out the code that picks each of the 2,048 tokens from its scores. That may be the cause: we did not check.
 #
 # What Qwen calls GB must be GiB: in GB no row would fit.
 
 # %% [markdown]
 # ### What an H200 measured
 #
-# The loads of this page, on a card with nothing else on it. Allocated bytes are **measured**; beside them stands what the replay of that card is off by.
+# The same loads were **measured** on a card with nothing else on it. The folded table has the allocated bytes, and how far the replay of that card is off.
 
-# %%
+# %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show what the card measured, in bytes", "code_prompt_hide": "Hide what the card measured, in bytes"}
 print(CARD)
 LOADS = [f"load-Qwen2-0.5B-{p}-to" for p in ("fp32", "fp16", "bf16")]
 LOADS += [

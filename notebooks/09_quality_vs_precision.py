@@ -1,10 +1,12 @@
 # %% [markdown]
 # # Quality against precision: what the saved bytes cost
 #
+# **Is a given number of bytes better spent on more parameters or on more bits?** On more parameters: a larger model in fewer bits beats a smaller one in 16, down to about four bits. Below that, plain rounding ruins it, because each bit less makes the loss four times as large.
+#
 # After this chapter you can say what a number format costs in quality, how to measure that on a model of your own, and whether a given number of bytes is better spent on more parameters or on more bits.
 #
-# - **Time:** 30 minutes to read, two to three minutes to run.
-# - **Needs:** nothing. It runs on any machine, a GPU is optional, and nothing is downloaded. Training takes place on the CPU everywhere.
+# - **Time:** 25 minutes to read, two to three minutes to run.
+# - **Needs:** nothing. A GPU is optional, and nothing is downloaded. Training takes place on the CPU everywhere.
 
 # %% tags=["hide-input", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the set-up", "code_prompt_hide": "Hide the set-up"}
 # set-up with bitsandbytes
@@ -45,19 +47,23 @@ gpu.close()  # until its memory is looked at
 torch.set_num_threads(1)  # sums in one order, however many cores there are
 
 # %% [markdown]
-# The source article {cite}`hoperj2024` closes with a figure of llama.cpp's *k-quants* {cite}`kquants`: the perplexity of LLaMA models in 2 to 6 bits, against their size. It draws two conclusions. Quality falls smoothly with size, so one can choose. And 6 bits are within 0.1 % of FP16.
+# The article that this book began with {cite}`hoperj2024` closes with a figure of llama.cpp's *k-quants* {cite}`kquants`: the perplexity of LLaMA models in 2 to 6 bits, against their size. It draws two conclusions. Quality falls smoothly with size, so one can choose. And 6 bits are within 0.1 % of FP16.
 #
-# We make such a figure ourselves, twice, with models small enough to be trained here: networks that read digits, and language models. Then we look at where the loss comes from.
+# We make such figures ourselves, with models small enough to be trained here: networks that read digits, and language models ({numref}`perplexity-against-bytes`). Then we look at where the loss comes from.
 
 # %% [markdown]
 # ## Fourteen formats
 #
-# The chapter on [number formats](02_precision_formats.ipynb) explains them; here they are put to work. In all of them the *matrices of linear layers* change. In FP32, BF16 and FP16 the whole model is in that format, and computes in it. Below 16 bits the matrices are turned back before each product, which is computed in FP32; biases, norms and embeddings are kept in FP16. Only LLM.int8() multiplies integers.
+# [Number formats](02_precision_formats.ipynb) and [Conversion and hardware](17_conversion_and_hardware.ipynb) explain them. Here they are put to work. In all of them the *matrices of linear layers* change:
 #
-# **Round to nearest** is the naive way: $L = 2^{b-1}-1$ steps to either side of zero, the largest weight of a block on the last of them. Three bits must really take three bits, so we pack them:
+# - In FP32, BF16 and FP16 the whole model is in that format, and computes in it.
+# - Below 16 bits the matrices are turned back before each product, which is computed in FP32. Biases, norms and embeddings are kept in FP16.
+# - Only LLM.int8() multiplies integers.
+#
+# **Round to nearest** is the naive way: $L = 2^{b-1}-1$ steps to either side of zero, with the largest weight of a block on the last of them. Three bits must really take three bits, so we pack them.
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how bits are packed", "code_prompt_hide": "Hide how bits are packed"}
 def pack(numbers, bits):
     """Whole numbers below 2**bits, without a gap between them."""
     planes = (numbers[:, None] >> torch.arange(bits)) & 1
@@ -74,7 +80,7 @@ def unpack(packed, bits, count):
 # Each format is a function from a matrix to the tensors that have to be kept, and to the matrix that comes back from them.
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show rounding to nearest", "code_prompt_hide": "Hide rounding to nearest"}
 def integers(bits, block):
     """Round to nearest, with an FP32 scale for each `block` weights."""
     steps = 2 ** (bits - 1) - 1
@@ -94,10 +100,10 @@ def integers(bits, block):
 
 
 # %% [markdown]
-# bitsandbytes has NF4 and FP4. Its blocks run on from row to row, so it may be given a matrix as one long row. (Version 0.50.2 needs that: where *rows* end inside a block, it gives wrong weights back on CPUs with AVX-512.)
+# bitsandbytes has NF4 and FP4. Its blocks run on from row to row, so we may give it a matrix as one long row. (Version 0.50.2 needs that: where *rows* end inside a block, it gives wrong weights back on CPUs with AVX-512.)
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show NF4, FP4 and FP8", "code_prompt_hide": "Hide NF4, FP4 and FP8"}
 def four_bit(kind):
     def quantise(w):
         row = F.pad(w.flatten(), (0, -w.numel() % 64))[None]
@@ -120,7 +126,7 @@ def fp8(dtype):
     return quantise
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the fourteen formats", "code_prompt_hide": "Hide the fourteen formats"}
 FORMATS = {
     "FP32": torch.float32,
     "BF16": torch.bfloat16,
@@ -142,7 +148,7 @@ FORMATS = {
 # LLM.int8() {cite}`dettmers2022` is a layer and not only a way to store: it quantises its inputs, too.
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show LLM.int8()", "code_prompt_hide": "Hide LLM.int8()"}
 def llm_int8(model, threshold=6.0):
     """A copy with bitsandbytes' layers instead of PyTorch's."""
     model = copy.deepcopy(model)
@@ -158,7 +164,7 @@ def llm_int8(model, threshold=6.0):
     return model.eval()  # in training mode it would only store in INT8
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the conversion of a model", "code_prompt_hide": "Hide the conversion of a model"}
 @torch.no_grad()
 def convert(model, name):
     """A copy of the model in a format, and the tensors to be kept."""
@@ -184,9 +190,9 @@ def convert(model, name):
 # %% [markdown]
 # ### Bytes
 #
-# **Predict.** A $b$-bit weight takes $b/8$ bytes, and $4/B$ for its share of a scale. **Measure** on a matrix of normally distributed weights, what really has to be kept:
+# **Predict.** A $b$-bit weight takes $b/8$ bytes, and $4/B$ for its share of a scale. **Measure**, on a matrix of normally distributed weights, what really has to be kept:
 
-# %%
+# %% tags=["hide-input"]
 torch.manual_seed(0)
 uniform = torch.rand(512, 576, dtype=torch.float64)
 W = torch.special.ndtri(uniform).float()  # normally distributed
@@ -203,7 +209,7 @@ table(["", "predicted (B)", "kept (B)", "each weight (B)"], rows)
 # %% [markdown]
 # Ours and bitsandbytes' INT8 by rows are one and the same:
 
-# %%
+# %% tags=["hide-input"]
 (packed, largest), back = FORMATS["INT8, by rows"](W)
 theirs, scales, _ = bnb.int8_vectorwise_quant(W.clone())
 ours = unpack(packed, 8, W.numel()).view_as(W) - 127
@@ -211,7 +217,7 @@ print("integers equal:", torch.equal(ours, theirs.int()))
 print("scales equal:  ", torch.equal(largest.flatten(), scales))
 
 # %% [markdown]
-# Do these bytes reach the card? A network with three linear layers, in each format: its kept tensors go to the GPU. **Predict** the bytes, each tensor rounded up to 512.
+# Do these bytes reach the card? We take a network with three linear layers in each format and send its kept tensors to the GPU. **Predict** the bytes, with each tensor rounded up to 512: the prediction is right for all fourteen.
 
 
 # %%
@@ -223,7 +229,7 @@ def mlp(width):
     )
 
 
-# %%
+# %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the fourteen rows, in bytes", "code_prompt_hide": "Hide the fourteen rows, in bytes"}
 network = mlp(256)
 stored = {name: convert(network, name)[1] for name in FORMATS}
 rows = []
@@ -244,7 +250,7 @@ table(headers, rows)
 # **Predict.** Rounding to steps of size $s$ makes an error that is spread evenly over one step: $s/\sqrt{12}$ (root mean square). One bit fewer doubles the step and so the error. A float with $M$ mantissa bits has steps in proportion to the number: relative to it, on average, $0.196 \cdot 2^{-M}$.
 
 
-# %%
+# %% tags=["hide-input"]
 def rms(x):
     return x.double().square().mean().sqrt().item()
 
@@ -261,7 +267,7 @@ def expected_error(name):
     return 100 * rms(largest / steps) / math.sqrt(12) / rms(W)
 
 
-# %%
+# %% tags=["hide-input"]
 def there_and_back(name):
     how = FORMATS[name]
     return W.to(how).float() if isinstance(how, torch.dtype) else how(W)[1]
@@ -277,15 +283,14 @@ for name in FORMATS:
 table(["", "error, predicted (%)", "error, measured (%)"], rows)
 
 # %% [markdown]
-# (The factor 0.196 is $1/\sqrt{12}$ over the root mean square of numbers between 1 and 2 whose logarithms are evenly spread.) INT2 has three levels only: most weights become zero, and the formula for small steps no longer holds. FP8 with few mantissa bits does worse than INT8 on such a matrix, and NF4 better than the other formats of its size.
+# (The factor 0.196 is $1/\sqrt{12}$ divided by the root mean square of numbers between 1 and 2 whose logarithms are evenly spread.) INT2 has only three levels: most weights become zero, and the formula for small steps no longer holds. On such a matrix, FP8 with its few mantissa bits does worse than INT8, and NF4 does better than the other formats of its size.
 
 # %% [markdown]
 # ## Digits
 #
-# Five networks of two hidden layers, 16 to 256 wide, learn 8,000 digits; 2,000 others are the test. To see chance, each is trained from five seeds. `torch.func` stacks the five and trains them at once: the same code as for one.
+# Five networks of two hidden layers, 16 to 256 wide, learn 8,000 digits. 2,000 others are the test. Each is trained from five seeds, to see how much is chance. `torch.func` stacks the five and trains them at once, with the same code as for one.
 
-
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the training", "code_prompt_hide": "Hide the training"}
 SEEDS = 5
 
 
@@ -306,7 +311,7 @@ def train(make, batches, steps, lr):
     return unstack(models, weights)
 
 
-# %%
+# %% tags=["hide-input"]
 def seeded(make, seed):
     torch.manual_seed(seed)
     return make()
@@ -321,10 +326,10 @@ def unstack(models, weights):
 
 
 # %% [markdown]
-# The digits lie in 28 by 28 pixels with an empty border. A batch cuts out 24 by 24, each time at another place, so that the networks do not learn the places by heart. The test takes the middle.
+# The digits lie in 28 by 28 pixels with an empty border. A batch cuts out 24 by 24, each time at another place, so that the networks don't learn the places by heart. The test takes the middle.
 
 
-# %%
+# %% tags=["hide-input"]
 def digits(train):
     data = mnist(train=train)
     return (data.data.float() / 255 - 0.1307) / 0.3081, data.targets
@@ -358,10 +363,10 @@ for name, models in networks.items():
     print(f"{name}: {n:,} parameters")
 
 # %% [markdown]
-# Trained once, evaluated in every format: the share of test digits read wrongly, and the **cross-entropy**, the mean of $-\ln p$ over the test digits, where $p$ is the probability that the network gave to the right answer. It notices more than the first: an answer can get less certain before it gets wrong.
+# Each is trained once and evaluated in every format, by two measures: the share of test digits read wrongly, and the **cross-entropy**, the mean of $-\ln p$ over the test digits, where $p$ is the probability that the network gave to the right answer. The second notices more: an answer gets less certain before it gets wrong.
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the evaluation", "code_prompt_hide": "Hide the evaluation"}
 @torch.no_grad()
 def test_digits(model):
     *_, bias = model.parameters()  # the inputs take the dtype of the last
@@ -388,7 +393,7 @@ read = {
 }
 
 
-# %%
+# %% tags=["hide-input"]
 def measured(results, index=0):
     """One measure: model: format: bytes, and a value for each seed."""
     return {
@@ -410,9 +415,9 @@ def middle(results, index=0):
 
 
 # %% [markdown]
-# In the style of the article's figure: a colour for each network, a marker for each format, at the median of the five seeds, with a bar from the best to the worst. Training differs in its last digits from machine to machine, so what it gives is not compared when the notebook is checked. What must hold everywhere is asserted.
+# {numref}`digits-against-bytes` is in the style of the article's figure: a colour for each network, and a marker for each format at the median of the five seeds, with a bar from the best to the worst. Training differs in its last digits from machine to machine, so its results are not compared when the notebook is checked. What must hold everywhere is asserted.
 
-# %% tags=["nbval-ignore-output"] mystnb={"image": {"alt": "Two panels above each other, against bytes from 2 KiB to 1 MiB, both axes logarithmic: the share of test digits read wrongly, and the cross-entropy. Each of five networks is a line that runs level from FP32 through 16, 8 and 6 bits, bends a little at 4 bits, and rises steeply at 3 and 2 bits. The lines of larger networks lie lower and further right. In 4 bits a network lies below one of half its width in 16 bits, with fewer bytes."}}
+# %% tags=["nbval-ignore-output", "hide-input"] mystnb={"image": {"alt": "Two panels above each other, against bytes from 2 KiB to 1 MiB, both axes logarithmic: the share of test digits read wrongly, and the cross-entropy. Each of five networks is a line that runs level from FP32 through 16, 8 and 6 bits, bends a little at 4 bits, and rises steeply at 3 and 2 bits. The lines of larger networks lie lower and further right. In 4 bits a network lies below one of half its width in 16 bits, with fewer bytes."}, "figure": {"name": "digits-against-bytes", "caption": "Five networks that read digits, in fourteen formats: wrong answers and cross-entropy against bytes."}}
 figure = against_bytes(
     {
         "test digits read wrongly (%)": measured(read, 0),
@@ -434,9 +439,9 @@ assert loss["256 wide", "NF4"] < loss["128 wide", "FP16"]
 # %% [markdown]
 # ## A language model
 #
-# The article's figure is about language. Ours must be learned in seconds, so the language is a small one that comes with every Python: the **names of the characters** in Unicode 3.2. Python keeps that edition unchanged {cite}`python-unicodedata`. We take names of up to 31 letters and without digits, and leave out the Hangul syllables, which follow a formula. Sorted by their hash, 400 of them are held out.
+# The article's figure is about language. Our models must learn theirs in seconds, so it is a small one that comes with every Python: the **names of the characters** in Unicode 3.2. Python keeps that edition unchanged {cite}`python-unicodedata`. We take names of up to 31 letters and without digits, and leave out the Hangul syllables, which follow a formula. Sorted by their hash, 400 of them are held out.
 
-# %%
+# %% tags=["hide-input"]
 names = [
     name
     for code in range(0x110000)
@@ -450,15 +455,15 @@ held_out, learned = names[:400], names[400:]
 print(f"{len(learned):,} names to learn, {len(held_out)} to test, such as")
 print(*learned[2:7], sep="\n")
 
-# %%
+# %% tags=["hide-input"]
 text = "\n".join(names)
 print(f"{len(text):,} characters, {len(set(text))} different")
 print("SHA-256:", hashlib.sha256(text.encode()).hexdigest()[:32], "...")
 
 # %% [markdown]
-# (That line is compared: the text is the same wherever this page is checked.) A model reads characters and predicts the next one. Every row begins and ends with a line break; what is behind the end is not asked.
+# (That line is compared: the text is the same wherever this page is checked.) A model reads characters and predicts the next one. Every row begins and ends with a line break, and what follows the end is not asked.
 
-# %%
+# %% tags=["hide-input"]
 alphabet = "\n -ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 IGNORED = -100  # what cross_entropy leaves out
 
@@ -484,7 +489,7 @@ def attention(q, k, v):
     return scores.masked_fill(future, -math.inf).softmax(-1) @ v
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the block", "code_prompt_hide": "Hide the block"}
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -501,7 +506,7 @@ class Block(nn.Module):
         return x + self.down(F.relu(self.up(self.norm2(x))))
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the model", "code_prompt_hide": "Hide the model"}
 class LanguageModel(nn.Module):
     def __init__(self, width):
         super().__init__()
@@ -519,7 +524,7 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
-# %%
+# %% tags=["hide-input"]
 def name_batches(steps, size=48):
     chance = torch.Generator().manual_seed(0)
     x, y = encode(learned)
@@ -528,7 +533,7 @@ def name_batches(steps, size=48):
         yield x[some], y[some].flatten()
 
 
-# %%
+# %% tags=["hide-input"]
 language = {
     f"{width} wide": train(
         lambda width=width: LanguageModel(width), name_batches, 250, lr=1e-2
@@ -540,7 +545,7 @@ for name, models in language.items():
     print(f"{name}: {n:,} parameters")
 
 # %% [markdown]
-# **Perplexity** is $e$ to the power of the mean cross-entropy: between how many equally likely characters the model hesitates. 29 would be pure guessing.
+# **Perplexity** is $e$ to the power of the mean cross-entropy: the number of equally likely characters between which the model hesitates. 29 would be pure guessing. The results are in {numref}`perplexity-against-bytes`, at the top of this page.
 
 # %%
 test_characters, test_next = encode(held_out)
@@ -556,7 +561,7 @@ spoken = {
     name: evaluate(models, perplexity) for name, models in language.items()
 }
 
-# %% tags=["nbval-ignore-output"] mystnb={"image": {"alt": "Perplexity on held-out names against bytes from 4 KiB to 512 KiB, both axes logarithmic. Four language models, 16 to 64 wide, each a line that runs level from FP32 to 6 bits, rises a little at 4 bits, clearly at 3, and steeply at 2 bits. Each line in 4 bits lies below the next smaller model in 16 bits, with fewer bytes."}}
+# %% tags=["nbval-ignore-output", "hide-input"] mystnb={"image": {"alt": "Perplexity on held-out names against bytes from 4 KiB to 512 KiB, both axes logarithmic. Four language models, 16 to 64 wide, each a line that runs level from FP32 to 6 bits, rises a little at 4 bits, clearly at 3, and steeply at 2 bits. Each line in 4 bits lies below the next smaller model in 16 bits, with fewer bytes."}, "figure": {"classes": "first", "name": "perplexity-against-bytes", "caption": "Perplexity of four small language models in fourteen formats, against their bytes."}}
 figure = against_bytes({"perplexity": measured(spoken)})
 ppl = middle(spoken)
 exact = [ppl[model, "FP32"] for model in language]
@@ -568,10 +573,10 @@ for model in language:
 assert ppl["64 wide", "NF4"] < ppl["40 wide", "FP16"]
 
 # %% [markdown]
-# The same picture as with the digits, and as in the article: level, a bend, a cliff. A perplexity is a number, so let us hear the models as well. Each invents 200 names; a word counts as real if it occurs in any of Unicode's.
+# It is the same picture as with the digits, and as in the article: level, a bend, a cliff. A perplexity is only a number, so let us hear the models as well. Each invents 200 names. A word counts as real if it occurs in any of Unicode's.
 
 
-# %%
+# %% tags=["hide-input"]
 @torch.no_grad()
 def invent(model, count=200):
     chance = torch.Generator().manual_seed(0)
@@ -584,7 +589,7 @@ def invent(model, count=200):
     return [line[1:].split("\n")[0] for line in lines]
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["nbval-ignore-output", "hide-input"]
 words, real, rows = set(" ".join(names).split()), {}, []
 for name in ("FP32", "INT6", "NF4", "INT3", "INT2"):
     invented = invent(convert(language["64 wide"][0], name)[0])
@@ -598,10 +603,10 @@ assert real["FP32"] > 40 and real["INT2"] < real["FP32"] - 15, real
 # %% [markdown]
 # ## With the same bytes: larger, or more exact?
 #
-# This is the question behind the article's figure. For each budget, the best of all models and formats that fit into it, and beside it the best that fits in FP16:
+# This is the question behind the article's figure. For each budget, we look for the best of all models and formats that fit into it, and for the best one in FP16:
 
 
-# %%
+# %% tags=["hide-input"]
 def best(results, index, budget, formats):
     """The least median loss within a budget, its model and its format."""
     losses = middle(results, index)
@@ -621,27 +626,27 @@ def choices(results, index, budgets):
         yield f"{budget} KiB", chosen, f"{least:.3f}", smaller, f"{half:.3f}"
 
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["nbval-ignore-output", "hide-input"]
 rows = list(choices(read, 1, (24, 32, 48, 64, 96, 128, 192)))
 display(table(["digits", "best", "loss", "best in FP16", "loss"], rows))
 losers = "FP32", "BF16", "FP16", "INT2"
 assert not any(row[1].endswith(losers) for row in rows), rows
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["nbval-ignore-output", "hide-input"]
 rows = list(choices(spoken, 0, (16, 24, 32, 48, 64, 96, 128)))
 headers = ["names", "best", "perplexity", "best in FP16", "perplexity"]
 display(table(headers, rows))
 assert not any(row[1].endswith(losers) for row in rows), rows
 
 # %% [markdown]
-# **Yes: a larger model in fewer bits.** Sixteen bits never win where a larger model fits in eight, six or four. The rule ends at about four: naive 3 bits win a few budgets of the digits and here none of the names, 2 bits none at all. Where the largest model fits comfortably, the remaining bytes go into bits, and there is little left to gain.
+# **Yes: a larger model in fewer bits.** Sixteen bits never win where a larger model fits in eight, six or four. The rule ends at about four: naive 3 bits win a few budgets of the digits and none of the names here, and 2 bits win none at all. Where the largest model fits comfortably, the remaining bytes go into bits, and there is little left to gain.
 #
 # The bytes are those of the weights. A larger model also computes more and has more activations.
 
 # %% [markdown]
-# The numbers of both figures, for your own use: bytes, then a value for each seed.
+# Here are the numbers of both figures, for your own use: bytes, then a value for each seed.
 
-# %% tags=["nbval-ignore-output", "hide-output"]
+# %% tags=["nbval-ignore-output", "hide-output", "hide-input"]
 print("task,measure,model,format,bytes,0,1,2,3,4")
 tasks = [("digits", "wrong %", measured(read, 0))]
 tasks += [("digits", "cross-entropy", measured(read, 1))]
@@ -665,9 +670,9 @@ assert complete == {len(FORMATS)}, complete
 # | Llama 2 7B | 0.07 % | 0.24 % | 1.42 % | 10.8 % |
 # | Llama 3 8B | 0.02 % | 0.32 % | 2.79 % | 56.4 % |
 #
-# (Llama 2 7B: against FP16 logits stored in 16 bits, which adds a few hundredths.) The claim is about the models it was made for. It does not carry over to their successors: 0.16 to 0.32 % is still little, but it is not 0.1 %. Ours are of the same order:
+# (Llama 2 7B: against FP16 logits stored in 16 bits, which adds a few hundredths.) The claim is about the models it was made for. It does not carry over to their successors: 0.16 to 0.32 % is still little, but it is not 0.1 %. Ours are of the same order ({numref}`above-fp16`):
 
-# %%
+# %% tags=["hide-input"]
 # Size in GiB and perplexity: FP16, then Q8_0, Q6_K, Q5_K_M to Q2_K.
 PUBLISHED = {
     "Llama 3 8B, k-quants": (
@@ -689,7 +694,7 @@ OURS = {
 }
 STYLES = *["o-"] * len(OURS), "s--", "D--"
 
-# %% tags=["nbval-ignore-output"] mystnb={"image": {"alt": "Increase of perplexity in percent, logarithmic, against size as a share of FP16's. Published k-quants of Llama 3 8B fall from 56 percent at a fifth of the size to 0.02 percent at half, those of Llama 2 70B from 9 percent at a fifth to 0.16 percent at two fifths. Our models in naive 2, 3, 4 and 6 bits fall more steeply, from far above at 2 bits, to the same region at 4 bits and between 0.05 and 0.5 percent at 6 bits, the smaller the model the more. A dotted line marks 0.1 percent."}}
+# %% tags=["nbval-ignore-output", "hide-input"] mystnb={"image": {"alt": "Increase of perplexity in percent, logarithmic, against size as a share of FP16's. Published k-quants of Llama 3 8B fall from 56 percent at a fifth of the size to 0.02 percent at half, those of Llama 2 70B from 9 percent at a fifth to 0.16 percent at two fifths. Our models in naive 2, 3, 4 and 6 bits fall more steeply, from far above at 2 bits, to the same region at 4 bits and between 0.05 and 0.5 percent at 6 bits, the smaller the model the more. A dotted line marks 0.1 percent."}, "figure": {"name": "above-fp16", "caption": "How much perplexity rises above FP16's, against size as a share of FP16's: published k-quants, and our models."}}
 figure, axes = plt.subplots(figsize=(5.4, 4))
 for (label, (sizes, p)), style, color in zip(
     (OURS | PUBLISHED).items(), STYLES, COLORS.values()
@@ -705,15 +710,15 @@ six = [ppl[model, "INT6"] / ppl[model, "FP16"] - 1 for model in language]
 assert all(-0.005 < increase < 0.02 for increase in six), six
 
 # %% [markdown]
-# **Comparable:** the shape, and the ratio of each model to itself in 16 bits. **Not comparable:** the perplexities as such (ours are of characters and names, theirs of tokens and prose); models of ten thousand times the size; and k-quants, which are cleverer than rounding to nearest: 16 or 32 weights share a scale of 6 or 8 bits, and more important matrices get more bits. That is why their 2 and 3 bits are usable, and ours are not.
+# **You can compare** the shape, and the ratio of each model to itself in 16 bits. **You cannot compare** the perplexities as such: ours are of characters and names, theirs of tokens and prose, and their models are ten thousand times as large. And k-quants are cleverer than rounding to nearest: 16 or 32 weights share a scale of 6 or 8 bits, and more important matrices get more bits. That is why their 2 and 3 bits are usable, and ours are not.
 
 # %% [markdown]
 # ## Where the loss comes from
 #
-# Follow the error through a model: one language model, and how far the output of each linear layer moves, relative to its size.
+# We follow the error through one language model. {numref}`outputs-moved` shows how far the output of each linear layer moves, relative to its size.
 
 
-# %%
+# %% tags=["hide-input"]
 @torch.no_grad()
 def outputs(model):
     """What each linear layer gives, for the characters that are asked."""
@@ -731,7 +736,7 @@ def outputs(model):
     return seen
 
 
-# %%
+# %% tags=["hide-input"]
 speaker = language["64 wide"][0]
 before = outputs(speaker)
 after = {
@@ -744,7 +749,7 @@ moved = {
     for name, seen in after.items()
 }
 
-# %% tags=["nbval-ignore-output"] mystnb={"image": {"alt": "How far the outputs of nine linear layers move, in percent, logarithmic, one line for each of ten formats. The lines are nearly level and parallel: FP16 lies below 0.1 percent, BF16 and INT8 near 0.6, LLM.int8() near 1, INT6 and FP8 E4M3 near 3, NF4 and INT4 near 12, INT3 near 30 and INT2 near 90 percent. All rise by a factor of about two from the first layer to the sixth, and fall a little after it."}}
+# %% tags=["nbval-ignore-output", "hide-input"] mystnb={"image": {"alt": "How far the outputs of nine linear layers move, in percent, logarithmic, one line for each of ten formats. The lines are nearly level and parallel: FP16 lies below 0.1 percent, BF16 and INT8 near 0.6, LLM.int8() near 1, INT6 and FP8 E4M3 near 3, NF4 and INT4 near 12, INT3 near 30 and INT2 near 90 percent. All rise by a factor of about two from the first layer to the sixth, and fall a little after it."}, "figure": {"name": "outputs-moved", "caption": "How far the output of each linear layer moves when the model is converted."}}
 figure, axes = plt.subplots(figsize=(5.4, 4.4))
 shown = "INT2 INT3 INT4 NF4 FP8_E4M3 INT6 LLM.int8() INT8,_by_rows BF16 FP16"
 styles = ("-", "-", "-", "--", "--", "-", ":", "-", "--", ":")
@@ -760,18 +765,18 @@ assert logits["FP16"] < logits["BF16"] < logits["INT6"] < logits["INT4"]
 assert logits["LLM.int8()"] < logits["INT6"] and logits["INT3"] < 100
 
 # %% [markdown]
-# The error does not pile up from layer to layer: the residual stream leads past each matrix. And the lines are parallel. In the formats that only store, the logits move by about the same multiple of the rounding error, which we could predict from the steps. FP16, BF16 and LLM.int8() lie higher than their weights alone would: they round the activations, too.
+# The error does not pile up from layer to layer: the residual stream goes past each matrix. And the lines are parallel. In the formats that only store, the logits move by about the same multiple of the rounding error, which we could predict from the steps. FP16, BF16 and LLM.int8() lie higher than their weights alone would: they round the activations, too.
 
 # %% [markdown]
 # ### From logits to loss
 #
-# **Predict.** Let the logits move by $\delta$, and $p$ be the probabilities before. To second order, the distribution that the model says moves away from the old one by
+# **Predict.** Let the logits move by $\delta$, and let $p$ be the probabilities before. To second order, the model's distribution moves away from the old one by
 #
 # $$\mathrm{KL} \approx \tfrac{1}{2} \, \mathrm{Var}_p(\delta)$$
 #
 # (Kullback-Leibler divergence, averaged over the text). The first-order part is zero, because probabilities always sum to one. So the loss grows with the **square** of the error: one bit more halves the error and quarters the loss.
 
-# %%
+# %% tags=["hide-input"]
 p, rows, shifts = before["head"].softmax(-1), [], {}
 expected_next = test_next[test_next != IGNORED]
 for name, seen in after.items():
@@ -783,7 +788,7 @@ for name, seen in after.items():
     cost = [F.nll_loss(log, expected_next).item() for log in logs]
     shifts[name] = predicted, kl, cost[1] - cost[0]
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["nbval-ignore-output", "hide-input"]
 headers = ["", "logits moved (%)", "KL, predicted", "KL, measured", "loss"]
 rows = [
     (name, f"{logits[name]:.2f}", *(f"{value:.6f}" for value in shift))
@@ -796,15 +801,17 @@ ratio = shifts["INT4"][0] / shifts["INT6"][0]
 assert 12 < ratio < 32, ratio  # predicted: (31 / 7)^2 = 19.6
 
 # %% [markdown]
-# The prediction holds down to 4 bits; at 2 bits the error is no longer small. *Loss* is what the test text happens to say: with small errors, luck decides its sign. That is why llama.cpp reports KL beside perplexity: 0.0127 for Llama 2 7B and 0.0313 for Llama 3 8B in Q4_K_M, 0.0021 and 0.0055 in Q6_K {cite}`llamacpp-perplexity`. From Q4_K_M to Q6_K they add 1.7 bits, for which the square law promises a factor of 11. They get about 6: real models gain less from the last bits than ours do.
+# The prediction holds down to 4 bits. At 2 bits the error is no longer small. *Loss* is what the test text happens to say: with small errors, luck decides its sign.
+#
+# That is why llama.cpp reports KL beside perplexity: 0.0127 for Llama 2 7B and 0.0313 for Llama 3 8B in Q4_K_M, 0.0021 and 0.0055 in Q6_K {cite}`llamacpp-perplexity`. From Q4_K_M to Q6_K they add 1.7 bits, for which the square law promises a factor of 11. They get about 6: real models gain less from the last bits than ours do.
 
 # %% [markdown]
-# ## Outliers, made and healed
+# ## Outliers, made and cured
 #
 # Large language models have a few columns of huge activations {cite}`dettmers2022`. We can *make* one without changing the model. ReLU lets positive factors through, so multiply one hidden unit's incoming weights by $c$ and divide its outgoing ones by $c$. With $c$ a power of two nothing is rounded:
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how it is made", "code_prompt_hide": "Hide how it is made"}
 @torch.no_grad()
 def with_outlier(model, c):
     """The same function, with a hidden unit that is c times as loud."""
@@ -828,9 +835,9 @@ with torch.no_grad():
 print("FP32 says the same, to the last bit:", torch.equal(same, loud))
 
 # %% [markdown]
-# The same function, but no longer the same numbers. Four ways to have it in INT8: one scale for a matrix, a scale for each row, integers multiplied with integers (the inputs scaled by rows, too), and LLM.int8(), which multiplies the columns with a value of 6 or more in 16 bits.
+# It is the same function, but no longer the same numbers. {numref}`an-outlier` compares four ways to have it in INT8: one scale for a matrix, a scale for each row, integers multiplied with integers (the inputs scaled by rows, too), and LLM.int8(), which multiplies the columns with a value of 6 or more in 16 bits.
 
-# %%
+# %% tags=["hide-input"]
 WAYS = {
     "one scale": lambda model: convert(model, "INT8, one scale")[0],
     "by rows": lambda model: convert(model, "INT8, by rows")[0],
@@ -845,7 +852,7 @@ for c in FACTORS:
         delta = outputs(way(model))["head"] - before["head"]
         hurt[name].append(100 * rms(delta) / rms(before["head"]))
 
-# %% tags=["nbval-ignore-output"] mystnb={"image": {"alt": "How far the logits move, in percent, against the outlier's factor from 1 to 1024, both logarithmic. With one scale for the matrix the line rises from 1 to more than 50 percent. By rows, with inputs in INT8 too, it rises from factor 16 on to more than 20 percent. By rows with exact inputs it rises to about 3 percent and levels off, and LLM.int8() follows it."}}
+# %% tags=["nbval-ignore-output", "hide-input"] mystnb={"image": {"alt": "How far the logits move, in percent, against the outlier's factor from 1 to 1024, both logarithmic. With one scale for the matrix the line rises from 1 to more than 50 percent. By rows, with inputs in INT8 too, it rises from factor 16 on to more than 20 percent. By rows with exact inputs it rises to about 3 percent and levels off, and LLM.int8() follows it."}, "figure": {"name": "an-outlier", "caption": "How far the logits move when one hidden unit is made louder, in four ways of INT8."}}
 figure, axes = plt.subplots()
 for (name, values), style, color in zip(
     hurt.items(), ("-", "--", "-.", ":"), COLORS.values()
@@ -861,18 +868,23 @@ assert last["one scale"] > 5 * last["by rows"], last
 assert last["by rows, inputs too"] > 1.5 * last["LLM.int8()"], last
 
 # %% [markdown]
-# **One scale** follows the loud row, and all other rows round to nothing. **By rows** heals the weights: the damage stays in one row. But the *input* of the next layer now has a loud column, and its scale spoils every product with integers. **LLM.int8()** heals that: the column goes its own way. What remains is the small outgoing weights, which INT8 can no longer tell from zero. (In training mode bitsandbytes 0.50.2 does not multiply integers on a CPU; hence `.eval()` in `llm_int8`.)
+# - **One scale** follows the loud row, and all other rows round to nothing.
+# - **By rows** cures the weights: the damage stays in one row. But the *input* of the next layer now has a loud column, and its scale spoils every product with integers.
+# - **LLM.int8()** cures that: the column is multiplied separately. What remains are the small outgoing weights, which INT8 can no longer tell from zero.
+#
+# (In training mode bitsandbytes 0.50.2 does not multiply integers on a CPU, hence `.eval()` in `llm_int8`.)
+
 # %% [markdown]
 # ## What to remember
 #
 # - With the same bytes, **a larger model in fewer bits is better**, down to about four bits. Below, rounding to nearest is not enough.
-# - The loss grows with the square of the rounding error: **each bit more quarters it**. Eight and six bits are nearly free, and how nearly depends on the model: measure yours.
-# - A scale should cover few weights, and **outliers a scale of their own**: by rows, by blocks, or in 16 bits.
+# - The loss grows with the square of the rounding error: **each bit more quarters it**. Eight and six bits cost almost nothing. How little depends on the model: measure yours.
+# - A scale should cover few weights, and **outliers need a scale of their own**: by rows, by blocks, or in 16 bits.
 
 # %% [markdown]
 # ## Exercises
 #
-# **1.** Naive INT2 has three levels: $-1$, 0, 1. Four patterns allow four: $-1$, $-\frac{1}{3}$, $\frac{1}{3}$, 1. Which is better for normally distributed weights, with a scale for 64? Predict, then measure. And what does the scale of the largest weight waste?
+# **1.** Naive INT2 has three levels: $-1$, 0, 1. Four patterns allow four: $-1$, $-\frac{1}{3}$, $\frac{1}{3}$, 1. Which is better for normally distributed weights, with a scale for 64? Predict, then measure. And what does a scale set by the largest weight waste?
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
 blocks = W.view(-1, 64)
@@ -918,11 +930,11 @@ table(["", "bits, with scale", "error (%)"], rows)
 #
 # <details><summary>Solution</summary>
 #
-# 20 GiB hold 7 billion in FP16 (13 GiB), 13 billion in INT8 (12 GiB) or in 4 bits, and 70 billion in no more than 2.4 bits, below the cliff. So 13 billion in INT8: the next larger model would need fewer than four bits, and between 8 and 4 bits of 13 billion there is nothing to gain from saving.
+# 20 GiB hold 7 billion in FP16 (13 GiB), 13 billion in INT8 (12 GiB) or in 4 bits, and 70 billion in no more than 2.4 bits, below the cliff. So load 13 billion in INT8. The next larger model would need fewer than four bits, and with 13 billion there is no reason to go below 8.
 #
 # </details>
 
 # %% [markdown]
 # ## Where to go next
 #
-# [Beyond one GPU](10_beyond_one_gpu.ipynb) divides what fewer bits cannot make small enough. [Troubleshooting](11_troubleshooting.ipynb) is for the day when it does not fit. [Number formats](02_precision_formats.ipynb) shows each format bit by bit. [Training and inference](03_training_and_inference.ipynb) counts what a larger model costs beside its weights. The [references](../book/references.md) list the papers and measurements behind this chapter.
+# [Beyond one GPU](10_beyond_one_gpu.ipynb) divides what fewer bits cannot make small enough. [Troubleshooting](11_troubleshooting.ipynb) is for the day when it does not fit. [Training and inference](03_training_and_inference.ipynb) counts what a larger model costs beside its weights. The [references](../book/references.md) list the papers and measurements behind this chapter.

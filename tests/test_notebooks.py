@@ -93,7 +93,16 @@ def test_figures_have_a_text_of_their_own(source: Path) -> None:
 
 # These open with their question, and its answer in two sentences.
 CRAFTED = {
+    "01_parameters_to_bytes",
+    "02_precision_formats",
+    "03_training_and_inference",
     "04_mlp_adam_vs_sgd",
+    "05_activations_and_peaks",
+    "06_mixed_precision",
+    "07_gpt2_large",
+    "08_qwen2",
+    "09_quality_vs_precision",
+    "17_conversion_and_hardware",
 }
 EVIDENCE = {"12_audit"}  # pages to look things up in, not chapters: no way through them
 

@@ -13,7 +13,7 @@ from sphinx.util.nodes import make_refnode
 
 # Terms whose word has other meanings here: linked where one of these stands in the paragraph.
 MEANT_BY = {
-    "block": re.compile(r"allocat|segment|split|512"),  # not the 64 weights that share a scale
+    "block": re.compile(r"allocat|segment|split"),  # not the 64 weights that share a scale
     "rank": re.compile(r"process|GPUs|cards"),  # not LoRA's
 }
 

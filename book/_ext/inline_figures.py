@@ -2,6 +2,9 @@
 
 Inside an ``<img>`` a figure keeps its black text on white in dark mode, too.
 Inline, every-byte.css gives text and lines the page's own colour.
+
+A figure of the class ``first`` (``"figure": {"classes": "first"}`` in its cell's header) stands
+at the top of its page, before the first section, and not where its cell is.
 """
 
 import html
@@ -11,6 +14,7 @@ from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.transforms import SphinxTransform
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
 
@@ -30,6 +34,22 @@ class InlineFigures(SphinxPostTransform):
             image.replace_self(nodes.raw("", svg, format="html"))
 
 
+class FirstFigures(SphinxTransform):
+    """Moves figures of the class ``first`` up; before figures are numbered, so in order."""
+
+    default_priority = 400
+
+    def apply(self, **_: Any) -> None:
+        """Move them, with their captions."""
+        page = next(iter(self.document.findall(nodes.section)), None)
+        for figure in list(self.document.findall(nodes.figure)):
+            if page is None or "first" not in figure["classes"]:
+                continue
+            figure.parent.remove(figure)
+            first = next(i for i, node in enumerate(page) if isinstance(node, nodes.section))
+            page.insert(first, figure)
+
+
 def inline(svg: str, prefix: str, alt: str) -> str:
     """An SVG file as an element of a page: named for screen readers, its ids unique."""
     element = svg[svg.index("<svg") :]
@@ -41,5 +61,6 @@ def inline(svg: str, prefix: str, alt: str) -> str:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Sphinx calls this."""
+    app.add_transform(FirstFigures)
     app.add_post_transform(InlineFigures)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
