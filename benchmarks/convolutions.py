@@ -9,6 +9,7 @@ the U-Net and the ResNet in inference, whose convolutions were not measured one 
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import combinations
 from typing import Any, NamedTuple
 from unittest import mock
@@ -78,12 +79,19 @@ def differences(case: Case) -> list[int]:
     return min(matched(), key=lambda found: sum(map(abs, found)))
 
 
+def _with(constants: dict[str, int]) -> ExitStack:
+    stack = ExitStack()
+    for name, number in constants.items():
+        stack.enter_context(mock.patch.object(convolution, name, number))
+    return stack
+
+
 def fit(networks: dict[str, list[Case]], peaks: dict[str, int]) -> dict[str, int]:
     """The constants that fit networks best, one after the other, twice."""
     chosen = {name: tried[len(tried) // 2] for name, tried in TRIED.items()}
 
     def error(constants: dict[str, int]) -> float:
-        with mock.patch.multiple(convolution, **constants):
+        with _with(constants):
             return sum(
                 abs(nbytes) / peaks[name]
                 for name, of_one in networks.items()
@@ -106,7 +114,7 @@ def main() -> int:
     peaks = {name: max(row[2] for row in told[name]["checkpoints"].values()) for name in networks}
     for name, of_one in networks.items():
         others = {other: them for other, them in networks.items() if other != name}
-        with mock.patch.multiple(convolution, **fit(others, peaks)):
+        with _with(fit(others, peaks)):
             off = [nbytes / peaks[name] for case in of_one for nbytes in differences(case)]
         equal = sum(abs(share) < 1e-5 for share in off)
         print(

@@ -233,14 +233,15 @@ def goals(
     done = [name for name in assuming if name in runs]
     networks = [name for name in convolutions if name in runs]
     reserved = sum(worst(runs, [name], 1) == 0 for name in plain)
-    given, every = runs | placed, [*plain, *done]
+    given = runs | placed
+    every = [name for name in (*plain, *done) if not name.startswith("tv-")]  # no convolutions
     lines = [
         Goal("record, figures that differ", sum(map(bool, figures)), 0, 68, False, whole),
         Goal("record, largest difference (B)", max(map(abs, figures)), 0, 66_560, False, whole),
         Goal("transformers, allocated (B)", worst(runs, plain, 0), 0, 4_325_376, False, whole),
         Goal("transformers, peak (B)", worst(runs, plain, 2), 0, 6_422_528, False, whole),
-        Goal(f"of {len(plain)}, reserved equal", reserved, len(plain) // 2 + 1, 19, True, whole),
-        Goal("transformers, reserved", worst(runs, plain, 1, True), 0.002, 0.0132, False, share),
+        Goal(f"of {len(plain)}, reserved equal", reserved, len(plain) // 2 + 1, 21, True, whole),
+        Goal("transformers, reserved", worst(runs, plain, 1, True), 0.002, 0.0064, False, share),
         *(
             Goal(
                 f"at the driver's addresses, {name} (B)", worst(given, every, n), 0, 0, False, whole
@@ -251,7 +252,7 @@ def goals(
         *peak_of(runs, done, 0.001, 0.008),
         _replayed("convolutions", networks, convolutions, 8),
         *peak_of(runs, networks, 0.01, 0.022),
-        Goal("single operations equal", operations, 0.98, 0.992, True, share),
+        Goal("single operations equal", operations, 0.98, 0.9945, True, share),
         Goal(f"published: equal of {len(printed)}", sum(printed), 185, 184, True, whole),
     ]
     return lines
