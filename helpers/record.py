@@ -12,6 +12,8 @@ differences are computed from both and stored nowhere.
 
 import argparse
 import gc
+import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -33,7 +35,7 @@ import torch
 from every_byte.allocator.replay import replay_trace
 from every_byte.data import cards
 from every_byte.gpu import GPU, CudaGPU, VirtualGPU
-from every_byte.tracker import KINDS
+from every_byte.tracker import KINDS, untracked
 from every_byte.virtual.memory import CUBLAS_WORKSPACE
 from helpers.experiments import EXPERIMENTS, Experiment
 
@@ -46,6 +48,8 @@ _SETTINGS = (
     *("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "TORCH_CUBLASLT_UNIFIED_WORKSPACE"),
 )
 
+_MADE_OF = ("transformers", "accelerate", "bitsandbytes", "torchaudio", "torch.distributed.fsdp")
+
 Result = dict[str, Any]
 
 
@@ -54,6 +58,23 @@ def _key(kind: str) -> str:
 
 
 # Running one
+
+
+def import_first() -> None:
+    """Import what experiments use, before a device is set.
+
+    What is imported under a device context is made on that device: transformers imports
+    torchaudio, whose ``compliance/kaldi.py`` makes a constant of 4 B.
+    """
+    for name in _MADE_OF:
+        if importlib.util.find_spec(name.partition(".")[0]):
+            importlib.import_module(name)
+    if importlib.util.find_spec("transformers"):
+        from helpers.models import build
+
+        with untracked():
+            for name in ("gpt2", "Qwen2-0.5B", "Llama-3.2-1B"):
+                build(name, "meta")
 
 
 def _empty_card(gpu: GPU) -> None:
@@ -428,7 +449,17 @@ def main(arguments: list[str] | None = None) -> int:
     if changed := [name for name in _SETTINGS[:3] if os.environ.get(name)]:
         print(f"{changed[0]} is set: unset it, an experiment sets what it needs", file=sys.stderr)
         return 2
-    with CudaGPU():  # fixes cuBLAS's workspaces before the first product
+    import_first()
+    with CudaGPU() as gpu:  # fixes cuBLAS's workspaces before the first product
+        _empty_card(gpu)
+        if held := gpu.memory_allocated():
+            print(
+                f"the card is not empty: this process has {held:,} B allocated on it before the "
+                "first experiment, expected 0. Something that was imported made a tensor there: "
+                "name it in an issue, or record in a process of its own",
+                file=sys.stderr,
+            )
+            return 2
         record: Result = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
         record |= {"machine": machine(), "experiments": {}}
     name = f"{record['machine']['card']}-torch-{record['machine']['versions']['torch']}"
