@@ -376,17 +376,15 @@ def tracked(name: str) -> int:
     def look(checkpoint: str) -> None:
         if checkpoint in ("loaded", "quantised"):
             tracker.track_external(*_alive(mode))
-            tracker.__enter__()
+            tracking.enter_context(tracker)
         elif checkpoint in ("prefill", "inferred"):
             raise _Enough
         elif not checkpoint.endswith("forward"):
             tracker.reset_mod_stats()
 
-    with _fakes() as mode, contextlib.suppress(_Enough):
-        try:
+    with _fakes() as mode, contextlib.ExitStack() as tracking:
+        with contextlib.suppress(_Enough):
             workloads.WORKLOADS[name](NoGPU("cpu"), look)  # type: ignore[arg-type]
-        finally:
-            tracker.__exit__(None, None, None)
     return _peak(tracker)
 
 
@@ -418,7 +416,8 @@ def track(what: str) -> Any:
         return f"not within {LIMIT // 60} minutes"
     if ran.returncode:
         print(ran.stderr[-2000:], file=sys.stderr)
-        return ran.stderr.strip().splitlines()[-1][:160]
+        # What it says, without the objects that it names.
+        return ran.stderr.strip().splitlines()[-1].partition(" x.")[0][:100]
     return json.loads(ran.stdout.splitlines()[-1])
 
 

@@ -277,7 +277,9 @@ def test_every_kind_of_experiment_that_needs_no_checkpoint(
     assert "Tried to allocate 896.00 MiB" in message
     assert "1.50 GiB allowed" in message
     progress = capsys.readouterr()
-    assert progress.err.splitlines()[0].startswith("[1/13] mlp-sgd ... 32 figures, 0 differ; ")
+    expected, first = progress.err.splitlines()[:2]
+    assert expected.startswith("13 experiments to measure; ")
+    assert first.startswith("[1/13] mlp-sgd ... 32 figures, 0 differ; ")
     assert progress.out == f"{out}: 13 experiments recorded, 0 skipped\n"
 
 
@@ -334,6 +336,42 @@ def test_a_card_that_is_not_empty_is_refused(
     said = capsys.readouterr().err
     assert said.startswith("the card is not empty: this process has 512 B allocated on it")
     assert len(said.splitlines()) == 1 and not out.exists()
+
+
+def test_a_record_goes_on_where_it_ended(
+    card: Card,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "a.json"
+    first = run(out, "fragmentation")["experiments"]["fragmentation"]
+    assert main(["--out", str(out), "--only", "fragmentation*"]) == 2
+    assert "or go on with it by --resume" in capsys.readouterr().err
+    times = tmp_path / "records"
+    times.mkdir()
+    timed = {"experiments": {"fragmentation-expandable": {"seconds": 2.5}, "mlp-sgd": {}}}
+    (times / "b.json").write_text(json.dumps(timed))
+    monkeypatch.setattr(record, "RECORDS", times)
+    arguments = ["--out", str(out), "--resume", "--only", "fragmentation*", "mlp-sgd"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().err.splitlines()
+    took = "on a card of the records they took 2 s for 1 of them"
+    assert said[0] == f"2 experiments to measure; {took}"
+    assert len(said) == 3
+    whole = json.loads(out.read_text("utf-8"))
+    assert problems(whole) == []
+    assert whole["experiments"].keys() == {
+        "fragmentation",
+        "mlp-sgd",
+        "fragmentation-expandable",
+    }
+    assert whole["experiments"]["fragmentation"] == first
+    assert replayed(out).keys() == whole["experiments"].keys()
+    whole["machine"]["card"] = "Another"
+    out.write_text(json.dumps(whole))
+    assert main(["--out", str(out), "--resume"]) == 2
+    assert "its card is 'Another', expected this machine's, 'Stand-in'" in capsys.readouterr().err
 
 
 def test_everything_is_imported_before_the_card_is_opened(

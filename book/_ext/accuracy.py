@@ -96,7 +96,7 @@ def series() -> list[Row]:
     peers = json.loads((FOLDER.parent / "accuracy.json").read_text("utf-8"))["series"]
     found = []
     for number, (one, ours) in enumerate(zip(told, replayed, strict=True)):
-        tracker = peers.get(str(number), "not tried")
+        tracker = peers.get(str(number), "not asked")
         for at, printed in enumerate(one["printed"]):
             said = {
                 "replay": ours[at],
@@ -243,7 +243,7 @@ def summary(own: Sequence[Row], others: Sequence[Row]) -> str:
     )
     if tracker is not None:
         said += (
-            f" PyTorch's tracker, the best of the others: {tracker.exact} of {tracker.answered} "
+            f" PyTorch's tracker: {tracker.exact} of {tracker.answered} "
             f"exact, median {percent(tracker.median).lstrip('+')} %, "
             f"worst {percent(tracker.worst)} %."
         )
