@@ -12,6 +12,8 @@ differences are computed from both and stored nowhere.
 
 import argparse
 import gc
+import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -19,6 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -33,10 +36,11 @@ import torch
 from every_byte.allocator.replay import replay_trace
 from every_byte.data import cards
 from every_byte.gpu import GPU, CudaGPU, VirtualGPU
-from every_byte.tracker import KINDS
+from every_byte.tracker import KINDS, untracked
 from every_byte.virtual.memory import CUBLAS_WORKSPACE
 from helpers.experiments import EXPERIMENTS, Experiment
 
+RECORDS = Path(__file__).parent.parent / "book" / "records"
 FIGURES = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")
 """What is read at a checkpoint, in bytes; peaks are since the checkpoint before."""
 PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes")
@@ -46,6 +50,8 @@ _SETTINGS = (
     *("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "TORCH_CUBLASLT_UNIFIED_WORKSPACE"),
 )
 
+_MADE_OF = ("transformers", "accelerate", "bitsandbytes", "torchaudio", "torch.distributed.fsdp")
+
 Result = dict[str, Any]
 
 
@@ -54,6 +60,23 @@ def _key(kind: str) -> str:
 
 
 # Running one
+
+
+def import_first() -> None:
+    """Import what experiments use, before a device is set.
+
+    What is imported under a device context is made on that device: transformers imports
+    torchaudio, whose ``compliance/kaldi.py`` makes a constant of 4 B.
+    """
+    for name in _MADE_OF:
+        if importlib.util.find_spec(name.partition(".")[0]):
+            importlib.import_module(name)
+    if importlib.util.find_spec("transformers"):
+        from helpers.models import build
+
+        with untracked():
+            for name in ("gpt2", "Qwen2-0.5B", "Llama-3.2-1B"):
+                build(name, "meta")
 
 
 def _empty_card(gpu: GPU) -> None:
@@ -380,6 +403,41 @@ def _chosen(patterns: list[str] | None) -> list[str]:
     return [n for n in EXPERIMENTS if not patterns or any(fnmatch(n, p) for p in patterns)]
 
 
+def _begun(path: Path, here: Result) -> tuple[Result, Result]:
+    """A record that was begun on this machine, and its replay.
+
+    Raises:
+        ValueError: it is no record, or of another card or other versions.
+    """
+    record: Result = json.loads(path.read_text("utf-8"))
+    if wrong := problems(record):
+        raise ValueError(wrong[0])
+    for what in ("card", "driver", "versions"):
+        if record["machine"][what] != here[what]:
+            raise ValueError(
+                f"its {what} is {record['machine'][what]!r}, expected this machine's, "
+                f"{here[what]!r}: name another file with --out"
+            )
+    again = replays_of(path)
+    replayed = {"versions": versions(), "experiments": {}}
+    return record, json.loads(again.read_text("utf-8")) if again.exists() else replayed
+
+
+def _expected(names: list[str]) -> str:
+    """How many experiments there are to do, and how long they took others."""
+    took: dict[str, float] = {}
+    for path in sorted(RECORDS.glob("*.json")):
+        for name, result in json.loads(path.read_text("utf-8"))["experiments"].items():
+            if "seconds" in result:
+                took[name] = result["seconds"]
+    known = [took[name] for name in names if name in took]
+    told = f"{len(names)} experiments to measure"
+    if not known:
+        return f"{told}; no record says how long they take"
+    about = "" if len(known) == len(names) else f" for {len(known)} of them"
+    return f"{told}; on a card of the records they took {sum(known):.0f} s{about}"
+
+
 def _line(name: str, result: Result, replayed: Result) -> str:
     """One experiment's outcome in a line."""
     if "skipped" in result:
@@ -405,6 +463,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the file to write; else named after the card")
     parser.add_argument("--list", action="store_true", help="print the experiments' names")
     parser.add_argument(
+        "--resume", action="store_true", help="go on with the file, with what it does not have yet"
+    )
+    parser.add_argument(
         "--replay", type=Path, metavar="RECORD", help="replay a record anew; needs no GPU"
     )
     asked = parser.parse_args(arguments)
@@ -428,22 +489,47 @@ def main(arguments: list[str] | None = None) -> int:
     if changed := [name for name in _SETTINGS[:3] if os.environ.get(name)]:
         print(f"{changed[0]} is set: unset it, an experiment sets what it needs", file=sys.stderr)
         return 2
-    with CudaGPU():  # fixes cuBLAS's workspaces before the first product
+    import_first()
+    with CudaGPU() as gpu:  # fixes cuBLAS's workspaces before the first product
+        _empty_card(gpu)
+        if held := gpu.memory_allocated():
+            print(
+                f"the card is not empty: this process has {held:,} B allocated on it before the "
+                "first experiment, expected 0. Something that was imported made a tensor there: "
+                "name it in an issue, or record in a process of its own",
+                file=sys.stderr,
+            )
+            return 2
         record: Result = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
         record |= {"machine": machine(), "experiments": {}}
     name = f"{record['machine']['card']}-torch-{record['machine']['versions']['torch']}"
     out: Path = asked.out or Path(re.sub(r"[^\w.+-]+", "-", name).lower() + ".json")
+    replayed: Result = {"versions": versions(), "experiments": {}}
     if out.exists():
-        print(f"{out} exists: remove it, or name another file with --out", file=sys.stderr)
-        return 2
+        if not asked.resume:
+            print(
+                f"{out} exists: remove it, or name another file with --out, or go on with it "
+                "by --resume",
+                file=sys.stderr,
+            )
+            return 2
+        try:
+            before = _begun(out, record["machine"])
+        except ValueError as error:
+            print(f"--resume {out}: {error}", file=sys.stderr)
+            return 2
+        record, replayed = before
+    names = [name for name in names if name not in record["experiments"]]
     if not _written(out, record):
         return 2
-    replayed: Result = {"versions": versions(), "experiments": {}}
+    print(_expected(names), file=sys.stderr)
     gc.freeze()  # collecting garbage need not look at what was imported
     for number, name in enumerate(names, 1):
         print(f"[{number}/{len(names)}] {name} ... ", end="", file=sys.stderr, flush=True)
+        begin = time.monotonic()
         try:
             result = measure(EXPERIMENTS[name])
+            result["seconds"] = round(time.monotonic() - begin, 1)
             replayed["experiments"][name] = replay(name, result, record["machine"])
         except KeyboardInterrupt:
             print(f"interrupted: {out} has what was done before", file=sys.stderr)

@@ -56,6 +56,8 @@ class Card:
         self.settings: list[str] = []
         self.fractions: list[float] = []
         self.stray = 0  # bytes that the card takes and the model does not know of
+        self.left_over = 0  # bytes that are there before anything is done
+        self.recording = False
         self.renew("")
 
     def renew(self, alloc_conf: str) -> None:
@@ -74,10 +76,12 @@ class Card:
         self.renew(f"per_process_memory_fraction:{fraction}" if fraction < 1 else "")
 
     def history(self, enabled: Any, stacks: str, max_entries: int) -> None:
+        self.recording = enabled is not None
         self.memory.record_memory_history(enabled, max_entries)
 
     def total_and_stray(self, device: object) -> int:
-        return self.memory.memory_allocated() + self.stray
+        stray = self.stray if self.recording else self.left_over
+        return self.memory.memory_allocated() + stray
 
 
 class MemoryStandIn(CudaMemory):
@@ -273,7 +277,9 @@ def test_every_kind_of_experiment_that_needs_no_checkpoint(
     assert "Tried to allocate 896.00 MiB" in message
     assert "1.50 GiB allowed" in message
     progress = capsys.readouterr()
-    assert progress.err.splitlines()[0].startswith("[1/13] mlp-sgd ... 32 figures, 0 differ; ")
+    expected, first = progress.err.splitlines()[:2]
+    assert expected.startswith("13 experiments to measure; ")
+    assert first.startswith("[1/13] mlp-sgd ... 32 figures, 0 differ; ")
     assert progress.out == f"{out}: 13 experiments recorded, 0 skipped\n"
 
 
@@ -319,6 +325,79 @@ def test_a_difference_is_written_down_to_the_byte(card: Card, tmp_path: Path) ->
     told = summary(written["experiments"], replayed(out))
     assert told["figures_that_differ"] == 6
     assert told["largest_difference"] == 512
+
+
+def test_a_card_that_is_not_empty_is_refused(
+    card: Card, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card.left_over = 512
+    out = tmp_path / "a.json"
+    assert main(["--out", str(out), "--only", "mlp-sgd"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("the card is not empty: this process has 512 B allocated on it")
+    assert len(said.splitlines()) == 1 and not out.exists()
+
+
+def test_a_record_goes_on_where_it_ended(
+    card: Card,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "a.json"
+    first = run(out, "fragmentation")["experiments"]["fragmentation"]
+    assert main(["--out", str(out), "--only", "fragmentation*"]) == 2
+    assert "or go on with it by --resume" in capsys.readouterr().err
+    times = tmp_path / "records"
+    times.mkdir()
+    timed = {"experiments": {"fragmentation-expandable": {"seconds": 2.5}, "mlp-sgd": {}}}
+    (times / "b.json").write_text(json.dumps(timed))
+    monkeypatch.setattr(record, "RECORDS", times)
+    arguments = ["--out", str(out), "--resume", "--only", "fragmentation*", "mlp-sgd"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().err.splitlines()
+    took = "on a card of the records they took 2 s for 1 of them"
+    assert said[0] == f"2 experiments to measure; {took}"
+    assert len(said) == 3
+    whole = json.loads(out.read_text("utf-8"))
+    assert problems(whole) == []
+    assert whole["experiments"].keys() == {
+        "fragmentation",
+        "mlp-sgd",
+        "fragmentation-expandable",
+    }
+    assert whole["experiments"]["fragmentation"] == first
+    assert replayed(out).keys() == whole["experiments"].keys()
+    whole["machine"]["card"] = "Another"
+    out.write_text(json.dumps(whole))
+    assert main(["--out", str(out), "--resume"]) == 2
+    assert "its card is 'Another', expected this machine's, 'Stand-in'" in capsys.readouterr().err
+
+
+def test_everything_is_imported_before_the_card_is_opened(
+    card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = []
+    opened = record.CudaGPU
+    monkeypatch.setattr(record, "import_first", lambda: order.append("imported"))
+    monkeypatch.setattr(record, "CudaGPU", lambda: (order.append("opened"), opened())[1])
+    run(tmp_path / "a.json", "fragmentation")
+    assert order[:2] == ["imported", "opened"] and order.count("imported") == 1
+
+
+def test_what_experiments_import_is_there_after_the_first_imports() -> None:
+    """Nothing of transformers is imported for the first time while a device is set."""
+    code = (
+        "import sys; from helpers import record; record.import_first(); before = {*sys.modules};"
+        "from every_byte.gpu import VirtualGPU; from helpers.experiments import EXPERIMENTS;\n"
+        "with VirtualGPU() as gpu: EXPERIMENTS['kv-cache'].run(gpu, lambda *_, **__: None)\n"
+        "print(*({m.partition('.')[0] for m in {*sys.modules} - before}"
+        " & {'transformers', 'torchaudio', 'accelerate', 'bitsandbytes'}))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert said.stdout.splitlines()[-1:] == [""]
 
 
 def test_what_fails_is_skipped_by_name_and_the_rest_is_recorded(
