@@ -220,7 +220,7 @@ def _transformers(name: str, about: dict[str, Any]) -> Workload:
     head = getattr(transformers, about["head"])
     with torch.device("cuda"):
         make = getattr(head, "from_config", None) or head._from_config
-        model = make(config)
+        model = make(config).cuda()  # torch.Tensor(...) of old code pays no heed to the context
         inputs = _INPUTS[about.get("inputs", "auto")](config, about)
 
     def loss() -> Tensor:

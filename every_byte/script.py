@@ -25,6 +25,7 @@ from every_byte.gpu import VirtualGPU
 from every_byte.tracker import untracked
 from every_byte.virtual import autocast
 from every_byte.virtual.cuda_names import cuda_names, index_of
+from every_byte.virtual.values import as_indices
 
 _CUDA, _META = torch.device("cuda", 0), torch.device("meta")
 _CARD = torch.device("meta", 0)  # the card as a context; PyTorch's tensors drop the 0
@@ -194,6 +195,10 @@ def _data_ptr(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
         return tensor.untyped_storage()._cdata + offset
 
 
+def _at(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    return func(args[0], as_indices(args[0], args[1]), *args[2:])
+
+
 def _set_data(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> None:
     """``tensor.data = other``, which on CUDA may take a tensor from the host, or bring it there.
 
@@ -234,6 +239,8 @@ def _reduce_ex(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.device.__get__: _device,
+    Tensor.__getitem__: _at,
+    Tensor.__setitem__: _at,
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.is_cuda.__get__: _answered(True),  # type: ignore[attr-defined]
     Tensor.is_meta.__get__: _answered(False),  # type: ignore[attr-defined]

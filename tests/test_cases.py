@@ -166,6 +166,27 @@ def test_data_parallel_with_its_one_card(gpu: every_byte.VirtualGPU, on: str) ->
     assert x.grad is not None and x.grad.device.type == on
 
 
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda card, host: card + host,
+        lambda card, host: host * card,
+        lambda card, host: torch.where(card > 0, card, host),
+        lambda card, host: card @ host,
+        lambda card, host: torch.einsum("ij,jk->ik", host, card),
+        lambda card, host: torch.cat([card, host]),
+        lambda card, host: nn.Linear(8, 8)(card),
+    ],
+)
+def test_two_devices_are_refused_as_by_cuda(gpu: every_byte.VirtualGPU, compute: Any) -> None:
+    card, host = torch.randn(8, 8, device="cuda"), torch.randn(8, 8)
+    with pytest.raises(RuntimeError, match="on the same device, but found at least two devices"):
+        compute(card, host)
+    assert (card + torch.tensor(2.0)).is_cuda  # a scalar may come from the host
+    card[host > 0] = 1
+    card.copy_(host)
+
+
 def test_streams_of_any_accelerator(gpu: every_byte.VirtualGPU) -> None:
     stream = torch.Stream(device="cuda")
     with stream:
