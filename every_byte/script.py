@@ -50,6 +50,13 @@ def _is_meta(device: Any) -> bool:
     return device == "meta" or (isinstance(device, torch.device) and device == _META)
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor of which ``torch.func.vmap`` shows a part, or ``grad`` a copy; itself for most."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 class _AsCuda(TorchFunctionMode):
     """Puts the virtual card in the place of the device "cuda"."""
 
@@ -60,12 +67,12 @@ class _AsCuda(TorchFunctionMode):
     def is_ours(self, tensor: Any) -> bool:
         """Whether a tensor lies on the virtual card; the script's own meta tensors don't."""
         with _plain():
-            return bool(tensor.is_meta) and self.gpu.accounts_for(tensor)
+            return bool(tensor.is_meta) and self.gpu.accounts_for(_whole(tensor))
 
     def is_on_no_card(self, tensor: Tensor) -> bool:
         """Whether a tensor is one of the script's own meta tensors."""
         with _plain():
-            return bool(tensor.is_meta) and not self.gpu.accounts_for(tensor)
+            return bool(tensor.is_meta) and not self.gpu.accounts_for(_whole(tensor))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -83,6 +83,12 @@ RUN: dict[str, Callable[[], Any]] = {
     ),
     "clip": lambda: nn.utils.clip_grad_norm_([random(9)], 1.0, error_if_nonfinite=True),
     "distribution": lambda: torch.distributions.Normal(random(3000), 1.0).rsample(),
+    "vmap": lambda: torch.func.vmap(lambda i, x: (x * i)[0] + torch.ones(3, device="cuda"))(
+        torch.arange(2, device="cuda"), random(2, 4, 3)
+    ),
+    "per-sample gradients": lambda: torch.func.vmap(
+        torch.func.grad(lambda w, x: (w * x).sum()), in_dims=(None, 0)
+    )(random(3), random(5, 3)),
     "print": lambda: print(random(4, 4)),
 }
 
@@ -185,6 +191,14 @@ def test_two_devices_are_refused_as_by_cuda(gpu: every_byte.VirtualGPU, compute:
     assert (card + torch.tensor(2.0)).is_cuda  # a scalar may come from the host
     card[host > 0] = 1
     card.copy_(host)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_recurrent_weights_are_one_block(gpu: every_byte.VirtualGPU, name: str) -> None:
+    with torch.device("cuda"):
+        model = getattr(nn, name)(64, 128, num_layers=2, batch_first=True)
+    assert gpu.memory_allocated() == -(-sum(p.nbytes for p in model.parameters()) // 512) * 512
+    model(random(4, 16, 64))[0].sum().backward()
 
 
 def test_streams_of_any_accelerator(gpu: every_byte.VirtualGPU) -> None:
