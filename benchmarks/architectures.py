@@ -419,7 +419,11 @@ def _diffusers(kind: str, name: str) -> Workload:
     options: dict[str, Any] = {
         "UNet2DConditionModel": {"cross_attention_dim": 768},
         "DiTTransformer2DModel": {"num_layers": 2},
-        "FluxTransformer2DModel": {"num_layers": 2, "num_single_layers": 2},
+        "FluxTransformer2DModel": {
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "guidance_embeds": True,
+        },
         "SD3Transformer2DModel": {"num_layers": 2},
         "AutoencoderKL": {
             "block_out_channels": (128, 256, 512, 512),

@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal
 from unittest import mock
 
@@ -237,6 +239,18 @@ def _record_stream(mode: _AsCuda, tensor: Tensor) -> None:
         ] = None
 
 
+def _launched(mode: _AsCuda, *args: Any, **kwargs: Any) -> None:
+    """A launch of a Triton kernel: it takes no memory of PyTorch's, and is not carried out.
+
+    It may write to any of its tensors, so what was known of them is an assumption from now on.
+    Of ``triton.autotune`` it is not enough: that borrows memory, and stays refused.
+    """
+    mode.gpu.memory.values.may_be_written(
+        [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and mode.is_ours(t)],
+        "a Triton kernel",
+    )
+
+
 def _reduce_ex(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
     if not mode.is_ours(args[0]):
         return func(*args, **kwargs)
@@ -400,6 +414,9 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
             (torch.autograd.graph.saved_tensors_hooks, "__init__", saved_by),
             (torch.autograd.function.BackwardCFunction, "apply", apply),
         )
+        if find_spec("triton") is not None:
+            jit: Any = import_module("triton.runtime.jit")
+            patches += ((jit.JITFunction, "run", lambda _, *a, **k: _launched(mode, *a, **k)),)
         for owner, name, patch in patches:
             stack.enter_context(mock.patch.object(owner, name, patch))
         yield

@@ -201,6 +201,25 @@ def test_recurrent_weights_are_one_block(gpu: every_byte.VirtualGPU, name: str) 
     model(random(4, 16, 64))[0].sum().backward()
 
 
+def test_a_triton_kernel_takes_no_memory(gpu: every_byte.VirtualGPU) -> None:
+    triton = pytest.importorskip("triton")
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def doubled(x, y, z, n) -> None:  # type: ignore[no-untyped-def]
+        pass
+
+    x = torch.tensor([1, 2], device="cuda")
+    y = torch.empty_like(x)
+    held = gpu.memory_allocated()
+    z = torch.ones((), device="cuda")
+    held += 512
+    doubled[(1,)](x, y, z, n=2)
+    assert gpu.memory_allocated() == held and not gpu.memory.values.assumptions
+    assert z.item() != z.item()  # NaN
+    y.tolist()
+    assert "a Triton kernel at test_cases.py" in str(list(gpu.memory.values.assumptions))
+
+
 def test_streams_of_any_accelerator(gpu: every_byte.VirtualGPU) -> None:
     stream = torch.Stream(device="cuda")
     with stream:

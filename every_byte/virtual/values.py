@@ -394,6 +394,17 @@ class Values:
         with _out_of_sight():
             return _on_host(tensor, copy).clone()
 
+    @staticmethod
+    def may_be_written(tensors: list[Tensor], by: str) -> None:
+        """Let what is known of tensors be an assumption, or for floating point not be known."""
+        with torch._C.DisableTorchFunction():
+            for tensor in tensors:
+                copy = _copy_of(tensor)
+                if copy is not None and tensor.dtype in WHOLE:
+                    copy.origin = f"{by} at {program_line()}"
+                else:
+                    _forget(tensor)
+
     # After an operation
 
     def _note(
