@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal
 from unittest import mock
 
@@ -25,6 +27,7 @@ from every_byte.gpu import VirtualGPU
 from every_byte.tracker import untracked
 from every_byte.virtual import autocast
 from every_byte.virtual.cuda_names import cuda_names, index_of
+from every_byte.virtual.values import as_indices
 
 _CUDA, _META = torch.device("cuda", 0), torch.device("meta")
 _CARD = torch.device("meta", 0)  # the card as a context; PyTorch's tensors drop the 0
@@ -49,6 +52,13 @@ def _is_meta(device: Any) -> bool:
     return device == "meta" or (isinstance(device, torch.device) and device == _META)
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor of which ``torch.func.vmap`` shows a part, or ``grad`` a copy; itself for most."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
 class _AsCuda(TorchFunctionMode):
     """Puts the virtual card in the place of the device "cuda"."""
 
@@ -59,12 +69,12 @@ class _AsCuda(TorchFunctionMode):
     def is_ours(self, tensor: Any) -> bool:
         """Whether a tensor lies on the virtual card; the script's own meta tensors don't."""
         with _plain():
-            return bool(tensor.is_meta) and self.gpu.accounts_for(tensor)
+            return bool(tensor.is_meta) and self.gpu.accounts_for(_whole(tensor))
 
     def is_on_no_card(self, tensor: Tensor) -> bool:
         """Whether a tensor is one of the script's own meta tensors."""
         with _plain():
-            return bool(tensor.is_meta) and not self.gpu.accounts_for(tensor)
+            return bool(tensor.is_meta) and not self.gpu.accounts_for(_whole(tensor))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -194,6 +204,10 @@ def _data_ptr(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
         return tensor.untyped_storage()._cdata + offset
 
 
+def _at(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    return func(args[0], as_indices(args[0], args[1]), *args[2:])
+
+
 def _set_data(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> None:
     """``tensor.data = other``, which on CUDA may take a tensor from the host, or bring it there.
 
@@ -225,6 +239,18 @@ def _record_stream(mode: _AsCuda, tensor: Tensor) -> None:
         ] = None
 
 
+def _launched(mode: _AsCuda, *args: Any, **kwargs: Any) -> None:
+    """A launch of a Triton kernel: it takes no memory of PyTorch's, and is not carried out.
+
+    It may write to any of its tensors, so what was known of them is an assumption from now on.
+    Of ``triton.autotune`` it is not enough: that borrows memory, and stays refused.
+    """
+    mode.gpu.memory.values.may_be_written(
+        [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and mode.is_ours(t)],
+        "a Triton kernel",
+    )
+
+
 def _reduce_ex(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
     if not mode.is_ours(args[0]):
         return func(*args, **kwargs)
@@ -234,6 +260,8 @@ def _reduce_ex(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.device.__get__: _device,
+    Tensor.__getitem__: _at,
+    Tensor.__setitem__: _at,
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.is_cuda.__get__: _answered(True),  # type: ignore[attr-defined]
     Tensor.is_meta.__get__: _answered(False),  # type: ignore[attr-defined]
@@ -386,6 +414,9 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
             (torch.autograd.graph.saved_tensors_hooks, "__init__", saved_by),
             (torch.autograd.function.BackwardCFunction, "apply", apply),
         )
+        if find_spec("triton") is not None:
+            jit: Any = import_module("triton.runtime.jit")
+            patches += ((jit.JITFunction, "run", lambda _, *a, **k: _launched(mode, *a, **k)),)
         for owner, name, patch in patches:
             stack.enter_context(mock.patch.object(owner, name, patch))
         yield

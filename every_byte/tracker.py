@@ -332,6 +332,24 @@ _ONLY_SHAPES = frozenset(
 """Operations that take shape, dtype and device of what they are given, and no more."""
 
 
+_ON_ONE_DEVICE = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in (
+        *"mm bmm addmm baddbmm mv addmv dot convolution embedding cat gather index_select".split(),
+        *("native_layer_norm", "native_batch_norm", "nll_loss_forward", "_softmax"),
+    )
+)
+
+
+def _takes_one_device(func: Any) -> bool:
+    """Whether CUDA refuses a tensor of the host beside its own, but for a scalar.
+
+    On ``meta`` not every operation looks, and then the result may be on either. Pointwise
+    operations: ``compute_types`` in aten/src/ATen/TensorIterator.cpp of PyTorch 2.14.
+    """
+    return torch.Tag.pointwise in func.tags or func.overloadpacket in _ON_ONE_DEVICE
+
+
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
     """The tensors among an operation's arguments, and in lists of them."""
     for value in values:
@@ -593,24 +611,41 @@ class Tracker(TorchDispatchMode):
         return None if known is None else known.handle
 
     def _check_known(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse to compute with what is on the device, but was never seen made there.
+        """Refuse to compute with what was never seen made on the device, or with two devices.
 
         Raises:
-            RuntimeError: an argument is such a tensor.
+            RuntimeError: an argument is such a tensor, or lies on the host where CUDA takes none.
+            NotImplementedError: an index was a list of truth values.
         """
         if func.overloadpacket in _ONLY_SHAPES:
             return
         if func.overloadpacket in _INDEXING:
             for tensor in _tensors(args[1]):  # a Python list becomes one out of sight
                 if tensor.device == self.memory.device and not self.accounts_for(tensor):
+                    if tensor.dtype in (torch.bool, torch.uint8):
+                        raise NotImplementedError(
+                            "a Python list of truth values as an index: how many are true is not "
+                            "known on a virtual GPU; write torch.tensor([...], device=...)"
+                        )
                     self._know(tensor.untyped_storage(), self._now.label or "batch")
+        on_host = on_device = False
         for tensor in _tensors(args):
-            self._check_tensor(func, tensor)
+            if tensor.device == self.memory.device:
+                on_device = True
+                self._check_tensor(func, tensor)
+            elif tensor.dim():
+                on_host = True
+        if on_host and on_device and _takes_one_device(func):
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"cuda:0 and cpu! (when {func} was called)"
+            )
         for tensor in _tensors(kwargs.values()) if kwargs else ():
-            self._check_tensor(func, tensor)
+            if tensor.device == self.memory.device:
+                self._check_tensor(func, tensor)
 
     def _check_tensor(self, func: Any, tensor: torch.Tensor) -> None:
-        if tensor.device != self.memory.device or tensor.layout is not torch.strided:
+        if tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
         if storage._cdata not in self._storages and storage.nbytes():

@@ -83,6 +83,12 @@ RUN: dict[str, Callable[[], Any]] = {
     ),
     "clip": lambda: nn.utils.clip_grad_norm_([random(9)], 1.0, error_if_nonfinite=True),
     "distribution": lambda: torch.distributions.Normal(random(3000), 1.0).rsample(),
+    "vmap": lambda: torch.func.vmap(lambda i, x: (x * i)[0] + torch.ones(3, device="cuda"))(
+        torch.arange(2, device="cuda"), random(2, 4, 3)
+    ),
+    "per-sample gradients": lambda: torch.func.vmap(
+        torch.func.grad(lambda w, x: (w * x).sum()), in_dims=(None, 0)
+    )(random(3), random(5, 3)),
     "print": lambda: print(random(4, 4)),
 }
 
@@ -164,6 +170,54 @@ def test_data_parallel_with_its_one_card(gpu: every_byte.VirtualGPU, on: str) ->
     assert y.is_cuda and gpu.memory_allocated() == held + x.nbytes + y.nbytes + workspace
     y.sum().backward()
     assert x.grad is not None and x.grad.device.type == on
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda card, host: card + host,
+        lambda card, host: host * card,
+        lambda card, host: torch.where(card > 0, card, host),
+        lambda card, host: card @ host,
+        lambda card, host: torch.einsum("ij,jk->ik", host, card),
+        lambda card, host: torch.cat([card, host]),
+        lambda card, host: nn.Linear(8, 8)(card),
+    ],
+)
+def test_two_devices_are_refused_as_by_cuda(gpu: every_byte.VirtualGPU, compute: Any) -> None:
+    card, host = torch.randn(8, 8, device="cuda"), torch.randn(8, 8)
+    with pytest.raises(RuntimeError, match="on the same device, but found at least two devices"):
+        compute(card, host)
+    assert (card + torch.tensor(2.0)).is_cuda  # a scalar may come from the host
+    card[host > 0] = 1
+    card.copy_(host)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_recurrent_weights_are_one_block(gpu: every_byte.VirtualGPU, name: str) -> None:
+    with torch.device("cuda"):
+        model = getattr(nn, name)(64, 128, num_layers=2, batch_first=True)
+    assert gpu.memory_allocated() == -(-sum(p.nbytes for p in model.parameters()) // 512) * 512
+    model(random(4, 16, 64))[0].sum().backward()
+
+
+def test_a_triton_kernel_takes_no_memory(gpu: every_byte.VirtualGPU) -> None:
+    triton = pytest.importorskip("triton")
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def doubled(x, y, z, n) -> None:  # type: ignore[no-untyped-def]
+        pass
+
+    x = torch.tensor([1, 2], device="cuda")
+    y = torch.empty_like(x)
+    held = gpu.memory_allocated()
+    z = torch.ones((), device="cuda")
+    held += 512
+    doubled[(1,)](x, y, z, n=2)
+    assert gpu.memory_allocated() == held and not gpu.memory.values.assumptions
+    assert z.item() != z.item()  # NaN
+    y.tolist()
+    assert "a Triton kernel at test_cases.py" in str(list(gpu.memory.values.assumptions))
 
 
 def test_streams_of_any_accelerator(gpu: every_byte.VirtualGPU) -> None:

@@ -88,6 +88,29 @@ def test_tensors_answer_as_cudas_do(gpu: every_byte.VirtualGPU) -> None:
         torch.zeros(1, device="cuda:1")
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        *([True, False, True], [0, 2], [], [False, False, False]),
+        *(
+            ([True, False, True], [1]),
+            (slice(None), [0, -1]),
+            (Ellipsis, [True, False, True, True]),
+        ),
+        *(([[0, 1], [1, 0]],), ([True, False, False], 1)),
+    ],
+    ids=str,
+)
+def test_the_numbers_of_an_index_are_known(gpu: every_byte.VirtualGPU, place: Any) -> None:
+    host = torch.arange(12).view(3, 4)
+    x = host.cuda()
+    assert torch.equal(x[place].cpu(), host[place])
+    x[place] = 0
+    host[place] = 0
+    assert torch.equal(x.cpu(), host)
+    assert not gpu.memory.values.assumptions
+
+
 def test_a_device_context_and_what_the_script_puts_on_meta(gpu: every_byte.VirtualGPU) -> None:
     with torch.device("cuda"):
         model = nn.Linear(100, 100, bias=False)

@@ -277,6 +277,12 @@ PRIVATE_NAMES = (
         "foreach optimizers mix devices in as_cuda()",
     ),
     PrivateName(
+        "torch._C._functorch",
+        "finds the tensor behind one of torch.func.vmap's, which has no storage: "
+        "is_functorch_wrapped_tensor, get_unwrapped",
+        "torch.func.vmap fails in as_cuda()",
+    ),
+    PrivateName(
         "torch._C._scatter",
         "brings a batch to DataParallel's card, on its stream",
         "DataParallel fails in as_cuda() where its batch is on the host",
@@ -501,7 +507,7 @@ def recurrent_weights_are_flat() -> Iterator[None]:
         first = weights[0]
         if (
             not is_tracked()
-            or not all(w.is_meta and w.dtype is first.dtype for w in weights)
+            or not all(_is_meta(w) and w.dtype is first.dtype for w in weights)
             or not torch.backends.cudnn.enabled
         ):
             return flatten(module)

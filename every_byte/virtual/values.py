@@ -398,6 +398,17 @@ class Values:
         with _out_of_sight():
             return _on_host(tensor, copy).clone()
 
+    @staticmethod
+    def may_be_written(tensors: list[Tensor], by: str) -> None:
+        """Let what is known of tensors be an assumption, or for floating point not be known."""
+        with torch._C.DisableTorchFunction():
+            for tensor in tensors:
+                copy = _copy_of(tensor)
+                if copy is not None and tensor.dtype in WHOLE:
+                    copy.origin = f"{by} at {program_line()}"
+                else:
+                    _forget(tensor)
+
     # After an operation
 
     def _note(
@@ -607,13 +618,10 @@ def _host_copy(values: Values, tensor: Tensor, operation: str) -> Tensor:
         if copy.origin is not None:
             values._read(operation, copy.origin, "what was assumed")
         return _on_host(tensor, copy)
-    floats = tensor.dtype.is_floating_point or tensor.dtype.is_complex
-    # Pages of zeros that nobody touches take no memory, NaN would.
-    fill = math.nan if floats and tensor.numel() * tensor.element_size() <= LARGEST else 0
+    # One number is shown, as a loss; many are computed with, as by SciPy, which refuses NaN.
+    fill = math.nan if tensor.dtype.is_floating_point and not tensor.dim() else 0
     values._read(operation, "", str(fill))
-    if fill:
-        return torch.full((), fill, dtype=tensor.dtype, device=_HOST).expand(tensor.shape)
-    return torch.zeros((), dtype=tensor.dtype, device=_HOST).expand(tensor.shape)
+    return torch.full((), fill, dtype=tensor.dtype, device=_HOST).expand(tensor.shape)
 
 
 def _to_copy(values: Values, func: Any, args: Any, kwargs: Any) -> Any:
@@ -626,7 +634,7 @@ def _to_copy(values: Values, func: Any, args: Any, kwargs: Any) -> Any:
         return func(host, device=_HOST, **given)
     like = torch.empty_like(args[0], **{k: v for k, v in given.items() if v is not None})
     dtype, size, stride = like.dtype, like.size(), like.stride()
-    if host.numel() and host.flatten()[0] == 0:
+    if host.numel() and host[(0,) * host.dim()] == 0:  # of all of them, without their memory
         result = torch.zeros(like.untyped_storage().nbytes(), dtype=torch.uint8, device=_HOST)
         return torch.empty(0, dtype=dtype, device=_HOST).set_(
             result.untyped_storage(), 0, size, stride
@@ -814,10 +822,24 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _as_indices(tensor: Tensor, place: Any) -> Any:
+def _numbers(data: Any) -> Any:
+    """Nested lists in which tensors of the ``meta`` device gave way to their values."""
+    if isinstance(data, (list, tuple)):
+        if any(isinstance(each, (list, tuple, Tensor)) for each in data):
+            return [_numbers(each) for each in data]
+    elif isinstance(data, Tensor):
+        with torch._C.DisableTorchFunction():
+            if data.is_meta:
+                return data.tolist() if data.dim() else data.item()
+    return data
+
+
+def as_indices(tensor: Tensor, place: Any) -> Any:
     """The place of ``tensor[place]``, with tensors for lists of whole numbers or truth values.
 
-    A list that has lists in it is a tuple of them (``treatSequenceAsTuple``).
+    C++ makes tensors of them without values (``sequenceToVariable`` in
+    torch/csrc/autograd/python_variable_indexing.cpp of PyTorch 2.14). A list that has lists in
+    it is a tuple of them (``treatSequenceAsTuple`` there).
     """
     if isinstance(place, list) and not any(isinstance(each, list) for each in place):
         return _as_index(tensor, place)
@@ -832,9 +854,10 @@ def _as_indices(tensor: Tensor, place: Any) -> Any:
 def _as_index(tensor: Tensor, numbers: list[Any]) -> Any:
     with torch._C.DisableTorchFunction():
         is_meta = tensor.is_meta
-    if not is_meta or not all(type(each) in (bool, int) for each in tree_leaves(numbers)):
+    kinds = {type(each) for each in tree_leaves(numbers)}
+    if not is_meta or not kinds <= {bool, int}:
         return numbers
-    return torch.tensor(numbers, dtype=None if numbers else torch.int64, device=tensor.device)
+    return tensor.new_tensor(numbers, dtype=torch.bool if kinds == {bool} else torch.int64)
 
 
 @contextmanager
@@ -842,15 +865,19 @@ def keeping_data() -> Iterator[None]:
     """Let ``torch.tensor`` and its like keep the values that a program gives them.
 
     On ``meta`` they drop these before any operation is seen (``internal_new_from_data`` in
-    torch/csrc/utils/tensor_new.cpp of PyTorch 2.14), those of an index such as
-    ``x[[True, False]]`` too (``sequenceToVariable`` in
-    torch/csrc/autograd/python_variable_indexing.cpp).
+    torch/csrc/utils/tensor_new.cpp of PyTorch 2.14).
     """
 
     def keeping(make: Callable[..., Tensor], place: int) -> Callable[..., Tensor]:
         def made(*args: Any, **kwargs: Any) -> Tensor:
-            result = make(*args, **kwargs)
             data = args[place] if len(args) > place else kwargs.get("data")
+            if isinstance(data, (list, tuple)):
+                data = _numbers(data)  # C++ would ask a meta tensor in a list for its value
+                if len(args) > place:
+                    args = (*args[:place], data, *args[place + 1 :])
+                else:
+                    kwargs = {**kwargs, "data": data}
+            result = make(*args, **kwargs)
             with torch._C.DisableTorchFunction():
                 if not result.is_meta or isinstance(data, Tensor) or not _is_small(result):
                     return result
@@ -861,17 +888,8 @@ def keeping_data() -> Iterator[None]:
 
         return made
 
-    def indexing(work: Callable[..., Any]) -> Callable[..., Any]:
-        def at(tensor: Tensor, place: Any, *value: Any) -> Any:
-            return work(tensor, _as_indices(tensor, place), *value)
-
-        return at
-
     _device_constructors()  # knows them, and is kept, as they are now
     with ExitStack() as stack:
-        for name in ("__getitem__", "__setitem__"):
-            kept = indexing(getattr(Tensor, name))
-            stack.enter_context(mock.patch.object(Tensor, name, kept))
         for owner, name, place in (
             (torch, "tensor", 0),
             (torch, "as_tensor", 0),
