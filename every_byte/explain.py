@@ -139,7 +139,7 @@ STARTS: tuple[dict[str, str], ...] = (
     },
     {"PyTorch": r"\bTried to allocate (?=\d)"},
     {
-        "driver": r"CUDA (?:runtime |driver )?error(?: \(2\))? ?: ?out of memory"
+        "driver": r"CUDA (?:runtime |driver )?error(?: [(]2[)])? ?: ?out of memory"
         r"|Cuda failure (?:2 )?'out of memory'|cuda(?:Malloc failed: out of|ErrorMemoryAllocation)"
         r"|CUDA_ERROR_OUT_OF_MEMORY|(?:CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_ALLOC_FAILED"
         r"|HIP error: out of memory|hipErrorOutOfMemory|HIPBLAS_STATUS_ALLOC_FAILED"
@@ -161,7 +161,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "reserved": (r"{} reserved in total by PyTorch",),
         # Before torch 1.4 "cached" is what is not allocated of it, too.
-        "cached": (r"{} is reserved by PyTorch but unallocated", r"{} cached\)"),
+        "cached": (r"{} is reserved by PyTorch but unallocated", r"{} cached[)]"),
         "private_pools": (r"with {} allocated in private pools",),
     },
     "MPS": {
@@ -172,7 +172,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "JAX": {
         "tried": (
-            r"request for [^(]{0,40}\({}\)",
+            r"request for [^(]{0,40}[(]{}[)]",
             r"allocat(?:e|ing) (?:request for )?{}",
         ),
         "capacity": (r"Free memory/Total memory: \d{1,18}/(\d{1,15})\b",),

@@ -321,7 +321,7 @@ print(f"\nwanted: 3.50 GiB    not allocated: {binary(free)}")
 figure = segments(pieces)
 
 # %% [markdown]
-# **Why.** This is {term}`fragmentation`. Each of the four segments once held an activation. The first state was cut from the first of them; what remained, 368 MiB, was too small for the second state, which cut the next, and so on. No segment can be given back, because a state lives in each. Outside are 3 GiB, too few as well. Memory cannot be moved: tensors hold addresses.
+# **Why.** This is fragmentation. Each of the four segments once held an activation. The first state was cut from the first of them; what remained, 368 MiB, was too small for the second state, which cut the next, and so on. No segment can be given back, because a state lives in each. Outside are 3 GiB, too few as well. Memory cannot be moved: tensors hold addresses.
 #
 # **Cures.** Each is the same program, and one thing changed.
 
@@ -916,7 +916,7 @@ table(
 )
 
 # %% [markdown]
-# At 64 rows what is less are cuBLAS's {term}`workspaces <workspace>`: this product takes none here. **Cure.** None: it is made for speed. FP8 saves memory where it *stores*: weights for inference, a KV cache, an optimizer's states, or what backward keeps.
+# At 64 rows what is less are cuBLAS's workspaces: this product takes none here. **Cure.** None: it is made for speed. FP8 saves memory where it *stores*: weights for inference, a KV cache, an optimizer's states, or what backward keeps.
 
 # %% [markdown]
 # <a id="recompute"></a>
