@@ -321,7 +321,7 @@ print(f"\nwanted: 3.50 GiB    not allocated: {binary(free)}")
 figure = segments(pieces)
 
 # %% [markdown]
-# **Why.** This is fragmentation. Each of the four segments once held an activation. The first state was cut from the first of them; what remained, 368 MiB, was too small for the second state, which cut the next, and so on. No segment can be given back, because a state lives in each. Outside are 3 GiB, too few as well. Memory cannot be moved: tensors hold addresses.
+# **Why.** This is {term}`fragmentation`. Each of the four segments once held an activation. The first state was cut from the first of them; what remained, 368 MiB, was too small for the second state, which cut the next, and so on. No segment can be given back, because a state lives in each. Outside are 3 GiB, too few as well. Memory cannot be moved: tensors hold addresses.
 #
 # **Cures.** Each is the same program, and one thing changed.
 
@@ -1410,7 +1410,7 @@ print("offload_index" in known)
 # %% [markdown]
 # ## Exercises
 #
-# **1.** The program whose memory is [in pieces](#fragmentation) fails with states of 400 MiB. For which sizes does it fit without any cure? Predict, then replay 300 to 700 MiB.
+# **1.** The program whose memory is in pieces, above, fails with states of 400 MiB. For which sizes does it fit without any cure? Predict, then replay 300 to 700 MiB.
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
 for size in (300, 380, 390, 500, 700):
