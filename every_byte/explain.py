@@ -139,7 +139,7 @@ STARTS: tuple[dict[str, str], ...] = (
     },
     {"PyTorch": r"\bTried to allocate (?=\d)"},
     {
-        "driver": r"CUDA (?:runtime |driver )?error(?: \(2\))? ?: ?out of memory"
+        "driver": r"CUDA (?:runtime |driver )?error(?: [(]2[)])? ?: ?out of memory"
         r"|Cuda failure (?:2 )?'out of memory'|cuda(?:Malloc failed: out of|ErrorMemoryAllocation)"
         r"|CUDA_ERROR_OUT_OF_MEMORY|(?:CUBLAS|CUDNN|CUSOLVER|CUSPARSE)_STATUS_ALLOC_FAILED"
         r"|HIP error: out of memory|hipErrorOutOfMemory|HIPBLAS_STATUS_ALLOC_FAILED"
@@ -161,7 +161,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "reserved": (r"{} reserved in total by PyTorch",),
         # Before torch 1.4 "cached" is what is not allocated of it, too.
-        "cached": (r"{} is reserved by PyTorch but unallocated", r"{} cached\)"),
+        "cached": (r"{} is reserved by PyTorch but unallocated", r"{} cached[)]"),
         "private_pools": (r"with {} allocated in private pools",),
     },
     "MPS": {
@@ -172,7 +172,7 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "JAX": {
         "tried": (
-            r"request for [^(]{0,40}\({}\)",
+            r"request for [^(]{0,40}[(]{}[)]",
             r"allocat(?:e|ing) (?:request for )?{}",
         ),
         "capacity": (r"Free memory/Total memory: \d{1,18}/(\d{1,15})\b",),
@@ -277,13 +277,14 @@ CURES = {
     ),
     "logits": Cure(
         "If the line that failed computes the loss: compute it in chunks, or with a fused kernel.",
-        "Logits, their FP32 copy and a gradient of each take 12 bytes a token and word.",
-        "05_activations_and_peaks",
+        "In FP32 it holds 12 bytes for each token and word of the vocabulary at its worst.",
+        "16_logits",
     ),
     "no_grad": Cure(
         "If you don't train, run under torch.no_grad() or torch.inference_mode().",
         "Otherwise every activation is kept for a backward that never comes.",
-        "03_training_and_inference",
+        "11_troubleshooting",
+        "evaluation",
     ),
     "less_state": Cure(
         "Hold less for each parameter: BF16 or 4-bit weights, LoRA, an 8-bit optimizer.",
@@ -341,23 +342,23 @@ CURES = {
         "oom",
     ),
     "release": Cure(
-        "Keep no tensor that hangs on a graph: total += loss.item(), outputs.detach().",
-        "One loss holds every activation of its step.",
+        "Keep numbers, not tensors: total += loss.item(), outputs.append(output.detach().cpu()).",
+        "A loss that nobody called backward() on holds every activation of its step.",
         "11_troubleshooting",
-        "snapshot",
+        "grows",
     ),
     "cycles": Cure(
         "Look for lists, hooks, caches and retain_graph=True that outlive a step; record a "
         "snapshot of two steps and compare.",
         "What grows is held by name somewhere.",
         "11_troubleshooting",
-        "snapshot",
+        "cycles",
     ),
     "grows": Cure(
         "If the first steps ran, find out whether it grows: print memory_allocated() each step.",
         "One message can't tell a leak from a card that is too small.",
         "11_troubleshooting",
-        "snapshot",
+        "grows",
     ),
     "workers": Cure(
         "Let fewer processes use the card: no CUDA in workers of a DataLoader, one process a GPU.",

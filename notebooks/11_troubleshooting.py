@@ -1,14 +1,36 @@
 # %% [markdown]
-# # Troubleshooting: the message, its cause, its cure
+# # Troubleshooting: out of memory, and what to do
 #
-# After this chapter you can read an error of loading, precision or memory, cause it on purpose, and cure it.
+# After this chapter you can read an out-of-memory message, find what holds the memory, and cure it.
 #
-# - **Time:** a few minutes for the entry you came for, 40 for all; about a minute to run.
+# - **Time:** a minute for your message, 40 for all entries; about a minute to run.
 # - **Needs:** nothing. It runs on any machine, a GPU is optional, and nothing is downloaded.
+
+# %% [markdown]
+# ## Paste the message
+#
+# ```{explain}
+# In the book a field stands here. In a terminal: every-byte explain --file train.log
+# ```
+#
+# Or find your question:
+#
+# <ul>
+# <li>The message: <a href="#oom">CUDA out of memory</a> · <a href="#fragmentation">while gigabytes are free</a> · <a href="#snapshot">which line holds the memory</a></li>
+# <li>It grows each step: <a href="#grows">total += loss</a> · <a href="#outputs">kept outputs</a> · <a href="#hooks">hooks</a> · <a href="#cycles">cycles</a> · <a href="#graph">retain_graph</a> · <a href="#lengths">growing lengths</a></li>
+# <li>Where it is: <a href="#del">it stays after <code>del</code></a> · <a href="#smi">nvidia-smi shows more</a> · <a href="#worker">workers and kernels</a> · <a href="#workspace">the last 8 or 32 MiB</a> · <a href="#adam">Adam's peak</a> · <a href="#units">GB or GiB</a></li>
+# <li>It saved nothing: <a href="#saves">AMP</a> · <a href="#quarter">INT8 and 4 bits</a> · <a href="#fp8">FP8</a> · <a href="#recompute">checkpointing</a> · <a href="#gpus">two GPUs</a></li>
+# <li>It runs out somewhere else: <a href="#evaluation">in evaluation</a> · <a href="#loading">while loading</a> · <a href="#resume">after load_state_dict</a></li>
+# <li>Arguments that have changed: <a href="#amp">torch.cuda.amp</a> · <a href="#fp16">Accelerator(fp16=True)</a> · <a href="#dtype">torch_dtype</a> · <a href="#bits">load_in_8bit</a> · <a href="#silent">those that say nothing</a></li>
+# <li>Precision: <a href="#which">which dtype was loaded</a> · <a href="#int8">moving an int8 model</a> · <a href="#half">not implemented for 'Half'</a> · <a href="#nan">NaN losses</a></li>
+# <li>Of 2023: <a href="#import">Failed to import transformers…</a> · <a href="#offload">unexpected keyword argument 'offload_index'</a></li>
+# </ul>
 
 # %% tags=["hide-input", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the set-up", "code_prompt_hide": "Hide the set-up"}
 # set-up with bitsandbytes
 
+import contextlib
+import copy
 import gc
 import inspect
 import logging
@@ -30,20 +52,25 @@ warnings.filterwarnings("ignore", "IProgress not found")
 
 import accelerate
 import bitsandbytes
+import matplotlib.pyplot as plt
 import torch
+import torch.distributed as dist
 import transformers
 from accelerate import Accelerator
 from IPython import get_ipython
 from torch import nn, optim
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from every_byte import VirtualGPU, estimate, open_gpu
-from every_byte.units import GB, GiB, MiB, binary
+from every_byte import VirtualGPU, as_cuda, estimate, open_gpu
+from every_byte.ranks import first_of
+from every_byte.units import GB, MB, GiB, MiB, binary
 from helpers import models
 from helpers.environment import versions
-from helpers.plots import segments, use_book_style
+from helpers.plots import segments, timeline, use_book_style
 from helpers.tables import table
 
 transformers.logging.disable_progress_bar()
@@ -53,17 +80,7 @@ print(gpu)
 print(versions("torch", "transformers", "accelerate", "bitsandbytes"))
 
 # %% [markdown]
-# Each entry has the message as its heading, then a cell that **causes** it, why it happens, a cell in which the **cure** works, and how to prevent it. Find yours:
-#
-# <ul>
-# <li>Imports: <a href="#import">Failed to import transformers…</a> · <a href="#offload">dispatch_model() got an unexpected keyword argument 'offload_index'</a></li>
-# <li>Arguments that have changed: <a href="#amp">torch.cuda.amp</a> · <a href="#fp16">Accelerator(fp16=True)</a> · <a href="#dtype">torch_dtype</a> · <a href="#bits">load_in_8bit</a> · <a href="#silent">those that say nothing</a></li>
-# <li>Out of memory: <a href="#oom">CUDA out of memory</a> · <a href="#fragmentation">while gigabytes are free</a> · <a href="#snapshot">a snapshot of the memory</a></li>
-# <li>Ask for memory: <a href="#smi">nvidia-smi shows more</a> · <a href="#del">it stays after <code>del</code></a> · <a href="#workspace">the last 8.125 MiB</a> · <a href="#worker">workers and kernels</a> · <a href="#adam">Adam's peak</a> · <a href="#units">GB or GiB</a></li>
-# <li>Precision, asked: <a href="#which">which dtype was loaded</a> · <a href="#int8">moving an int8 model</a> · <a href="#quarter">why 4 bits are not a quarter</a> · <a href="#half">not implemented for 'Half'</a> · <a href="#nan">NaN losses</a> · <a href="#saves">why AMP does not save memory</a></li>
-# </ul>
-#
-# Messages are those of the versions that the book's lock pins, word for word; here they are only wrapped to fit the page. Cards in this chapter are **replayed** ones of their own, so that you see the same on any machine.
+# Every entry **causes** its problem with a few lines, says why, and shows the **cure** at work. Messages are word for word those of the versions above, only wrapped to fit the page. The cards are virtual, so you see the same on any machine.
 
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how messages are caught", "code_prompt_hide": "Hide how messages are caught"}
@@ -92,16 +109,7 @@ def told(action):
     return result
 
 
-# %% [markdown]
-# ## Imports
-#
-# <a id="import"></a>
-# ### `RuntimeError: Failed to import transformers.models.gpt2.modeling_gpt2 because of the following error (look up to see its traceback): module 'wandb.proto.wandb_internal_pb2' has no attribute 'Result'`
-#
-# The source article {cite}`hoperj2024` met this one. It takes an old transformers and a damaged wandb. Neither is installed here, so two stand-ins play them: a few files in a folder of their own, which a new Python process finds first.
-
-
-# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how stand-ins are run", "code_prompt_hide": "Hide how stand-ins are run"}
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how other programs are run", "code_prompt_hide": "Hide how other programs are run"}
 def write(folder, files):
     for name, text in files.items():
         path = Path(folder, name)
@@ -119,120 +127,972 @@ def run(code, folder):
     )
 
 
+folder = tempfile.TemporaryDirectory()  # for files of this chapter
+
 # %% [markdown]
-# The old transformers imported a model's module when it was first asked for, and put any failure into words of its own. On the way there it imported wandb, if it was installed, whether you used it or not.
+# ## The message
+#
+# <a id="oom"></a>
+# ### `torch.OutOfMemoryError: CUDA out of memory. Tried to allocate … GPU 0 has a total capacity of …`
+#
+# The card is a laptop's, with 6 GiB. A part of it is never PyTorch's: the {term}`CUDA context`, with the driver's and the libraries' code. One published measurement found 0.47 GiB of it on an A100 {cite}`ml-engineering`. We give our card as much; yours differs.
+#
+# On it we fine-tune gpt2-large: batch 1, 512 tokens, dropout off.
 
 # %%
-stand_ins = tempfile.TemporaryDirectory()
-WANDB = {
-    "wandb/__init__.py": """
-        import wandb.proto.wandb_internal_pb2
-        answer = wandb.proto.wandb_internal_pb2.Result
-        """,
-    "wandb/proto/wandb_internal_pb2.py": "# of another version: no Result",
-}
-OLD_TRANSFORMERS = {
-    "transformers/__init__.py": """
-        import importlib
-        def load(name):
-            try:
-                return importlib.import_module(name)
-            except Exception as error:
-                raise RuntimeError(
-                    f"Failed to import {name} because of the following "
-                    f"error (look up to see its traceback):\\n{error}"
-                ) from error
-        """,
-    "transformers/models/gpt2/modeling_gpt2.py": "import wandb",
-}
-old = write(Path(stand_ins.name, "old"), WANDB | OLD_TRANSFORMERS)
+CONTEXT = round(0.47 * GiB)
+
+
+def new_card(alloc_conf="", context=CONTEXT):
+    return VirtualGPU(
+        capacity=6 * GiB,
+        name="laptop",
+        alloc_conf=alloc_conf,
+        context=context,
+    )
+
+
+def inputs(dtype, length=512):
+    ids = torch.zeros(1, length, dtype=torch.int64)
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.zeros(1, 1, length, length, dtype=dtype),
+        "position_ids": torch.arange(length)[None],
+    }
+
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show one training step", "code_prompt_hide": "Hide one training step"}
+def fine_tune(card, dtype, make_optimizer, recordings=None):
+    """One training step; tells how far it came, and why no further."""
+    stage = "loading"
+    try:
+        config = models.config("gpt2-large", attn_implementation="eager")
+        model = models.build(config, card.device, dtype)
+        optimizer = make_optimizer(model.parameters())
+        batch = inputs(dtype).items()
+        batch = {name: tensor.to(card.device) for name, tensor in batch}
+        with contextlib.ExitStack() as stack:
+            if recordings is not None:
+                recording = card.record(model, optimizer)
+                recordings.append(stack.enter_context(recording))
+            stage = "forward"
+            logits = model(**batch, use_cache=False).logits
+            loss = cross_entropy(logits[0], batch["input_ids"][0])
+            stage = "backward"
+            loss.backward()
+            stage = "optimizer step"
+            optimizer.step()
+    except torch.OutOfMemoryError as error:
+        return stage, str(error), state(card)
+    return "", "", state(card)
+
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the figures", "code_prompt_hide": "Hide the figures"}
+def state(card):
+    return {
+        "capacity": card.mem_get_info()[1],
+        "free": card.mem_get_info()[0],
+        "process": CONTEXT + card.memory_reserved(),
+        "allocated": card.memory_allocated(),
+        "unallocated": card.memory_reserved() - card.memory_allocated(),
+        "peak": card.max_memory_allocated(),
+    }
+
 
 # %%
-LOAD = """
-import transformers
-transformers.load("transformers.models.gpt2.modeling_gpt2")
-"""
-failed = run(["-c", LOAD], old)
-show(
-    "\n".join(x for x in failed.stderr.splitlines() if not x.startswith(" "))
+with new_card() as card:
+    stage, message, at_error = fine_tune(card, torch.float32, optim.AdamW)
+print(f"stopped in: {stage}\n")
+show(message)
+
+# %% [markdown]
+# Here is what filled the card up to that moment:
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "image": {"alt": "Allocated memory of the card up to the error, stacked by kind. Parameters fill half of it from the start, and forward adds a slope of activations up to the dashed line of the card, where the program stops."}}
+with new_card() as card:
+    fine_tune(card, torch.float32, optim.AdamW, recordings := [])
+figure = timeline(recordings[0])
+limit = 6 * GiB - CONTEXT
+line = figure.axes[0].axhline(limit / MB, color="black", linestyle="--")
+
+# %% [markdown]
+# Parameters take half of the card. Layer by layer the activations of forward come on top, until nothing is left (dashed: what the card has for PyTorch). Gradients and optimizer states have not even begun.
+#
+# Now word by word. The right column is what the functions said at that moment, written as PyTorch writes it.
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
+WORDS = [
+    ("Tried to allocate", "the segment, the request rounded up", ""),
+    ("total capacity of", "`torch.cuda.mem_get_info()[1]`", "capacity"),
+    ("of which", "`torch.cuda.mem_get_info()[0]`", "free"),
+    ("this process has", "segments and CUDA context", "process"),
+    ("the allocated memory", "`memory_allocated()`", "allocated"),
+    ("by PyTorch, and", "reserved minus allocated", "unallocated"),
+]
+rows = []
+for words, meaning, key in WORDS:
+    says = re.search(words + r" ([\d.]+ [KMG]iB)", message)[1]
+    here = binary(at_error[key]) if key else ""
+    numbers = [
+        text.replace(" ", "\N{NO-BREAK SPACE}") for text in (says, here)
+    ]
+    rows.append((words + " …", meaning, *numbers))
+table(["the message", "what it is", "says", "this GPU"], rows)
+
+# %% [markdown]
+# **Why.** *Tried to allocate* is small: it is the drop that spills the glass. What matters is *allocated by PyTorch*, nearly the whole card. Compare it with the formula: FP32 parameters, gradients and AdamW's states want 16 bytes per parameter before any activation.
+
+# %%
+sizes = estimate.dimensions("gpt2-large")
+wanted = estimate.training(sizes, "adamw", "fp32")
+print(f"estimated: {wanted.total / GB:.2f} GB without activations")
+print(f"the card:  {(6 * GiB - CONTEXT) / GB:.2f} GB for PyTorch")
+
+# %% [markdown]
+# **Cure.** Want less. We try again with fewer bytes for each parameter.
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
+ADAMW8 = bitsandbytes.optim.AdamW8bit
+TRIES = {
+    "FP32, AdamW": (torch.float32, optim.AdamW),
+    "BF16, AdamW": (torch.bfloat16, optim.AdamW),
+    "BF16, 8-bit AdamW": (torch.bfloat16, ADAMW8),
+    "BF16, SGD": (torch.bfloat16, optim.SGD),
+}
+rows = []
+for name, (dtype, make_optimizer) in TRIES.items():
+    with new_card() as card:
+        stage, message, then = fine_tune(card, dtype, make_optimizer)
+    outcome = f"out of memory in {stage}" if stage else "fits"
+    rows.append((name, outcome, then["peak"]))
+table(["6 GiB card", "one step", "peak, this GPU (B)"], rows)
+
+# %% [markdown]
+# BF16 with AdamW comes as far as the optimizer: its states are made at the first step, so that is where it ends. Eight-bit states make room for it. More ways: a smaller batch or length, activation checkpointing, LoRA; [Activations and peaks](05_activations_and_peaks.ipynb) measures each.
+#
+# **Prevent.** Estimate first: `estimate.training(...)`, then replay the step on a `VirtualGPU` of your card's size, as above.
+
+# %% [markdown]
+# <a id="fragmentation"></a>
+# ### `CUDA out of memory`, while gigabytes are free
+#
+# Sometimes the message says that much *is reserved by PyTorch but unallocated*, and the request would fit into what is free in all. Then memory is there, but in pieces.
+#
+# A program that does it: large **activations** come and go; then an optimizer makes its **states**, which stay; then a longer batch wants one **large** tensor.
+
+
+# %%
+def empty(mebibytes):
+    return torch.empty(mebibytes * MiB, dtype=torch.int8, device="meta")
+
+
+def make_states():
+    return [empty(400) for _ in range(4)]
+
+
+# %%
+def program(card, states_first=False, between=False, again=False):
+    states = make_states() if states_first else None
+    activations = [empty(768) for _ in range(4)]
+    del activations
+    if between:
+        card.empty_cache()
+    states = states or make_states()
+    try:
+        return states, empty(3584)
+    except torch.OutOfMemoryError:
+        if not again:
+            raise
+    card.empty_cache()
+    return states, empty(3584)
+
+
+# %%
+with new_card(context=0) as card:
+    try:
+        program(card)
+    except torch.OutOfMemoryError as error:
+        show(str(error).partition(" If reserved")[0])
+        free = 6 * GiB - card.memory_allocated()
+        pieces = card.memory_snapshot()
+print(f"\nwanted: 3.50 GiB    not allocated: {binary(free)}")
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "image": {"alt": "Four segments of the large pool, 768 MiB each. In every one the first 400 MiB are in use by a state and the remaining 368 MiB are free. No free piece is larger than that."}}
+figure = segments(pieces)
+
+# %% [markdown]
+# **Why.** This is {term}`fragmentation`. Each of the four segments once held an activation. The first state was cut from the first of them; what remained, 368 MiB, was too small for the second state, which cut the next, and so on. No segment can be given back, because a state lives in each. Outside are 3 GiB, too few as well. Memory cannot be moved: tensors hold addresses.
+#
+# **Cures.** Each is the same program, and one thing changed.
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
+CURES = {
+    "nothing": {},
+    "`empty_cache()` after the error, then again": {"again": True},
+    "`empty_cache()` between activations and states": {"between": True},
+    "the states first": {"states_first": True},
+    "`expandable_segments:True`": {"alloc_conf": "expandable_segments:True"},
+    "`max_split_size_mb:256`": {"alloc_conf": "max_split_size_mb:256"},
+}
+
+
+def outcome(alloc_conf="", **how):
+    with new_card(alloc_conf, context=0) as card:
+        try:
+            kept = program(card, **how)
+        except torch.OutOfMemoryError:
+            return "out of memory", ""
+        return f"fits, {len(kept[0])} states kept", card.memory_reserved()
+
+
+table(
+    ["what is changed", "the large tensor", "reserved, this GPU (B)"],
+    [(name, *outcome(**how)) for name, how in CURES.items()],
 )
 
 # %% [markdown]
-# **Why.** These are the lines of the traceback that are not indented: one for each error. Read such a chain from the top. The last error says only that something failed. *The above exception was the direct cause* points up, and the first error is the real one: wandb asks its own generated file for a name that the file does not have. Files of two versions are mixed. GPT-2 has nothing to do with it.
-#
-# In code, `__cause__` leads there:
+# - **`empty_cache()` after the error** changes nothing. PyTorch did it before it gave up. It gives whole segments back to *other* programs, and here none is whole.
+# - **`empty_cache()` between** the two phases works: the emptied segments are gone before a state can settle in them. It costs time, so once, not at every step.
+# - **What stays first, what goes later**: then states lie in segments of their own.
+# - **`max_split_size_mb:256`** forbids that a free block of 256 MiB or more be cut for a smaller request.
+# - **`expandable_segments:True`** has one segment for all, which grows by pages {cite}`pytorch-cuda-notes`. Free pieces side by side become one, as the figure shows.
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "image": {"alt": "One expandable segment of the large pool. Four states of 400 MiB lie side by side at its beginning, then the tensor of 3584 MiB. Next to nothing is free."}}
+with new_card("expandable_segments:True", context=0) as card:
+    kept = program(card)
+    figure = segments(card.memory_snapshot())
+    del kept
+
+# %% [markdown]
+# **Prevent.** Set it before Python starts, for it is read once: `PYTORCH_ALLOC_CONF=expandable_segments:True python train.py`. `garbage_collection_threshold` is replayed as well; PyTorch heeds it only where `torch.cuda.set_per_process_memory_fraction` set a limit. What the virtual GPU does not replay it refuses:
 
 # %%
-READ = f"""
+told(lambda: new_card("roundup_power2_divisions:[256:1]"))
+
+# %% [markdown]
+# <a id="snapshot"></a>
+# ### Which line holds the memory? A snapshot
+#
+# PyTorch can note every allocation with the line of Python that made it {cite}`pytorch-memory-snapshot`. On CUDA it is `torch.cuda.memory._record_memory_history()`; `gpu.record_memory_history()` does the same on either GPU, and writes the same file. We look for a leak: a validation without `torch.no_grad()`, whose outputs keep all activations.
+
+
+# %%
+def make_model():
+    return nn.Sequential(
+        *(nn.Linear(1024, 1024, device="meta") for _ in range(4))
+    )
+
+
+def validate(model):
+    return [model(torch.empty(8192, 1024, device="meta")) for _ in range(2)]
+
+
+card = VirtualGPU(capacity=6 * GiB, name="laptop").open()
+card.record_memory_history()
+model = make_model()
+outputs = validate(model)
+snapshot_file = Path(folder.name, "snapshot.pickle")
+card.dump_snapshot(snapshot_file)
+print(f"allocated: {card.memory_allocated():,} B")
+
+# %% [markdown]
+# PyTorch reads the file at the command line. Each line is a segment of 20 MiB or more, each character in brackets 20 MiB of it: a letter for one block, a digit for several, which fill so many tenths.
+
+# %%
+viz = ["-m", "torch.cuda._memory_viz", "stats", str(snapshot_file)]
+show(run(viz, "").stdout.partition("\nLegend")[0])
+
+# %% [markdown]
+# In the browser: drop the file on [pytorch.org/memory_viz](https://pytorch.org/memory_viz); it stays on your machine. *Active Memory Timeline* shows what is alive when, a click on a band the lines that made it. *Allocator State History* shows segments and blocks.
+#
+# Or ask the snapshot in Python. A block's `frames` begin with the innermost line:
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
+held = Counter()
+for segment in card.snapshot()["segments"]:
+    for block in segment["blocks"]:
+        names = [frame["name"] for frame in block["frames"]]
+        for maker in ("make_model", "validate"):
+            if maker in names:
+                held[maker] += block["requested_size"]
+for maker, nbytes in held.most_common():
+    print(f"{maker:12}{nbytes:14,} B")
+
+# %% [markdown]
+# `validate` holds the input and the outputs of four layers, and that twice; cuBLAS's workspace came to life there too. **Cure:**
+
+# %%
+del outputs
+with torch.no_grad():
+    outputs = validate(model)
+print(f"allocated: {card.memory_allocated():,} B")
+del model, outputs
+card.close()
+
+# %% [markdown]
+# ## It grows each step
+#
+# If the first steps run and a later one fails, something of each step stays. Look at `torch.cuda.memory_allocated()` after each step: it should repeat itself. Six scripts follow in which it doesn't. In each, `yield` is the end of a step, where we read it; "cuda" is a virtual card of 6 GiB.
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how steps are watched", "code_prompt_hide": "Hide how steps are watched"}
+seen = {}
+
+
+def after_each(script, steps=4, reserved=False, alloc_conf="", name=None):
+    """Show what is allocated (or reserved) after each step."""
+    gc.collect()
+    gc.disable()  # the collector comes when it likes: here it doesn't
+    with as_cuda(capacity=6 * GiB, alloc_conf=alloc_conf) as card:
+        told = card.memory_reserved if reserved else card.memory_allocated
+        running = script()
+        sizes = [told() for _ in zip(range(steps), running)]
+        running.close()
+    gc.enable()
+    seen[script] = sizes
+    sizes = "".join(f"{nbytes / MiB:9,.3f}" for nbytes in sizes)
+    print(f"{name or script.__name__:15}{sizes} MiB")
+
+
+def peak_of(action, *arguments):
+    with as_cuda(capacity=64 * GiB) as card:
+        action(*arguments)
+        return card.max_memory_allocated()
+
+
+# %%
+def new_model():
+    return nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4))).cuda()
+
+
+def new_batch(rows=8192):
+    return torch.randn(rows, 1024, device="cuda")
+
+
+# %% [markdown]
+# <a id="grows"></a>
+# ### It grows each step: `total += loss`
+
+
+# %%
+def validation():
+    model, total = new_model(), 0
+    while True:
+        loss = model(new_batch()).mean()
+        total += loss
+        yield
+
+
+def with_item():
+    model, total = new_model(), 0
+    while True:
+        loss = model(new_batch()).mean()
+        total += loss.item()
+        yield
+
+
+# %%
+after_each(validation)
+after_each(with_item)
+
+# %% [markdown]
+# **Why.** `total` is a tensor with a graph, and the graph holds what a backward would need: every activation of every batch. **Cure:** `loss.item()`, a plain number.
+#
+# A loss that is kept *after* `loss.backward()` does little harm, since backward lets go of the activations. The loss itself stays, 512 B a step:
+
+
+# %%
+def training():
+    model, losses = new_model(), []
+    while True:
+        loss = model(new_batch()).mean()
+        loss.backward()
+        losses.append(loss)
+        yield
+
+
+after_each(training)
+
+# %% [markdown]
+# <a id="outputs"></a>
+# ### It grows each step: outputs in a list
+
+
+# %%
+def outputs():
+    model, kept = new_model(), []
+    while True:
+        output = model(new_batch())
+        output.mean().backward()
+        kept.append(output)  # cure: output.detach().cpu()
+        yield
+
+
+after_each(outputs)
+
+# %% [markdown]
+# **Why.** Backward freed the activations, but an output in a list lives on, 32 MiB each time. `detach()` alone does not help here: it drops the graph and shares the memory. **Cure:** keep on the host what you keep, `output.detach().cpu()`, or keep the number that you want of it.
+
+# %% [markdown]
+# <a id="hooks"></a>
+# ### It grows each step: hooks
+
+
+# %%
+def hooks():
+    model, features = new_model(), []
+    model[1].register_forward_hook(lambda m, i, out: features.append(out))
+    while True:
+        model(new_batch()).mean().backward()
+        yield
+
+
+after_each(hooks)
+
+# %% [markdown]
+# **Why.** A hook is a list with another name. It outlives the step, and so does what it collects. **Cure:** clear the list each step, and `handle.remove()` when you are done: hooks that are registered again and again pile up as well.
+
+# %% [markdown]
+# <a id="cycles"></a>
+# ### It grows each step: cycles, until garbage is collected
+
+
+# %%
+class Step:
+    def __init__(self, batch):
+        self.batch = batch
+        self.callback = self.report  # a method holds its object
+
+    def report(self):
+        return self.batch.shape
+
+
+def cycles():
+    while True:
+        Step(new_batch())
+        yield
+
+
+# %%
+after_each(cycles)
+with as_cuda() as card:
+    Step(new_batch())
+    print(f"{card.memory_allocated() / MiB} MiB", end=", ")
+    gc.collect()
+    print(f"after gc.collect(): {card.memory_allocated() / MiB} MiB")
+
+# %% [markdown]
+# **Why.** Python frees an object when nobody refers to it. Here the object refers to itself, through a method of its own, so it waits for the garbage collector, which counts objects, not gigabytes. **Cure:** break the cycle (`weakref`, or no callback of one's own); a `gc.collect()` each step is the crutch. `torch.utils.viz._cycles.warn_tensor_cycles()` finds such cycles on a GPU.
+
+# %% [markdown]
+# <a id="graph"></a>
+# ### It grows each step: `retain_graph=True`
+
+
+# %%
+def graph():
+    model, losses = new_model(), []
+    while True:
+        loss = model(new_batch()).mean()
+        loss.backward(retain_graph=True)
+        losses.append(loss)
+        yield
+
+
+after_each(graph)
+
+# %% [markdown]
+# **Why.** It tells backward to keep the activations, for another backward. Each loss then holds its whole step, as in a validation. It is often added to silence *Trying to backward through the graph a second time*. **Cure:** `detach()` what goes from one step into the next, such as a hidden state, and leave it out.
+
+# %% [markdown]
+# <a id="lengths"></a>
+# ### It grows each step: lengths that grow
+
+
+# %%
+def lengths():
+    model = new_model().requires_grad_(False)
+    for rows in range(1000, 7000, 1000):
+        model(new_batch(rows))
+        yield
+
+
+def longest_first():
+    model = new_model().requires_grad_(False)
+    for rows in range(6000, 0, -1000):
+        model(new_batch(rows))
+        yield
+
+
+# %%
+after_each(lengths, 6, reserved=True)
+after_each(lengths, 6, reserved=True, alloc_conf="expandable_segments:True")
+after_each(longest_first, 6, reserved=True)
+
+# %% [markdown]
+# **Why.** Nothing leaks: *allocated* stays. But each batch is longer than any free block, so PyTorch takes new segments, and *reserved* grows. **Cure:** run the longest batch first, so that all later ones fit into its blocks; or pad to a few lengths; or `expandable_segments:True` (second line).
+#
+# The five leaks side by side:
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "image": {"alt": "Allocated memory after each of six steps, a line for each of five scripts. retain_graph and the validation with total += loss climb steeply and side by side, cycles and kept outputs and hooks climb a quarter as fast, and the cured validation stays level."}}
+LEAKS = (validation, graph, outputs, cycles, with_item)
+with contextlib.redirect_stdout(None):
+    for script in LEAKS:
+        after_each(script, 6)
+figure, axes = plt.subplots()
+for script, marker in zip(LEAKS, "os^Dx"):
+    curve = [nbytes / MB for nbytes in seen[script]]
+    axes.plot(range(1, 7), curve, marker=marker, label=script.__name__)
+axes.set(xlabel="step", ylabel="allocated after it (MB)", ylim=(0, None))
+figure.legend(loc="outside lower center", ncols=3)
+plt.show()
+
+# %% [markdown]
+# ## Where the memory is
+#
+# <a id="del"></a>
+# ### Why does memory stay after `del model`?
+#
+# `del` removes a name. Memory goes when the **last** reference goes. Three hide well. First, a **traceback**: an error keeps every local variable of every function that it passed through.
+
+# %%
+card = VirtualGPU(capacity=6 * GiB, name="laptop").open()
+
+
+def forward():
+    activations = empty(500)
+    raise ValueError(f"shape {tuple(activations.shape)}")
+
+
 try:
-{textwrap.indent(LOAD, "    ")}
-except RuntimeError as error:
-    while error.__cause__:
-        error = error.__cause__
-    print(type(error).__name__, error, sep=": ")
-"""
-show(run(["-c", READ], old).stdout)
+    forward()
+except ValueError as error:
+    kept = error  # a notebook does this for you, in sys.last_exc
+print(f"the error is handled:  {card.memory_allocated():,} B")
+traceback.clear_frames(kept.__traceback__)
+print(f"its frames are cleared: {card.memory_allocated():,} B")
 
 # %% [markdown]
-# **Cure.** Reinstall the package that the *first* error names: `pip uninstall wandb`, then `pip install wandb` if you need it. The article's second way, `WANDB_DISABLED`, is no longer read: transformers 5 reports to nobody by default, and `report_to="none"` says so explicitly. It also imports wandb only where it is asked to report there. The same damaged wandb does no harm to the transformers of today:
+# Second, a **closure**: a function that uses a variable keeps it. Hooks and callbacks are functions.
+
 
 # %%
-damaged = write(Path(stand_ins.name, "damaged"), WANDB)
-NOW = """
-import sys
-from transformers import GPT2LMHeadModel, TrainingArguments
-print(GPT2LMHeadModel.__name__, "imported; wandb:", "wandb" in sys.modules)
-print("report_to:", TrainingArguments("unused").report_to)
-"""
-show(run(["-c", NOW], damaged).stdout)
+def make_callback(model):
+    def callback():
+        return model.shape
+
+    return callback
+
+
+model = empty(500)
+callback = make_callback(model)
+del model
+print(f"model deleted:    {card.memory_allocated():,} B")
+del callback
+print(f"callback deleted: {card.memory_allocated():,} B")
 
 # %% [markdown]
-# **Prevent.** One environment for each project, and packages installed together, so that pip can see what fits what.
+# Third, the **prompt**. Python and Jupyter keep what a line shows: as `_`, and Jupyter in `Out` as well.
+
+# %%
+model = empty(500)
+model
+
+# %%
+del model
+print(f"model deleted:  {card.memory_allocated():,} B")
+get_ipython().run_line_magic("xdel", "_")  # in a cell: %xdel _
+print(f"and the prompt: {card.memory_allocated():,} B")
+card.close()
 
 # %% [markdown]
-# <a id="offload"></a>
-# ### `TypeError: dispatch_model() got an unexpected keyword argument 'offload_index'`
+# `%xdel name` deletes a variable with all that Jupyter keeps of it; `%reset -f out` leaves the last one. In plain Python `_ = None` does it. **Prevent.** Do the work in a function: its variables end with it. Show numbers, not tensors: `model.shape`. After an error in a notebook, `sys.last_exc = None` or a new kernel. Reference cycles wait for `gc.collect()`.
+
+# %% [markdown]
+# <a id="smi"></a>
+# ### Why does `nvidia-smi` show more than `memory_allocated()`?
 #
-# The article's second error. transformers hands a model to accelerate's `dispatch_model`. If transformers is newer than accelerate, it passes an argument that the other does not know yet. Accelerate 0.12.0 had no `offload_index`; 0.15.0 had it. The stand-in has the older one's signature and its metadata:
+# Because it shows what the process took from the card, and PyTorch takes in advance.
 
-# %%
-OLD_ACCELERATE = {
-    "accelerate/__init__.py": """
-        def dispatch_model(
-            model, device_map, main_device=None, state_dict=None,
-            offload_dir=None, offload_buffers=False,
-            preload_module_classes=None,
-        ): ...
-        """,
-    "accelerate-0.12.0.dist-info/METADATA": """\
-        Metadata-Version: 2.1
-        Name: accelerate
-        Version: 0.12.0
-        """,
-}
-mismatch = write(Path(stand_ins.name, "mismatch"), OLD_ACCELERATE)
-CALL = """
-from accelerate import dispatch_model
-dispatch_model("a model", device_map={"": 0}, offload_index=None)
-"""
-show(run(["-c", CALL], mismatch).stderr.splitlines()[-1])
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
+with new_card() as card:
+    tensor, gone = empty(100), empty(900)
+    del gone
+    free, total = card.mem_get_info()
+    rows = [
+        (
+            "`memory_allocated()`",
+            "blocks of tensors",
+            card.memory_allocated(),
+        ),
+        ("`memory_reserved()`", "+ free blocks", card.memory_reserved()),
+        ("`nvidia-smi`, this process", "+ the CUDA context", total - free),
+    ]
+    del tensor
+table(["who says it", "what it counts", "this GPU (B)"], rows)
 
 # %% [markdown]
-# **Why.** An *unexpected keyword argument* inside of a library, in a call that you did not write, is nearly always two packages of different ages. `every-byte check` compares each package with what the book needs, and says which one is behind:
-
-# %%
-checked = run(["-m", "every_byte", "check"], mismatch).stdout
-show(next(x for x in checked.splitlines() if "accelerate:" in x))
+# Kept memory serves the next tensor without asking the driver. `empty_cache()` returns it; the context stays as long as the process. Other programs on the card come on top.
 
 # %% [markdown]
-# **Cure.** The command at the end of that line. Here is the same call's signature with what this book runs on:
+# <a id="worker"></a>
+# ### Nothing runs, and the card is full: workers and kernels
+#
+# Memory ends with its process. A notebook's kernel runs until it is shut down, even with its tab closed. Workers of a `DataLoader` live as long as its iterator, and `persistent_workers=True` keeps them between epochs:
 
 # %%
-known = inspect.signature(accelerate.dispatch_model).parameters
-print("offload_index" in known)
+loader = DataLoader(range(8), num_workers=2, persistent_workers=True)
+numbers = sorted(int(x) for x in loader)
+print("read to the end:", len(multiprocessing.active_children()), "workers")
+del loader
+gc.collect()
+print("loader deleted: ", len(multiprocessing.active_children()), "workers")
 
 # %% [markdown]
-# **Prevent.** Upgrade packages that call each other in one command: `pip install --upgrade transformers accelerate`. The check exits with 1 if anything is amiss, so a script can begin with it.
+# Workers should make CPU tensors and leave CUDA to the main process; then they hold no card. To find who does: `nvidia-smi --query-compute-apps=pid,used_memory --format=csv`. PyTorch's own message says it too, with a sentence *Process … has … memory in use* for every other process. The virtual GPU knows one process, so that sentence is not replayed.
+
+# %% [markdown]
+# <a id="workspace"></a>
+# ### Everything is deleted. What are the last 8.125 MiB?
+#
+# cuBLAS's {term}`workspace`, taken at the first matrix product. The question was asked with a model of two numbers, and `memory_allocated()` printed 8519680 on an A10G {cite}`pytorch-issue-95668`.
+
+# %%
+with VirtualGPU(capacity=6 * GiB, name="laptop") as card:
+    model, x = (
+        nn.Linear(1, 1, device="meta"),
+        torch.empty(1, 1, device="meta"),
+    )
+    y = model(x)
+    del model, x, y
+    left = card.memory_allocated()
+    card.clear_cublas_workspaces()
+    print(f"left: {left:,} B = {left / MiB} MiB")
+    print(f"workspaces cleared: {card.memory_allocated()} B")
+
+# %% [markdown]
+# On CUDA: `torch._C._cuda_clearCublasWorkspaces()`. It is taken again at the next product, so leave it. Hopper takes 32 MiB; `CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8` makes it 8.125 MiB everywhere, as this book does.
+
+# %% [markdown]
+# <a id="adam"></a>
+# ### Why is Adam's peak higher than 4P?
+#
+# Four copies are what stays. During its step Adam holds a fifth for a moment, because it updates all tensors at once. [Adam against SGD](04_mlp_adam_vs_sgd.ipynb) shows it as a timeline.
+
+# %%
+with VirtualGPU(capacity=6 * GiB, name="laptop") as card:
+    model = make_model()
+    optimizer = optim.Adam(model.parameters())
+    P = card.memory_allocated()
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    print(f"after the step: {card.memory_allocated() / P:.2f} P")
+    print(f"at its peak:    {card.max_memory_allocated() / P:.2f} P")
+    del model, optimizer, parameter
+
+# %% [markdown]
+# <a id="units"></a>
+# ### GB or GiB?
+#
+# Both, and often under the same name. Parameters times bytes is naturally in GB; cards, `nvidia-smi` (MiB) and PyTorch's messages count in powers of two. The gap is 7 % at this size:
+
+# %%
+print(f"a card of 24 GiB:         {24 * GiB:,} B = {24 * GiB / GB:.2f} GB")
+print(f"a model of 24 GB takes:   {24 * GB / GiB:.2f} GiB of it")
+
+# %% [markdown]
+# ## It saved nothing
+#
+# <a id="saves"></a>
+# ### Why does AMP not save memory?
+#
+# Because it is made for speed and keeps its parameters in FP32. Autocast converts on the way: what matrix products give becomes half as large, and parameters get a copy in 16 bits for as long as the context lasts.
+
+# %%
+model = nn.Linear(64, 64)
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    activation = model(torch.ones(8, 64))
+activation.sum().backward()
+adam = optim.Adam(model.parameters())
+adam.step()
+print("activation:     ", activation.dtype)
+print("parameter:      ", model.weight.dtype)
+print("gradient:       ", model.weight.grad.dtype)
+print("optimizer state:", adam.state[model.weight]["exp_avg"].dtype)
+
+# %% [markdown]
+# So the 16 bytes per parameter stay 16, and the casts come on top. It saves where activations outweigh them: large batches, long sequences.
+
+
+# %%
+def trained(amp, rows):
+    model = nn.Sequential(*(nn.Linear(4096, 4096) for _ in range(8))).cuda()
+    optimizer = optim.AdamW(model.parameters(), fused=True)
+    for _ in range(2):
+        with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+            loss = model(torch.randn(rows, 4096, device="cuda")).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the table", "code_prompt_hide": "Hide the table"}
+rows = []
+for tokens in (64, 4096, 16384):
+    without = peak_of(trained, False, tokens)
+    rows.append((f"{tokens:,}", without, peak_of(trained, True, tokens)))
+table(["rows in a batch", "FP32, peak (B)", "autocast, peak (B)"], rows)
+
+# %% [markdown]
+# [Mixed precision](06_mixed_precision.ipynb) counts both sides.
+
+# %% [markdown]
+# <a id="quarter"></a>
+# ### Why do int8 and 4 bits save less than half and a quarter?
+#
+# Three reasons. Only matrices of linear layers are quantised, not embeddings, norms and biases. Each block carries a scale. And activations and caches stay as they are. [gpt2-large](07_gpt2_large.ipynb) takes it apart, byte by byte. By formula:
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
+fp16 = estimate.parameter_bytes(sizes, "fp16")
+rows = [("FP16", fp16, "1.000")]
+for name in ("int8", "nf4"):
+    held = estimate.parameter_bytes(sizes, "fp16", name)
+    rows.append((name.upper(), held, f"{held / fp16:.3f}"))
+table(["parameters as", "estimated (B)", "of FP16"], rows)
+
+# %% [markdown]
+# <a id="fp8"></a>
+# ### Why does FP8 not save memory?
+#
+# Because training in FP8 means *computing* in FP8. Weights, gradients, states and what backward keeps stay in BF16; both operands are cast just before each product. Here is such a layer:
+
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the product", "code_prompt_hide": "Hide the product"}
+def product(a, b):
+    one = torch.ones((), device="cuda")  # the scale
+    a, b = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+    b = b.t().contiguous().t()
+    return torch._scaled_mm(a, b, one, one, out_dtype=torch.bfloat16)
+
+
+# %%
+class FP8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return product(x, weight.t())
+
+    @staticmethod
+    def backward(ctx, upper):
+        x, weight = ctx.saved_tensors
+        return product(upper, weight), product(upper.t().contiguous(), x)
+
+
+# %%
+class LinearFP8(nn.Linear):
+    def forward(self, x):
+        return FP8.apply(x, self.weight)
+
+
+def trained_in(layer, rows):
+    layers = (layer(4096, 4096, bias=False) for _ in range(8))
+    model = nn.Sequential(*layers).bfloat16().cuda()
+    optimizer = optim.AdamW(model.parameters(), fused=True)
+    x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16)
+    for _ in range(2):
+        model(x).mean().backward()
+        optimizer.step()
+
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the table", "code_prompt_hide": "Hide the table"}
+rows = []
+for tokens in (64, 4096, 16384):
+    bf16, fp8 = (
+        peak_of(trained_in, layer, tokens) for layer in (nn.Linear, LinearFP8)
+    )
+    rows.append((f"{tokens:,}", bf16, fp8, fp8 - bf16))
+table(
+    ["rows in a batch", "BF16, peak (B)", "FP8, peak (B)", "more (B)"], rows
+)
+
+# %% [markdown]
+# At 64 rows what is less are cuBLAS's workspaces: this product takes none here. **Cure.** None: it is made for speed. FP8 saves memory where it *stores*: weights for inference, a KV cache, an optimizer's states, or what backward keeps.
+
+# %% [markdown]
+# <a id="recompute"></a>
+# ### Why did checkpointing save nothing?
+#
+# Three reasons. You put **one** checkpoint around the whole model, so that backward makes all activations again at once. Or the **peak is elsewhere**: at the optimizer's step or at the logits. Or it was **not on**: transformers skips it in `model.eval()`.
+
+
+# %%
+def deep(width, forward, rows):
+    layer = nn.Sequential(nn.Linear(width, width), nn.GELU())
+    model = nn.Sequential(*(copy.deepcopy(layer) for _ in range(12))).cuda()
+    optimizer = optim.AdamW(model.parameters())
+    x = torch.randn(rows, width, device="cuda", requires_grad=True)
+    forward(model, x).mean().backward()
+    optimizer.step()
+
+
+# %%
+def each_layer(model, x):
+    for layer in model:
+        x = checkpoint(layer, x, use_reentrant=False)
+    return x
+
+
+def whole(model, x):
+    return checkpoint(model, x, use_reentrant=False)
+
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the table", "code_prompt_hide": "Hide the table"}
+rows = []
+HOW = {"none": nn.Sequential.__call__, "whole": whole, "layers": each_layer}
+for name, width, batch in (
+    ("activations are most", 1024, 8192),
+    ("states are most", 4096, 512),
+):
+    peaks = [peak_of(deep, width, f, batch) for f in HOW.values()]
+    rows.append((name, *peaks))
+table(["peak (B)", "none", "around the model", "around each layer"], rows)
+
+# %% [markdown]
+# **Cure.** A checkpoint around each layer, as `gradient_checkpointing_enable()` sets it, where activations are what is large. Where the optimizer is, `fused=True`, 8-bit states or LoRA help instead; where the logits are, see [the logits](16_logits.ipynb).
+
+# %% [markdown]
+# <a id="gpus"></a>
+# ### Why did two GPUs not help?
+#
+# Because data parallelism gives each GPU the whole model, and buckets for the gradients on top. The same step, alone and as the first of two:
+
+
+# %%
+def one_step(wrap):
+    model = wrap(new_model())
+    optimizer = optim.AdamW(model.parameters(), fused=True)
+    model(new_batch(64)).mean().backward()
+    optimizer.step()
+
+
+def of_two(model):
+    dist.init_process_group("nccl")
+    return DistributedDataParallel(model)
+
+
+print(f"alone:  {peak_of(one_step, nn.Sequential):,} B")
+with as_cuda() as card, first_of(2):
+    one_step(of_two)
+    print(f"of two: {card.max_memory_allocated():,} B on each")
+
+# %% [markdown]
+# **Cure.** Two GPUs halve the time, or let you double the batch. To halve the *model*, share it out: FSDP or ZeRO, as in [Beyond one GPU](10_beyond_one_gpu.ipynb). `device_map="auto"` puts half of the layers on each, and one of them waits while the other works.
+
+# %% [markdown]
+# ## It runs out somewhere else
+#
+# <a id="evaluation"></a>
+# ### Why does evaluation run out where training did not?
+#
+# Training frees its activations in backward. An evaluation has no backward: without `no_grad` it keeps them, and if you collect the logits to score them later, those too.
+
+
+# %%
+def evaluation(no_grad, to_host):
+    model, logits = new_model(), []
+    while True:
+        with torch.inference_mode(no_grad):
+            output = model(new_batch())
+            logits.append(output.cpu() if to_host else output)
+        yield
+
+
+after_each(lambda: evaluation(False, False), name="as it is")
+after_each(lambda: evaluation(True, False), name="inference_mode")
+after_each(lambda: evaluation(True, True), name="and .cpu()")
+
+# %% [markdown]
+# **Cure.** `torch.inference_mode()` around it, and off the card with what you keep, or with a metric of it. A Trainer collects logits on the GPU as well; `eval_accumulation_steps` moves them to the host, `preprocess_logits_for_metrics` makes them small first.
+
+# %% [markdown]
+# <a id="loading"></a>
+# ### Why does loading take twice the model?
+#
+# Because two copies are there: the model, and the dictionary that it is loaded from. We save a small one, to try.
+
+
+# %%
+def small(device):
+    layers = (nn.Linear(512, 512, device=device) for _ in range(8))
+    return nn.Sequential(*layers)
+
+
+file = Path(folder.name, "model.pt")
+torch.save(small("cpu").state_dict(), file)
+
+
+def to_the_card():
+    small("cuda").load_state_dict(torch.load(file, map_location="cuda"))
+
+
+def by_the_host():
+    small("cuda").load_state_dict(torch.load(file, map_location="cpu"))
+
+
+# %%
+def assigned():
+    model = small("meta")  # shapes without memory
+    state = torch.load(file, map_location="cuda")
+    model.load_state_dict(state, assign=True)
+
+
+def half_on_the_card():
+    small("cuda").half()
+
+
+for action in (to_the_card, by_the_host, assigned, half_on_the_card):
+    print(f"{action.__name__:17} peak {peak_of(action) / MiB:6.2f} MiB")
+
+# %% [markdown]
+# **Cure.** `map_location="cpu"`, or `assign=True`, which makes the dictionary's tensors the model's own. And convert first: `model.half().cuda()` takes half of what `model.cuda().half()` takes at its peak. `from_pretrained(..., dtype=..., device_map=...)` does both.
+
+# %% [markdown]
+# <a id="resume"></a>
+# ### Why does it run out after `load_state_dict`, and ran before?
+#
+# A first run has no optimizer states until its first step is done. A resumed one has them from the start, and often the checkpoint as well.
+
+# %%
+model = small("cpu")
+optimizer = optim.AdamW(model.parameters())
+model(torch.ones(1, 512)).sum().backward()
+optimizer.step()
+stored = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+torch.save(stored, file)
+
+
+def resume(map_location):
+    stored = torch.load(file, map_location=map_location)
+    model = small("cuda")
+    model.load_state_dict(stored["model"])
+    optimizer = optim.AdamW(model.parameters())
+    optimizer.load_state_dict(stored["optimizer"])
+    return model, optimizer, stored
+
+
+# %%
+for place in ("cuda", "cpu"):
+    with as_cuda() as card:
+        model, optimizer, stored = resume(place)
+        with_checkpoint = card.memory_allocated() / MiB
+        del stored
+        without = card.memory_allocated() / MiB
+        print(f'"{place}": {with_checkpoint:.2f} MiB', end=", ")
+        print(f"without the checkpoint {without:.2f} MiB")
+        del model, optimizer
+
+# %% [markdown]
+# **Why.** From a checkpoint on the card the optimizer takes the tensors over as they are, and the model copies them: so the weights exist twice, until the last name of the checkpoint is gone. **Cure:** `map_location="cpu"`, and `del` the checkpoint before the first step. And count the states from the start: what fits in the first step may fail in the second.
 
 # %% [markdown]
 # ## Arguments that have changed
@@ -240,7 +1100,7 @@ print("offload_index" in known)
 # What the source articles wrote, and what the same line does today. A checkpoint of two tiny layers, made here in BF16, is enough to see it.
 
 # %%
-checkpoint = tempfile.TemporaryDirectory()
+saved = Path(folder.name, "tiny")
 tiny = models.config(
     "gpt2-large",
     num_hidden_layers=2,
@@ -248,11 +1108,11 @@ tiny = models.config(
     num_attention_heads=2,
     vocab_size=512,
 )
-models.build(tiny, "cpu", torch.bfloat16).save_pretrained(checkpoint.name)
+models.build(tiny, "cpu", torch.bfloat16).save_pretrained(saved)
 
 
 def load(**options):
-    return AutoModelForCausalLM.from_pretrained(checkpoint.name, **options)
+    return AutoModelForCausalLM.from_pretrained(saved, **options)
 
 
 # %% [markdown]
@@ -332,443 +1192,7 @@ for old in (torch.cuda.memory_cached, torch.cuda.max_memory_cached):
 # **Prevent.** Run your script once with `python -W error::FutureWarning`: what will break later breaks now.
 
 # %% [markdown]
-# ## Out of memory
-#
-# <a id="oom"></a>
-# ### `torch.OutOfMemoryError: CUDA out of memory. Tried to allocate … GPU 0 has a total capacity of …`
-#
-# The card is a laptop's, with 6 GiB. A part of it is never PyTorch's: the {term}`CUDA context`, with the driver's and the libraries' code. One published measurement found 0.47 GiB of it on an A100 {cite}`ml-engineering`. We give our card as much; yours differs.
-#
-# On it we fine-tune gpt2-large: batch 1, 512 tokens, dropout off.
-
-# %%
-CONTEXT = round(0.47 * GiB)
-
-
-def new_card(alloc_conf="", context=CONTEXT):
-    return VirtualGPU(
-        capacity=6 * GiB,
-        name="laptop",
-        alloc_conf=alloc_conf,
-        context=context,
-    )
-
-
-def inputs(dtype, length=512):
-    ids = torch.zeros(1, length, dtype=torch.int64)
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.zeros(1, 1, length, length, dtype=dtype),
-        "position_ids": torch.arange(length)[None],
-    }
-
-
-# %%
-def fine_tune(card, dtype, make_optimizer):
-    """One training step; tells how far it came, and why no further."""
-    stage = "loading"
-    try:
-        config = models.config("gpt2-large", attn_implementation="eager")
-        model = models.build(config, card.device, dtype)
-        optimizer = make_optimizer(model.parameters())
-        batch = inputs(dtype).items()
-        batch = {name: tensor.to(card.device) for name, tensor in batch}
-        stage = "forward"
-        logits = model(**batch, use_cache=False).logits
-        loss = cross_entropy(logits[0], batch["input_ids"][0])
-        stage = "backward"
-        loss.backward()
-        stage = "optimizer step"
-        optimizer.step()
-    except torch.OutOfMemoryError as error:
-        return stage, str(error), state(card)
-    return "", "", state(card)
-
-
-# %%
-def state(card):
-    return {
-        "capacity": card.mem_get_info()[1],
-        "free": card.mem_get_info()[0],
-        "process": CONTEXT + card.memory_reserved(),
-        "allocated": card.memory_allocated(),
-        "unallocated": card.memory_reserved() - card.memory_allocated(),
-        "peak": card.max_memory_allocated(),
-    }
-
-
-# %%
-with new_card() as card:
-    stage, message, at_error = fine_tune(card, torch.float32, optim.AdamW)
-print(f"stopped in: {stage}\n")
-show(message)
-
-# %% [markdown]
-# Now word by word. The right column is what the functions said at that moment, written as PyTorch writes it.
-
-# %%
-WORDS = [
-    ("Tried to allocate", "the segment, the request rounded up", ""),
-    ("total capacity of", "`torch.cuda.mem_get_info()[1]`", "capacity"),
-    ("of which", "`torch.cuda.mem_get_info()[0]`", "free"),
-    ("this process has", "segments and CUDA context", "process"),
-    ("the allocated memory", "`memory_allocated()`", "allocated"),
-    ("by PyTorch, and", "reserved minus allocated", "unallocated"),
-]
-rows = []
-for words, meaning, key in WORDS:
-    says = re.search(words + r" ([\d.]+ [KMG]iB)", message)[1]
-    here = binary(at_error[key]) if key else ""
-    numbers = [
-        text.replace(" ", "\N{NO-BREAK SPACE}") for text in (says, here)
-    ]
-    rows.append((words + " …", meaning, *numbers))
-table(["the message", "what it is", "says", "this GPU"], rows)
-
-# %% [markdown]
-# **Why.** *Tried to allocate* is small: it is the drop that spills the glass. What matters is *allocated by PyTorch*, nearly the whole card. Compare it with the formula: FP32 parameters, gradients and AdamW's states want 16 bytes per parameter before any activation.
-
-# %%
-sizes = estimate.dimensions("gpt2-large")
-wanted = estimate.training(sizes, "adamw", "fp32")
-print(f"estimated: {wanted.total / GB:.2f} GB without activations")
-print(f"the card:  {(6 * GiB - CONTEXT) / GB:.2f} GB for PyTorch")
-
-# %% [markdown]
-# **Cure.** Want less. We try again with fewer bytes for each parameter.
-
-# %%
-ADAMW8 = bitsandbytes.optim.AdamW8bit
-TRIES = {
-    "FP32, AdamW": (torch.float32, optim.AdamW),
-    "BF16, AdamW": (torch.bfloat16, optim.AdamW),
-    "BF16, 8-bit AdamW": (torch.bfloat16, ADAMW8),
-    "BF16, SGD": (torch.bfloat16, optim.SGD),
-}
-rows = []
-for name, (dtype, make_optimizer) in TRIES.items():
-    with new_card() as card:
-        stage, message, then = fine_tune(card, dtype, make_optimizer)
-    outcome = f"out of memory in {stage}" if stage else "fits"
-    rows.append((name, outcome, then["peak"]))
-table(["6 GiB card", "one step", "peak, this GPU (B)"], rows)
-
-# %% [markdown]
-# BF16 with AdamW comes as far as the optimizer: its states are made at the first step, so that is where it ends. Eight-bit states make room for it. More ways: a smaller batch or length, activation checkpointing, LoRA; [Activations and peaks](05_activations_and_peaks.ipynb) measures each.
-#
-# **Prevent.** Estimate first: `estimate.training(...)`, then replay the step on a `VirtualGPU` of your card's size, as above.
-
-# %% [markdown]
-# <a id="fragmentation"></a>
-# ### `CUDA out of memory`, while gigabytes are free
-#
-# Sometimes the message says that much *is reserved by PyTorch but unallocated*, and the request would fit into what is free in all. Then memory is there, but in pieces.
-#
-# A program that does it: large **activations** come and go; then an optimizer makes its **states**, which stay; then a longer batch wants one **large** tensor.
-
-
-# %%
-def empty(mebibytes):
-    return torch.empty(mebibytes * MiB, dtype=torch.int8, device="meta")
-
-
-def program(card, states_first=False, between=False, again=False):
-    """Ends in an error, or returns what is alive."""
-    if states_first:
-        states = [empty(400) for _ in range(4)]
-    activations = [empty(768) for _ in range(4)]
-    del activations
-    if between:
-        card.empty_cache()
-    if not states_first:
-        states = [empty(400) for _ in range(4)]
-    try:
-        return states, empty(3584)
-    except torch.OutOfMemoryError:
-        if not again:
-            raise
-    card.empty_cache()
-    return states, empty(3584)
-
-
-# %%
-with new_card(context=0) as card:
-    try:
-        program(card)
-    except torch.OutOfMemoryError as error:
-        show(str(error).partition(" If reserved")[0])
-        free = 6 * GiB - card.memory_allocated()
-        pieces = card.memory_snapshot()
-print(f"\nwanted: 3.50 GiB    not allocated: {binary(free)}")
-
-# %% mystnb={"image": {"alt": "Four segments of the large pool, 768 MiB each. In every one the first 400 MiB are in use by a state and the remaining 368 MiB are free. No free piece is larger than that."}}
-figure = segments(pieces)
-
-# %% [markdown]
-# **Why.** This is {term}`fragmentation`. Each of the four segments once held an activation. The first state was cut from the first of them; what remained, 368 MiB, was too small for the second state, which cut the next, and so on. No segment can be given back, because a state lives in each. Outside are 3 GiB, too few as well. Memory cannot be moved: tensors hold addresses.
-#
-# **Cures.** Each is the same program, and one thing changed.
-
-# %%
-CURES = {
-    "nothing": {},
-    "`empty_cache()` after the error, then again": {"again": True},
-    "`empty_cache()` between activations and states": {"between": True},
-    "the states first": {"states_first": True},
-    "`expandable_segments:True`": {"alloc_conf": "expandable_segments:True"},
-    "`max_split_size_mb:256`": {"alloc_conf": "max_split_size_mb:256"},
-}
-
-
-def outcome(alloc_conf="", **how):
-    with new_card(alloc_conf, context=0) as card:
-        try:
-            kept = program(card, **how)
-        except torch.OutOfMemoryError:
-            return "out of memory", ""
-        return f"fits, {len(kept[0])} states kept", card.memory_reserved()
-
-
-table(
-    ["what is changed", "the large tensor", "reserved, this GPU (B)"],
-    [(name, *outcome(**how)) for name, how in CURES.items()],
-)
-
-# %% [markdown]
-# - **`empty_cache()` after the error** changes nothing. PyTorch did it before it gave up. It gives whole segments back to *other* programs, and here none is whole.
-# - **`empty_cache()` between** the two phases works: the emptied segments are gone before a state can settle in them. It costs time, so once, not at every step.
-# - **What stays first, what goes later**: then states lie in segments of their own.
-# - **`max_split_size_mb:256`** forbids that a free block of 256 MiB or more be cut for a smaller request.
-# - **`expandable_segments:True`** has one segment for all, which grows by pages {cite}`pytorch-cuda-notes`. Free pieces side by side become one, as the figure shows.
-
-# %% mystnb={"image": {"alt": "One expandable segment of the large pool. Four states of 400 MiB lie side by side at its beginning, then the tensor of 3584 MiB. Next to nothing is free."}}
-with new_card("expandable_segments:True", context=0) as card:
-    kept = program(card)
-    figure = segments(card.memory_snapshot())
-    del kept
-
-# %% [markdown]
-# **Prevent.** Set it before Python starts, for it is read once: `PYTORCH_ALLOC_CONF=expandable_segments:True python train.py`. `garbage_collection_threshold` is replayed as well; PyTorch heeds it only where `torch.cuda.set_per_process_memory_fraction` set a limit. What the virtual GPU does not replay it refuses:
-
-# %%
-told(lambda: new_card("roundup_power2_divisions:[256:1]"))
-
-# %% [markdown]
-# <a id="snapshot"></a>
-# ### Which line holds the memory? A snapshot
-#
-# PyTorch can note every allocation with the line of Python that made it {cite}`pytorch-memory-snapshot`. On CUDA it is `torch.cuda.memory._record_memory_history()`; `gpu.record_memory_history()` does the same on either GPU, and writes the same file. We look for a leak: a validation without `torch.no_grad()`, whose outputs keep all activations.
-
-
-# %%
-def make_model():
-    return nn.Sequential(
-        *(nn.Linear(1024, 1024, device="meta") for _ in range(4))
-    )
-
-
-def validate(model):
-    return [model(torch.empty(8192, 1024, device="meta")) for _ in range(2)]
-
-
-card = VirtualGPU(capacity=6 * GiB, name="laptop").open()
-card.record_memory_history()
-model = make_model()
-outputs = validate(model)
-snapshot_file = Path(checkpoint.name, "snapshot.pickle")
-card.dump_snapshot(snapshot_file)
-print(f"allocated: {card.memory_allocated():,} B")
-
-# %% [markdown]
-# PyTorch reads the file at the command line. Each line is a segment of 20 MiB or more, each character in brackets 20 MiB of it: a letter for one block, a digit for several, which fill so many tenths.
-
-# %%
-viz = ["-m", "torch.cuda._memory_viz", "stats", str(snapshot_file)]
-show(run(viz, "").stdout.partition("\nLegend")[0])
-
-# %% [markdown]
-# In the browser: drop the file on [pytorch.org/memory_viz](https://pytorch.org/memory_viz); it stays on your machine. *Active Memory Timeline* shows what is alive when, a click on a band the lines that made it. *Allocator State History* shows segments and blocks.
-#
-# Or ask the snapshot in Python. A block's `frames` begin with the innermost line:
-
-# %%
-held = Counter()
-for segment in card.snapshot()["segments"]:
-    for block in segment["blocks"]:
-        names = [frame["name"] for frame in block["frames"]]
-        for maker in ("make_model", "validate"):
-            if maker in names:
-                held[maker] += block["requested_size"]
-for maker, nbytes in held.most_common():
-    print(f"{maker:12}{nbytes:14,} B")
-
-# %% [markdown]
-# `validate` holds the input and the outputs of four layers, and that twice; cuBLAS's workspace came to life there too. **Cure:**
-
-# %%
-del outputs
-with torch.no_grad():
-    outputs = validate(model)
-print(f"allocated: {card.memory_allocated():,} B")
-del model, outputs
-card.close()
-
-# %% [markdown]
-# ## Ask for memory
-#
-# <a id="smi"></a>
-# ### Why does `nvidia-smi` show more than `memory_allocated()`?
-#
-# Because it shows what the process took from the card, and PyTorch takes in advance.
-
-# %%
-with new_card() as card:
-    tensor, gone = empty(100), empty(900)
-    del gone
-    free, total = card.mem_get_info()
-    rows = [
-        (
-            "`memory_allocated()`",
-            "blocks of tensors",
-            card.memory_allocated(),
-        ),
-        ("`memory_reserved()`", "+ free blocks", card.memory_reserved()),
-        ("`nvidia-smi`, this process", "+ the CUDA context", total - free),
-    ]
-    del tensor
-table(["who says it", "what it counts", "this GPU (B)"], rows)
-
-# %% [markdown]
-# Kept memory serves the next tensor without asking the driver. `empty_cache()` returns it; the context stays as long as the process. Other programs on the card come on top.
-
-# %% [markdown]
-# <a id="del"></a>
-# ### Why does memory stay after `del model`?
-#
-# `del` removes a name. Memory goes when the **last** reference goes. Three hide well. First, a **traceback**: an error keeps every local variable of every function that it passed through.
-
-# %%
-card = VirtualGPU(capacity=6 * GiB, name="laptop").open()
-
-
-def forward():
-    activations = empty(500)
-    raise ValueError(f"shape {tuple(activations.shape)}")
-
-
-try:
-    forward()
-except ValueError as error:
-    kept = error  # a notebook does this for you, in sys.last_exc
-print(f"the error is handled:  {card.memory_allocated():,} B")
-traceback.clear_frames(kept.__traceback__)
-print(f"its frames are cleared: {card.memory_allocated():,} B")
-
-# %% [markdown]
-# Second, a **closure**: a function that uses a variable keeps it. Hooks and callbacks are functions.
-
-
-# %%
-def make_callback(model):
-    def callback():
-        return model.shape
-
-    return callback
-
-
-model = empty(500)
-callback = make_callback(model)
-del model
-print(f"model deleted:    {card.memory_allocated():,} B")
-del callback
-print(f"callback deleted: {card.memory_allocated():,} B")
-
-# %% [markdown]
-# Third, the **prompt**. Python and Jupyter keep what a line shows: as `_`, and Jupyter in `Out` as well.
-
-# %%
-model = empty(500)
-model
-
-# %%
-del model
-print(f"model deleted:  {card.memory_allocated():,} B")
-get_ipython().run_line_magic("xdel", "_")  # in a cell: %xdel _
-print(f"and the prompt: {card.memory_allocated():,} B")
-card.close()
-
-# %% [markdown]
-# `%xdel name` deletes a variable with all that Jupyter keeps of it; `%reset -f out` leaves the last one. In plain Python `_ = None` does it. **Prevent.** Do the work in a function: its variables end with it. Show numbers, not tensors: `model.shape`. After an error in a notebook, `sys.last_exc = None` or a new kernel. Reference cycles wait for `gc.collect()`.
-
-# %% [markdown]
-# <a id="workspace"></a>
-# ### Everything is deleted. What are the last 8.125 MiB?
-#
-# cuBLAS's {term}`workspace`, taken at the first matrix product. The question was asked with a model of two numbers, and `memory_allocated()` printed 8519680 on an A10G {cite}`pytorch-issue-95668`.
-
-# %%
-with VirtualGPU(capacity=6 * GiB, name="laptop") as card:
-    model, x = (
-        nn.Linear(1, 1, device="meta"),
-        torch.empty(1, 1, device="meta"),
-    )
-    y = model(x)
-    del model, x, y
-    left = card.memory_allocated()
-    card.clear_cublas_workspaces()
-    print(f"left: {left:,} B = {left / MiB} MiB")
-    print(f"workspaces cleared: {card.memory_allocated()} B")
-
-# %% [markdown]
-# On CUDA: `torch._C._cuda_clearCublasWorkspaces()`. It is taken again at the next product, so leave it. Hopper takes 32 MiB; `CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8` makes it 8.125 MiB everywhere, as this book does.
-
-# %% [markdown]
-# <a id="worker"></a>
-# ### Nothing runs, and the card is full: workers and kernels
-#
-# Memory ends with its process. A notebook's kernel runs until it is shut down, even with its tab closed. Workers of a `DataLoader` live as long as its iterator, and `persistent_workers=True` keeps them between epochs:
-
-# %%
-loader = DataLoader(range(8), num_workers=2, persistent_workers=True)
-numbers = sorted(int(x) for x in loader)
-print("read to the end:", len(multiprocessing.active_children()), "workers")
-del loader
-gc.collect()
-print("loader deleted: ", len(multiprocessing.active_children()), "workers")
-
-# %% [markdown]
-# Workers should make CPU tensors and leave CUDA to the main process; then they hold no card. To find who does: `nvidia-smi --query-compute-apps=pid,used_memory --format=csv`. PyTorch's own message says it too, with a sentence *Process … has … memory in use* for every other process. The virtual GPU knows one process, so that sentence is not replayed.
-
-# %% [markdown]
-# <a id="adam"></a>
-# ### Why is Adam's peak higher than 4P?
-#
-# Four copies are what stays. During its step Adam holds a fifth for a moment, because it updates all tensors at once. [Adam against SGD](04_mlp_adam_vs_sgd.ipynb) shows it as a timeline.
-
-# %%
-with VirtualGPU(capacity=6 * GiB, name="laptop") as card:
-    model = make_model()
-    optimizer = optim.Adam(model.parameters())
-    P = card.memory_allocated()
-    for parameter in model.parameters():
-        parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
-    print(f"after the step: {card.memory_allocated() / P:.2f} P")
-    print(f"at its peak:    {card.max_memory_allocated() / P:.2f} P")
-    del model, optimizer, parameter
-
-# %% [markdown]
-# <a id="units"></a>
-# ### GB or GiB?
-#
-# Both, and often under the same name. Parameters times bytes is naturally in GB; cards, `nvidia-smi` (MiB) and PyTorch's messages count in powers of two. The gap is 7 % at this size:
-
-# %%
-print(f"a card of 24 GiB:         {24 * GiB:,} B = {24 * GiB / GB:.2f} GB")
-print(f"a model of 24 GB takes:   {24 * GB / GiB:.2f} GiB of it")
-
-# %% [markdown]
-# ## Precision, asked
+# ## Precision
 #
 # <a id="which"></a>
 # ### Which dtype was loaded?
@@ -795,20 +1219,6 @@ for move in (int8.cuda, int8.half, lambda: int8.to(torch.bfloat16)):
 
 # %% [markdown]
 # **Cure.** Say both while loading: `device_map={"": 0}` for the card, `dtype=` for what is not quantised. Older scripts often end with `.to(device)`: leave it out.
-
-# %% [markdown]
-# <a id="quarter"></a>
-# ### Why do int8 and 4 bits save less than half and a quarter?
-#
-# Three reasons. Only matrices of linear layers are quantised, not embeddings, norms and biases. Each block carries a scale. And activations and caches stay as they are. [gpt2-large](07_gpt2_large.ipynb) takes it apart, byte by byte. By formula:
-
-# %%
-fp16 = estimate.parameter_bytes(sizes, "fp16")
-rows = [("FP16", fp16, "1.000")]
-for name in ("int8", "nf4"):
-    held = estimate.parameter_bytes(sizes, "fp16", name)
-    rows.append((name.upper(), held, f"{held / fp16:.3f}"))
-table(["parameters as", "estimated (B)", "of FP16"], rows)
 
 # %% [markdown]
 # <a id="half"></a>
@@ -865,37 +1275,142 @@ for step, factor in enumerate((float("inf"), 1.0)):
 # The first step left the weight as it was and halved the scale. The second was taken. **Prevent.** `torch.autograd.set_detect_anomaly(True)` names the operation that made the first NaN; it is slow, so only to search.
 
 # %% [markdown]
-# <a id="saves"></a>
-# ### Why does AMP not save memory?
+# ## Two errors of 2023
 #
-# Because it is made for speed and keeps its parameters in FP32. Autocast converts on the way: what matrix products give becomes half as large, and parameters get a copy in 16 bits for as long as the context lasts.
+# The article that this book began with met these two. Both are about versions, not memory, and neither comes back with what you install today.
+#
+# <a id="import"></a>
+# ### `RuntimeError: Failed to import transformers.models.gpt2.modeling_gpt2 because of the following error (look up to see its traceback): module 'wandb.proto.wandb_internal_pb2' has no attribute 'Result'`
+#
+# The source article {cite}`hoperj2024` met this one. It takes an old transformers and a damaged wandb. Neither is installed here, so two stand-ins play them: a few files in a folder of their own, which a new Python process finds first.
 
-# %%
-model = nn.Linear(64, 64)
-with torch.autocast("cpu", dtype=torch.bfloat16):
-    activation = model(torch.ones(8, 64))
-activation.sum().backward()
-adam = optim.Adam(model.parameters())
-adam.step()
-print("activation:     ", activation.dtype)
-print("parameter:      ", model.weight.dtype)
-print("gradient:       ", model.weight.grad.dtype)
-print("optimizer state:", adam.state[model.weight]["exp_avg"].dtype)
 
 # %% [markdown]
-# So the 16 bytes per parameter stay 16. It saves where activations outweigh them: large batches, long sequences. [Mixed precision](06_mixed_precision.ipynb) counts both sides.
+# The old transformers imported a model's module when it was first asked for, and put any failure into words of its own. On the way there it imported wandb, if it was installed, whether you used it or not.
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the stand-ins", "code_prompt_hide": "Hide the stand-ins"}
+stand_ins = tempfile.TemporaryDirectory()
+WANDB = {
+    "wandb/__init__.py": """
+        import wandb.proto.wandb_internal_pb2
+        answer = wandb.proto.wandb_internal_pb2.Result
+        """,
+    "wandb/proto/wandb_internal_pb2.py": "# of another version: no Result",
+}
+OLD_TRANSFORMERS = {
+    "transformers/__init__.py": """
+        import importlib
+        def load(name):
+            try:
+                return importlib.import_module(name)
+            except Exception as error:
+                raise RuntimeError(
+                    f"Failed to import {name} because of the following "
+                    f"error (look up to see its traceback):\\n{error}"
+                ) from error
+        """,
+    "transformers/models/gpt2/modeling_gpt2.py": "import wandb",
+}
+old = write(Path(stand_ins.name, "old"), WANDB | OLD_TRANSFORMERS)
+
+# %%
+LOAD = """
+import transformers
+transformers.load("transformers.models.gpt2.modeling_gpt2")
+"""
+failed = run(["-c", LOAD], old)
+show(
+    "\n".join(x for x in failed.stderr.splitlines() if not x.startswith(" "))
+)
+
+# %% [markdown]
+# **Why.** These are the lines of the traceback that are not indented: one for each error. Read such a chain from the top. The last error says only that something failed. *The above exception was the direct cause* points up, and the first error is the real one: wandb asks its own generated file for a name that the file does not have. Files of two versions are mixed. GPT-2 has nothing to do with it.
+#
+# In code, `__cause__` leads there:
+
+# %%
+READ = f"""
+try:
+{textwrap.indent(LOAD, "    ")}
+except RuntimeError as error:
+    while error.__cause__:
+        error = error.__cause__
+    print(type(error).__name__, error, sep=": ")
+"""
+show(run(["-c", READ], old).stdout)
+
+# %% [markdown]
+# **Cure.** Reinstall the package that the *first* error names: `pip uninstall wandb`, then `pip install wandb` if you need it. The article's second way, `WANDB_DISABLED`, is no longer read: transformers 5 reports to nobody by default, and `report_to="none"` says so explicitly. It also imports wandb only where it is asked to report there. The same damaged wandb does no harm to the transformers of today:
+
+# %%
+damaged = write(Path(stand_ins.name, "damaged"), WANDB)
+NOW = """
+import sys
+from transformers import GPT2LMHeadModel, TrainingArguments
+print(GPT2LMHeadModel.__name__, "imported; wandb:", "wandb" in sys.modules)
+print("report_to:", TrainingArguments("unused").report_to)
+"""
+show(run(["-c", NOW], damaged).stdout)
+
+# %% [markdown]
+# **Prevent.** One environment for each project, and packages installed together, so that pip can see what fits what.
+
+# %% [markdown]
+# <a id="offload"></a>
+# ### `TypeError: dispatch_model() got an unexpected keyword argument 'offload_index'`
+#
+# The article's second error. transformers hands a model to accelerate's `dispatch_model`. If transformers is newer than accelerate, it passes an argument that the other does not know yet. Accelerate 0.12.0 had no `offload_index`; 0.15.0 had it. The stand-in has the older one's signature and its metadata:
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the stand-in", "code_prompt_hide": "Hide the stand-in"}
+OLD_ACCELERATE = {
+    "accelerate/__init__.py": """
+        def dispatch_model(
+            model, device_map, main_device=None, state_dict=None,
+            offload_dir=None, offload_buffers=False,
+            preload_module_classes=None,
+        ): ...
+        """,
+    "accelerate-0.12.0.dist-info/METADATA": """\
+        Metadata-Version: 2.1
+        Name: accelerate
+        Version: 0.12.0
+        """,
+}
+mismatch = write(Path(stand_ins.name, "mismatch"), OLD_ACCELERATE)
+CALL = """
+from accelerate import dispatch_model
+dispatch_model("a model", device_map={"": 0}, offload_index=None)
+"""
+show(run(["-c", CALL], mismatch).stderr.splitlines()[-1])
+
+# %% [markdown]
+# **Why.** An *unexpected keyword argument* inside of a library, in a call that you did not write, is nearly always two packages of different ages. `every-byte check` compares each package with what the book needs, and says which one is behind:
+
+# %%
+checked = run(["-m", "every_byte", "check"], mismatch).stdout
+show(next(x for x in checked.splitlines() if "accelerate:" in x))
+
+# %% [markdown]
+# **Cure.** The command at the end of that line. Here is the same call's signature with what this book runs on:
+
+# %%
+known = inspect.signature(accelerate.dispatch_model).parameters
+print("offload_index" in known)
+
+# %% [markdown]
+# **Prevent.** Upgrade packages that call each other in one command: `pip install --upgrade transformers accelerate`. The check exits with 1 if anything is amiss, so a script can begin with it.
 
 # %% [markdown]
 # ## What to remember
 #
-# - Read a chained traceback from the **top**: the last error is only where it surfaced. A strange keyword inside a library means versions of different age: `every-byte check`.
 # - In an out-of-memory message, look at *allocated* first. Only if *reserved but unallocated* is large are the settings of the allocator of any use.
 # - Memory is held by **references**, of tracebacks, closures and prompts too. A snapshot names the line.
+# - Read a chained traceback from the **top**: the last error is only where it surfaced. A strange keyword inside a library means versions of different age: `every-byte check`.
 
 # %% [markdown]
 # ## Exercises
 #
-# **1.** The program above fails with states of 400 MiB. For which sizes does it fit without any cure? Predict, then replay 300 to 700 MiB.
+# **1.** The program whose memory is in pieces, above, fails with states of 400 MiB. For which sizes does it fit without any cure? Predict, then replay 300 to 700 MiB.
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
 for size in (300, 380, 390, 500, 700):

@@ -1,6 +1,7 @@
 """Troubleshooting and the glossary: the way to each entry, and that messages are stored whole."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -43,6 +44,18 @@ def test_the_contents_lead_to_every_entry() -> None:
 def test_a_heading_is_a_message_that_the_chapter_causes(message: str) -> None:
     assert any(message in line for line in TEXT.splitlines() if line.startswith("### "))
     assert message in printed()
+
+
+def test_what_grows_grows_and_what_is_cured_does_not() -> None:
+    rows = re.findall(r"(\w+|as it is|and \.cpu\(\)) +((?:\d+\.\d{3} +){4,}?)MiB", printed())
+    sizes = {name: [float(size) for size in row.split()] for name, row in rows}
+    growth = {name: {round(b - a, 1) for a, b in pairwise(s)} for name, s in sizes.items()}
+    for name in ("validation", "outputs", "hooks", "cycles", "graph", "as it is"):
+        (each,) = growth[name]  # the same at every step
+        assert each >= 32, name
+    for name in ("with_item", "longest_first", "and .cpu()"):
+        assert growth[name] == {0.0}, name
+    assert sizes["inference_mode"][-1] < sizes["as it is"][-1] / 4
 
 
 def test_nothing_stored_depends_on_the_machine() -> None:

@@ -19,7 +19,8 @@ from every_byte.units import GiB, MiB
 
 PAGE = "notebooks/11_troubleshooting"
 # A card of 6 GiB that is nearly full of tensors, in the words of the PyTorch of today.
-EXAMPLE = f"torch.OutOfMemoryError: {OutOfMemoryError(26 * MiB, 6 * GiB, 5_500 * MiB, 5_640 * MiB, 482 * MiB)}"
+_FULL = OutOfMemoryError(26 * MiB, 6 * GiB, 5_500 * MiB, 5_640 * MiB, context=482 * MiB)
+EXAMPLE = f"torch.OutOfMemoryError: {_FULL}".partition(" If reserved")[0]
 
 
 class Explain(SphinxDirective):
@@ -37,7 +38,7 @@ class Explain(SphinxDirective):
         )
         script = json.dumps(data(), separators=(",", ":")).replace("<", "\\u003c")
         html = environment.get_template("explain.html").render(
-            script=Markup(script), example=EXAMPLE.partition(" If reserved")[0]
+            script=Markup(script), example=EXAMPLE
         )
         return [nodes.raw("", html, format="html")]
 

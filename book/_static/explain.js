@@ -221,7 +221,7 @@ function everyByteExplain(data) {
 
 (() => {
   const $ = (id) => document.getElementById(id);
-  const field = $("x-message");
+  const field = $("x-message"), AT_ONCE = 3; // cures; the others unfold
   if (!field) return;
   const data = JSON.parse($("explain-data").textContent), { binary, explain } = everyByteExplain(data);
   const element = (tag, text = "", attributes = {}) => {
@@ -294,13 +294,16 @@ function everyByteExplain(data) {
     }));
     $("x-table").hidden = !rows.length;
     draw(message);
-    $("x-cures").replaceChildren(...found.cures.map((cure) => {
+    const cures = found.cures.map((cure) => {
       const entry = element("li"), section = cure.section ? `#${cure.section}` : "";
       const here = location.pathname.endsWith(`/${cure.chapter}.html`) && section;
       entry.append(element("strong", cure.do), ` ${cure.why} `,
         element("a", "Proof", { href: here || `${cure.chapter}.html${section}` }));
       return entry;
-    }));
+    });
+    $("x-cures").replaceChildren(...cures.slice(0, AT_ONCE));
+    $("x-others").replaceChildren(...cures.slice(AT_ONCE));
+    $("x-more").hidden = cures.length <= AT_ONCE;
     $("x-todo").hidden = !found.cures.length;
   }
 
