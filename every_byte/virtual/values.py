@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from mmap import mmap
 from typing import Any, Literal
 from unittest import mock
 
@@ -176,10 +177,13 @@ def _is_small(tensor: Tensor) -> bool:
 
 
 def _blank(tensor: Tensor, origin: str | None = None) -> _Copy:
-    """Zeros for a tensor's whole storage."""
+    """Zeros for a tensor's whole storage; large ones take no pages until they are touched."""
     size = tensor.untyped_storage().nbytes()
-    zeros = torch.zeros(size, dtype=torch.uint8, device=_HOST).untyped_storage()
-    copy = _Copy(zeros, origin)
+    if size >= MiB:
+        zeros = torch.frombuffer(mmap(-1, size), dtype=torch.uint8)
+    else:
+        zeros = torch.zeros(size, dtype=torch.uint8, device=_HOST)
+    copy = _Copy(zeros.untyped_storage(), origin)
     tensor.untyped_storage()._every_byte_copy = copy  # type: ignore[attr-defined]
     return copy
 
