@@ -20,7 +20,7 @@ from torch import nn
 from every_byte import cli
 from every_byte.commands import Refused
 from every_byte.commands.replay import read
-from every_byte.data import cards, catalogue
+from every_byte.data import cards, catalogue, unknown_card
 from every_byte.estimate import dimensions, fit, memory
 from every_byte.estimate.presets import PRESETS
 from every_byte.gpu import VirtualGPU
@@ -100,7 +100,8 @@ def test_whether_it_fits(model: str, status: int, capsys: pytest.CaptureFixture[
     assert cli.main([*arguments, "--json"]) == status
     told = json.loads(capsys.readouterr().out)
     assert told["fits"] is not bool(status)
-    assert (told["card"], told["capacity"]) == ("RTX 4090", cards()["RTX 4090"].memory)
+    assert (told["card"], told["capacity"]) == ("RTX 4090", cards()["RTX 4090"].usable)
+    assert told["verdict"] == ("does not fit" if status else "fits")
     assert cli.main(arguments) == status
     assert f"RTX 4090: it {'does not fit' if status else 'fits'}, " in capsys.readouterr().out
 
@@ -119,12 +120,13 @@ def test_what_you_want_to_do(preset: str, capsys: pytest.CaptureFixture[str]) ->
     """QLoRA of Llama-3.1-8B fits on 24 GiB; full fine-tuning says what would make it fit."""
     status = cli.main(["estimate", "Llama-3.1-8B", "--for", preset, "--gib", "24", "--json"])
     told, setup = json.loads(capsys.readouterr().out), PRESETS[preset][1]
-    sizes, capacity = dimensions("Llama-3.1-8B"), 24 * 2**30
-    assert told["needed"] == memory(sizes, setup).needed
+    sizes, card = dimensions("Llama-3.1-8B"), unknown_card(24 * 2**30)
+    capacity, of_card = card.usable, {"workspace": card.cublas_workspace, "context": card.context}
+    assert told["needed"] == memory(sizes, setup, **of_card).needed
     assert status == (0 if told["needed"] <= capacity else 1)
     assert preset != "qlora" or status == 0
-    assert told["most_sequences"] == fit.most_sequences(sizes, setup, capacity)
-    ways = fit.shortest(sizes, setup, capacity)
+    assert told["most_sequences"] == fit.most_sequences(sizes, setup, capacity, **of_card)
+    ways = fit.shortest(sizes, setup, capacity, **of_card)
     assert [tuple(way["names"]) for way in told["combinations"]] == [way.names for way in ways]
     assert bool(ways) == bool(status)
 

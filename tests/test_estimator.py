@@ -14,7 +14,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
 from every_byte import estimate
-from every_byte.data import cards
+from every_byte.data import Card, cards, unknown_card
 from every_byte.estimate import Dimensions, Memory, Setup, fit
 from every_byte.estimate.presets import PRESETS
 from every_byte.kinds import FIELDS
@@ -77,38 +77,43 @@ def kinds_of(memory: Memory) -> list[int]:
     return [getattr(memory, f.name) for f in dataclasses.fields(memory) if f.name in FIELDS]
 
 
+def of(card: Card) -> dict[str, int]:
+    """What a card's workspace and context take, by the arguments' names."""
+    return {"workspace": card.cublas_workspace, "context": card.context}
+
+
 def check(tab: Page) -> Memory:
     """Whether all that the page shows is what Python says of what is chosen."""
     values = state(tab)
     sizes, setup = asked(values)
-    memory = estimate.memory(sizes, setup)
+    name = f"a card of {values['gib']} GiB" if values["gib"] else values["card"]
+    card = unknown_card(int(values["gib"]) * GiB) if values["gib"] else cards()[values["card"]]
+    memory = estimate.memory(sizes, setup, **of(card))
     assert shown(tab) == [*kinds_of(memory), memory.total]
     names = tab.locator("#e-moments th").all_inner_texts()
     sizes_at = tab.locator("#e-moments data").evaluate_all("all => all.map((one) => one.value)")
     assert list(zip(names, map(int, sizes_at), strict=True)) == [
         (name + " (the peak)" * (name == memory.peak_at), nbytes) for name, nbytes in memory.moments
     ]
-    capacity, card = cards()[values["card"]].memory, values["card"]
-    if values["gib"]:
-        capacity, card = int(values["gib"]) * GiB, f"a card of {values['gib']} GiB"
-    headline = tab.inner_text("#e-headline")
-    fits = "does not fit on" if memory.needed > capacity else "fits on"
-    assert f"{fits} {card}" in headline
-    assert f": {memory.needed / 1e9:,.2f} GB" in headline or memory.needed < 10**9
+    capacity, headline = card.usable, tab.inner_text("#e-headline")
+    verdict = memory.verdict(capacity)
+    size = memory.needed if verdict == "fits" else memory.least
+    assert headline.startswith(f"It {verdict} on {name}: ")
+    assert f"{size / 1e9:,.2f} GB" in headline or size < 10**9
     assert values["task"] in headline
-    levers = fit.levers(sizes, setup)
+    levers = fit.levers(sizes, setup, **of(card))
     pulled = tab.locator("#e-levers button").all_text_contents()
     assert pulled == [lever.name for lever in levers]
-    ways = fit.shortest(sizes, setup, capacity)[:6]
+    ways = fit.shortest(sizes, setup, capacity, **of(card))[:6]
     offered = tab.locator("#e-ways button").all_inner_texts()
     assert offered == [" + ".join(way.names) for way in ways]
     if memory.needed <= capacity:
-        most = fit.most_sequences(sizes, setup, capacity)
+        most = fit.most_sequences(sizes, setup, capacity, **of(card))
         assert f"that fits: {grouped(most)}." in tab.inner_text("#e-ways-note")
     rows = tab.locator("#e-cards tr").all_inner_texts()
     for row, (name, card) in zip(rows, cards().items(), strict=True):
-        needed = fit.gpus_needed(sizes, setup, card.memory)
-        said = "fits" if memory.needed <= card.memory else "does not fit"
+        needed = fit.gpus_needed(sizes, setup, card.usable, **of(card))
+        said = estimate.memory(sizes, setup, **of(card)).verdict(card.usable)
         count = f"over {fit.MOST_GPUS:,}" if needed is None else grouped(needed)
         assert row.split("\t")[:1] + row.split("\t")[2:] == [name, said, count]
     return memory
@@ -174,17 +179,18 @@ def in_python(sizes: dict[str, Any], setup: dict[str, Any]) -> list[str] | str:
 IN_THE_BROWSER = """(inputs) => {
     const data = JSON.parse(document.getElementById("estimator-data").textContent);
     const F = everyByteFormulas(data);
-    return inputs.map(([sizes, setup, capacity]) => {
+    return inputs.map(([sizes, setup, capacity, card]) => {
         try {
             const dims = F.dimensions(sizes), held = F.memory(dims, setup);
             if (!capacity) return [...Object.keys(data.kinds).map((kind) => held[kind]),
                 ...held.moments.map(([, nbytes]) => nbytes), held.needed, held.peakAt].map(String);
             const fit = everyByteFit(data, F);
-            const levers = F.levers(dims, setup).map(({name, saved}) => [name, String(saved)]);
-            const ways = fit.shortest(dims, setup, capacity)
+            const levers = F.levers(dims, setup, card)
+                .map(({name, saved}) => [name, String(saved)]);
+            const ways = fit.shortest(dims, setup, capacity, card)
                 .map(({names, needed}) => [names, String(needed)]);
-            return [levers, F.gpusNeeded(dims, setup, capacity), ways,
-                fit.mostSequences(dims, setup, capacity)];
+            return [levers, F.gpusNeeded(dims, setup, capacity, card), ways,
+                fit.mostSequences(dims, setup, capacity, card)];
         } catch (error) {
             if (!(error instanceof Refusal)) throw error;
             return error.message;
@@ -218,16 +224,21 @@ def test_levers_and_numbers_of_gpus_are_equal(tab: Page) -> None:
     while len(inputs) < 30:
         sizes, setup = random_sizes(rng), random_setup(rng)
         if isinstance(in_python(sizes, setup), list):
-            inputs.append((sizes, setup, rng.choice(list(cards().values())).memory))
+            inputs.append((sizes, setup, rng.choice(list(cards().values()))))
     found = tab.evaluate(
-        IN_THE_BROWSER, [[for_javascript(a), for_javascript(b), c] for a, b, c in inputs]
+        IN_THE_BROWSER,
+        [
+            [for_javascript(a), for_javascript(b), c.usable, list(of(c).values())]
+            for a, b, c in inputs
+        ],
     )
-    for (given, options, capacity), other in zip(inputs, found, strict=True):
-        sizes, setup = Dimensions(**given), Setup(**options)
-        levers = [[lever.name, str(lever.saved)] for lever in fit.levers(sizes, setup)]
-        ways = [[list(w.names), str(w.needed)] for w in fit.shortest(sizes, setup, capacity)]
-        most = fit.most_sequences(sizes, setup, capacity)
-        gpus = fit.gpus_needed(sizes, setup, capacity)
+    for (given, options, card), other in zip(inputs, found, strict=True):
+        sizes, setup, capacity = Dimensions(**given), Setup(**options), card.usable
+        levers = [[lever.name, str(lever.saved)] for lever in fit.levers(sizes, setup, **of(card))]
+        ways = fit.shortest(sizes, setup, capacity, **of(card))
+        ways = [[list(w.names), str(w.needed)] for w in ways]
+        most = fit.most_sequences(sizes, setup, capacity, **of(card))
+        gpus = fit.gpus_needed(sizes, setup, capacity, **of(card))
         assert other == [levers, gpus, ways, most], (given, options)
 
 
@@ -556,7 +567,7 @@ def test_levers_are_pulled(tab: Page) -> None:
     tab.click("#e-single")
     for _ in range(8):
         sizes, setup = asked(state(tab))
-        first = fit.levers(sizes, setup)[0]
+        first = fit.levers(sizes, setup, **of(cards()["RTX 4090"]))[0]
         tab.locator("#e-levers button").first.click()
         assert asked(state(tab))[1] == first.setup
         check(tab)
@@ -599,7 +610,7 @@ def test_the_bar_is_to_scale_and_told_in_words(tab: Page) -> None:
         width = part.evaluate("e => parseFloat(e.style.width)")
         assert width == pytest.approx(100 * nbytes / memory.needed, abs=0.01)
     limit = bar.locator(".limit").evaluate("e => parseFloat(e.style.left)")
-    assert limit == pytest.approx(100 * 24 * GiB / memory.needed, abs=0.01)
+    assert limit == pytest.approx(100 * cards()["RTX 4090"].usable / memory.needed, abs=0.01)
     assert whole > 300
     assert bar.get_attribute("role") == "img"
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from every_byte.data import cards
+from every_byte.data import CONTEXT, cards
 from every_byte.estimate import CHOICES, Setup, dimensions, fit, known_models, memory
 from every_byte.estimate.presets import PRESETS
 from every_byte.units import GiB
@@ -39,6 +39,23 @@ def test_the_cards() -> None:
     assert [c.memory for c in known.values()] == sorted(c.memory for c in known.values())
     for name, card in known.items():  # never more than is sold, never much less
         assert 0.93 <= card.memory / (card.sold * GiB) <= 1, name
+
+
+# What messages of "CUDA out of memory" show as the capacity, in GiB; see kept_by_driver.
+SHOWN = {"T4": 14.56, "RTX 3060": 11.75, "RTX 4090": 23.52, "RTX 5090": 31.36}
+SHOWN |= {"A100 40 GB": 39.5, "A100 80 GB": 79.14, "H200": 139.8}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_card_has_at_least_what_it_is_counted_with(name: str) -> None:
+    card = cards()[name]
+    assert 0.96 * card.memory < card.usable <= (SHOWN[name] + 0.005) * GiB
+
+
+def test_a_context_is_never_below_the_measured_one() -> None:
+    known = cards()
+    assert known["H200"].context == known["T4"].context == CONTEXT
+    assert known["B200"].context == -(-CONTEXT * 148 // 132)
 
 
 @settings(deadline=None, derandomize=True, max_examples=50)

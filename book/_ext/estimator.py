@@ -17,7 +17,7 @@ from sphinx.util.docutils import SphinxDirective
 
 from every_byte import estimate, kinds
 from every_byte.allocator import config as allocator
-from every_byte.data import cards, catalogue
+from every_byte.data import KEPT_BY_DRIVER, cards, catalogue, unknown_card
 from every_byte.estimate import architecture, config, fit
 from every_byte.estimate.presets import PRESETS
 
@@ -27,6 +27,7 @@ ALLOCATOR = ("kMinBlockSize", "kSmallSize", "kLargeBuffer", "kMinLargeAlloc", "k
 
 def data() -> dict[str, Any]:
     """What estimate.js asks for: the constants of the Python modules, under their names."""
+    unknown = unknown_card(0)
     return {
         "traits": {name: sorted(traits) for name, traits in estimate.TRAITS.items()},
         "bytes": {name: [n.numerator, n.denominator] for name, n in estimate.BYTES.items()},
@@ -90,7 +91,13 @@ def data() -> dict[str, Any]:
             }
             for name, sizes in catalogue().items()
         },
-        "cards": {name: card.memory for name, card in cards().items()},
+        # Bytes that programs can have, and what the card's workspace and context take.
+        "cards": {
+            name: [card.usable, card.cublas_workspace, card.context]
+            for name, card in cards().items()
+        },
+        "unknown_card": [unknown.cublas_workspace, unknown.context],
+        "kept_by_driver": KEPT_BY_DRIVER,
     }
 
 

@@ -416,14 +416,32 @@ function everyByteFormulas(data) {
     ];
   }
 
-  function memory(s, given, workspace = data.workspace) {
+  // What fragmentation may leave idle at the peak.
+  function fragments(s, setup) {
+    const training = setup.task === "training", autocast = training && usesAutocast(setup);
+    const b = autocast ? 2n : width(setup.dtype), heads = s.num_attention_heads;
+    const tokens = setup.batch * setup.length, h = s.hidden_size;
+    const scored = (training || setup.all_logits ? tokens : setup.batch) * s.vocab_size;
+    let large = most(scored * (training ? most(4n, b) : b),
+      tokens * (s.num_experts_per_tok || 1n) * s.intermediate_size * b);
+    if (training && !setup.rank) {
+      large = most(large, s.vocab_size * h * width(setup.gradients ?? setup.dtype));
+    }
+    const computed = { 2: "bf16", 4: "fp32", 8: "fp64" }[b];
+    if (hasScores(s, computed, setup.attention)) large = most(large, tokens * heads * setup.length * most(4n, b));
+    if (has(s, "query and key norms")) large = most(large, tokens * heads * s.head_dim * most(4n, b));
+    const narrow = training && b < 4n ? scored * b : 0n;
+    return 2n * block(large, true) + block(narrow, true) + big(data.allocator.kLargeBuffer);
+  }
+
+  function memory(s, given, workspace = data.workspace, context = data.context) {
     const setup = checked(given), { dtype, batch, length, rank } = setup;
     checkTogether(s, setup);
     const held = Object.fromEntries(KINDS.map((kind) => [kind, 0n]));
     const tensorsOf = { parameters: weights(s, dtype, setup.quantised) };
     const training = setup.task === "training", layers = s.num_hidden_layers;
-    let trained, states_, kept, layer, margin = 0n, cast = 0n, copy = 0n;
-    held.context = big(data.context);
+    let trained, states_, kept, layer, margin = fragments(s, setup), cast = 0n, copy = 0n;
+    held.context = big(context);
     if (training) {
       trained = rank ? adapters(s, rank) : shapes(s);
       const own = rank ? setup.adapters ?? dtype : dtype;
@@ -439,8 +457,9 @@ function everyByteFormulas(data) {
       kept = held.activations = activations(s, batch, length, computed, setup.checkpointing, asked);
       for (const size of [s.hidden_size, s.intermediate_size].map((n) => n * batch * length * width(computed))) {
         if (!isShared(size)) continue;
-        margin = sharedSegments([[size, ceil(kept, size)]]);
-        kept += margin;
+        const rest = sharedSegments([[size, ceil(kept, size)]]);
+        margin += rest;
+        kept += rest;
         break;
       }
       if (setup.attention === "eager") kept += batch * length * length * width(dtype);
@@ -490,17 +509,22 @@ function everyByteFormulas(data) {
     } else held.moments = inferenceMoments(s, setup, rest + held.kv_cache, held.kv_cache);
     held.margin = margin;
     [held.peakAt, held.peak] = held.moments.reduce((a, m) => (m[1] > a[1] ? m : a));
-    held.needed = held.peak + margin + held.context;
+    held.least = held.peak + held.context;
+    held.needed = held.least + margin;
     return held;
   }
+
+  const verdict = (held, capacity) =>
+    held.needed <= capacity ? "fits" : held.least <= capacity ? "may fit" : "does not fit";
 
   const total = (held) => KINDS.reduce((all, kind) => all + held[kind], 0n);
 
   // Does it fit
 
-  function gpusNeeded(s, setup, capacity) {
+  // `card`: the bytes of its workspace and of its context.
+  function gpusNeeded(s, setup, capacity, card = []) {
     const fits = (gpus) =>
-      memory(s, { ...setup, gpus, sharding: "ZeRO 3" }).needed <= big(capacity);
+      memory(s, { ...setup, gpus, sharding: "ZeRO 3" }, ...card).needed <= big(capacity);
     let few = 1, enough = data.most_gpus;
     if (fits(1)) return 1;
     if (!fits(enough)) return null;
@@ -512,13 +536,13 @@ function everyByteFormulas(data) {
     return enough;
   }
 
-  function levers(s, setup) {
+  function levers(s, setup, card = []) {
     const changes = { ...data.levers };
     for (const [name, what] of Object.entries(data.halves)) {
       changes[name] = { [what]: ceil(big(setup[what]), 2n) };
     }
     changes[data.more_gpus] = { gpus: 2n * big(setup.gpus), sharding: "ZeRO 3" };
-    const now = memory(s, setup).needed, found = [];
+    const now = memory(s, setup, ...card).needed, found = [];
     for (const [name, change] of Object.entries(changes)) {
       const training = setup.task === "training";
       if (training && "quantised" in change && !big(change.rank ?? setup.rank)) continue;
@@ -527,7 +551,7 @@ function everyByteFormulas(data) {
       const changed = { ...setup, ...change };
       let saved = 0n;
       try {
-        saved = now - memory(s, changed).needed;
+        saved = now - memory(s, changed, ...card).needed;
       } catch (error) { // this model cannot do it
         if (!(error instanceof Refusal)) throw error;
       }
@@ -537,5 +561,5 @@ function everyByteFormulas(data) {
   }
 
   return { dimensions, parameters, loraParameters, width, bytes, layerActivations, usesAutocast,
-    memory, total, gpusNeeded, levers };
+    memory, verdict, total, gpusNeeded, levers };
 }

@@ -61,6 +61,11 @@
     return BigInt(text);
   }
 
+  const usable = (nbytes) => { // the driver keeps the rest
+    const [part, most] = data.kept_by_driver.map(BigInt);
+    return nbytes - (nbytes / part < most ? nbytes / part : most);
+  };
+
   function read() {
     const values = {}, refused = [];
     for (const c of controls) values[c.name] = c.type === "checkbox" ? c.checked : c.value || null;
@@ -76,9 +81,12 @@
       const sizes = F.dimensions(Object.fromEntries(SIZES.map((name) => [name, values[name]])));
       const setup = Object.fromEntries(
         Object.entries(values).filter(([name]) => !OTHERS.includes(name)));
-      const capacity = values.gib ? values.gib * BigInt(GiB) : BigInt(data.cards[values.card]);
+      const [capacity, ...ofCard] = values.gib
+        ? [usable(values.gib * BigInt(GiB)), ...data.unknown_card]
+        : data.cards[values.card].map(BigInt);
       const card = values.gib ? `a card of ${grouped(values.gib)} GiB` : values.card;
-      return { sizes, setup, card, capacity, held: F.memory(sizes, setup), refused };
+      const held = F.memory(sizes, setup, ...ofCard);
+      return { sizes, setup, card, capacity, ofCard, held, refused };
     } catch (error) {
       if (!(error instanceof Refusal)) throw error;
       return { refused: [error] };
@@ -164,7 +172,7 @@
 
   const moment = (held, name) => held.moments.find(([known]) => known === name)[1];
   const PARTS = { held: ["held at rest", "parameters"], peak: ["at the peak, on top", "activations"],
-    margin: ["margin of the allocator", "rounding"], context: ["CUDA context", "context"] };
+    margin: ["fragmentation, at most", "rounding"], context: ["CUDA context", "context"] };
 
   function showMoments({ held }) {
     $("e-moments").replaceChildren(...held.moments.map(([name, nbytes]) => {
@@ -191,7 +199,7 @@
     bar.append(limit);
     bar.setAttribute("aria-label", `Stacked bar of ${short(all)} on one GPU: ` + parts.map((kind) =>
       `${PARTS[kind][0]} ${short(sizes[kind])}, ${percent(sizes[kind], all)} %`).join("; ")
-      + `. The card has ${gib(capacity)} GiB.`);
+      + `. The card has ${gib(capacity)} GiB for programs.`);
     $("e-scale").textContent = `${card}: ${gib(capacity)} GiB`;
     $("e-scale").style.setProperty("--at", limit.style.left);
     $("e-scale").classList.toggle("left", percent(capacity, scale) < 50);
@@ -229,12 +237,13 @@
     }
   }
 
-  function showCards({ sizes, setup }, all) {
-    $("e-cards").replaceChildren(...Object.entries(data.cards).map(([name, capacity]) => {
-      const row = document.createElement("tr"), fits = all <= BigInt(capacity);
-      const needed = F.gpusNeeded(sizes, setup, capacity);
+  function showCards({ sizes, setup }) {
+    $("e-cards").replaceChildren(...Object.entries(data.cards).map(([name, [capacity, ...ofCard]]) => {
+      const row = document.createElement("tr");
+      const says = F.verdict(F.memory(sizes, setup, ...ofCard), BigInt(capacity));
+      const needed = F.gpusNeeded(sizes, setup, capacity, ofCard);
       row.append(element("th", name, { scope: "row" }), element("td", gib(capacity)),
-        element("td", fits ? "fits" : "does not fit", { class: fits ? "fits" : "" }),
+        element("td", says, { class: says === "fits" ? "fits" : "" }),
         element("td", needed === null ? `over ${grouped(data.most_gpus)}` : grouped(needed)));
       return row;
     }));
@@ -252,15 +261,17 @@
     return item;
   }
 
-  function showLevers({ sizes, setup, card, capacity }, all) {
-    const found = F.levers(sizes, setup), fits = all <= capacity;
-    const ways = fits ? [] : fit.shortest(sizes, setup, capacity);
-    const most = grouped(BigInt(fit.mostSequences(sizes, setup, capacity)));
+  function showLevers({ sizes, setup, card, capacity, ofCard, held }, all) {
+    const found = F.levers(sizes, setup, ofCard), fits = all <= capacity;
+    const ways = fits ? [] : fit.shortest(sizes, setup, capacity, ofCard);
+    const most = grouped(BigInt(fit.mostSequences(sizes, setup, capacity, ofCard)));
     const batch = `The largest batch at this length that fits: ${most}.`;
     if (fits) $("e-ways-note").textContent = `It fits on ${card} with ${short(capacity - all)} to spare. ${batch}`;
     else {
-      $("e-ways-note").textContent = `${short(all - capacity)} too much for ${card}. `
-        + (ways.length ? "As few changes as there can be:" : `No ${data.most_changes} changes together are enough.`);
+      const may = held.least <= capacity;
+      $("e-ways-note").textContent = (may
+        ? `The peak fits, but with ${short(all - capacity)} more it fits for certain, however memory is cut up. `
+        : `${short(held.least - capacity)} too much for ${card}. `) + (ways.length ? "As few changes as there can be:" : `No ${data.most_changes} changes together are enough.`);
     }
     $("e-ways").replaceChildren(...ways.slice(0, 6).map(({ names, change, needed }) =>
       lever("e-ways", names.join(" + "), change, ` needs ${short(needed)}: fits`)));
@@ -287,8 +298,9 @@
     const all = held.needed;
     const model = control("model").value === "own" ? "your model" : control("model").value;
     const gpus = setup.gpus > 1n ? ` on each of ${grouped(setup.gpus)} GPUs` : "";
-    return `It ${all <= capacity ? "fits on" : "does not fit on"} ${card}: ${short(all)}${gpus}, estimated, `
-      + `for ${setup.task} with ${model}, of ${short(capacity)} (${gib(capacity)} GiB).`;
+    const says = F.verdict(held, capacity), size = says === "fits" ? all : held.least;
+    return `It ${says} on ${card}: ${says === "fits" ? "" : "at least "}${short(size)}${gpus}, estimated, `
+      + `for ${setup.task} with ${model}, of ${short(capacity)} (${gib(capacity)} GiB) that programs can have.`;
   }
 
   let speaking;
@@ -326,6 +338,7 @@
     }
     $("e-headline").textContent = summary(now);
     $("e-headline").classList.toggle("fits", all <= now.capacity);
+    $("e-headline").classList.toggle("may", F.verdict(now.held, now.capacity) === "may fit");
     $("e-rest").textContent = `${short(moment(now.held, "at rest"))} stay from step to step; `
       + `the peak is ${short(now.held.peak)} (${now.held.peakAt}).`;
     showPresets(now);
@@ -334,7 +347,7 @@
     showMoments(now);
     showTable(now, F.total(now.held));
     showLevers(now, all);
-    showCards(now, all);
+    showCards(now);
     $("e-embed").textContent = `<iframe src="${location.href}" title="Every Byte: the estimator" width="100%" height="800"></iframe>`;
     if ($("e-formula").dataset.kind) explain($("e-formula").dataset.kind);
   }

@@ -4,9 +4,9 @@
 "use strict";
 
 function everyByteFit(data, F) {
-  const needed = (sizes, setup) => {
+  const needed = (sizes, setup, card) => {
     try {
-      return F.memory(sizes, setup).needed;
+      return F.memory(sizes, setup, ...card).needed;
     } catch (error) { // this model cannot do it
       if (!(error instanceof Refusal)) throw error;
       return null;
@@ -36,8 +36,8 @@ function everyByteFit(data, F) {
     }
   }
 
-  function shortest(sizes, setup, capacity) {
-    if (F.memory(sizes, setup).needed <= BigInt(capacity)) return [];
+  function shortest(sizes, setup, capacity, card = []) {
+    if (F.memory(sizes, setup, ...card).needed <= BigInt(capacity)) return [];
     const possible = changes(setup), names = data.order.filter((name) => name in possible);
     for (let length = 1; length <= data.most_changes; length++) {
       const found = [];
@@ -45,7 +45,7 @@ function everyByteFit(data, F) {
         const change = Object.assign({}, ...chosen.map((name) => possible[name]));
         const fields = chosen.reduce((n, name) => n + Object.keys(possible[name]).length, 0);
         if (Object.keys(change).length < fields) continue; // two of them set the same field
-        const bytes = needed(sizes, { ...setup, ...change });
+        const bytes = needed(sizes, { ...setup, ...change }, card);
         if (bytes !== null && bytes <= BigInt(capacity)) found.push({ names: chosen, change, needed: bytes });
       }
       if (found.length) return found;
@@ -53,8 +53,8 @@ function everyByteFit(data, F) {
     return [];
   }
 
-  function mostSequences(sizes, setup, capacity) {
-    const fits = (batch) => F.memory(sizes, { ...setup, batch }).needed <= BigInt(capacity);
+  function mostSequences(sizes, setup, capacity, card = []) {
+    const fits = (batch) => F.memory(sizes, { ...setup, batch }, ...card).needed <= BigInt(capacity);
     if (!fits(1)) return 0;
     let enough = 1, many = 2;
     while (many < data.most_sequences && fits(many)) [enough, many] = [many, 2 * many];

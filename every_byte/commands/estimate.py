@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from every_byte.commands import DONE, NO, Refused, Subparsers, print_json, subcommand
-from every_byte.data import cards
+from every_byte.data import Card, cards, unknown_card
 from every_byte.estimate import (
     CHOICES,
     Dimensions,
     Memory,
+    Serving,
     Setup,
     catalogue,
     dimensions,
     from_config,
     memory,
+    serve,
 )
 from every_byte.estimate.fit import levers, most_sequences, shortest
 from every_byte.estimate.presets import PRESETS
@@ -38,7 +40,8 @@ def add(subparsers: Subparsers) -> None:
         run,
         "estimate what a model takes on one GPU, by kind",
         "By closed formulas, without PyTorch: nothing is run, and only --hub downloads. "
-        "1 GB is 10^9 B. With a card it exits with 1 where the model does not fit.",
+        "1 GB is 10^9 B. With a card it exits with 0 only where the model fits for certain: "
+        "1 where it does not fit, or may not, which is for the allocator's fragmentation to tell.",
     )
     parser.add_argument("model", nargs="?", help=f"one of {', '.join(catalogue())}")
     parser.add_argument("--config", type=Path, help="a config.json of your own, instead of a name")
@@ -48,13 +51,22 @@ def add(subparsers: Subparsers) -> None:
         help="the model is a name such as org/name on the Hugging Face hub: fetch its config.json",
     )
     parser.add_argument("--card", help="a card by name, such as 'RTX 4090': does it fit?")
-    parser.add_argument("--gib", type=int, help="GiB of a card that has no name here")
+    parser.add_argument("--gib", type=int, help="GiB that a card without a name here is sold with")
     parser.add_argument(
         "--for",
         dest="preset",
         choices=PRESETS,
         default="full",
         help="what you want to do; sets what the options below do not (default: full)",
+    )
+    parser.add_argument(
+        "--vllm",
+        action="store_true",
+        help="how many users of --length tokens vLLM serves at a time on --card, or on --gpus "
+        "of them by tensor parallelism",
+    )
+    parser.add_argument(
+        "--utilization", type=int, help="with --vllm: percent of the card that it may take"
     )
     kinds, described = get_type_hints(Setup), _attributes(Setup)
     first = PRESETS["full"][1]
@@ -90,14 +102,21 @@ def run(options: argparse.Namespace) -> int:
         setup = replace(PRESETS[options.preset][1], **given)
         if "length" not in given and sizes.has("learned positions"):
             setup = replace(setup, length=min(setup.length, sizes.max_position_embeddings))
-        found = memory(sizes, setup)
     except ValueError as error:
         raise Refused(error) from None
-    card, capacity = _capacity(options)
-    fits = None if capacity is None else found.needed <= capacity
-    ways = [] if capacity is None else shortest(sizes, setup, capacity)
-    most = None if capacity is None else most_sequences(sizes, setup, capacity)
-    helps = levers(sizes, setup)
+    name, card = _card(options)
+    if options.vllm or options.utilization is not None:
+        return _serve(options, sizes, setup, given, name, card)
+    of_card = {"workspace": card.cublas_workspace, "context": card.context} if card else {}
+    try:
+        found = memory(sizes, setup, **of_card)
+    except ValueError as error:
+        raise Refused(error) from None
+    capacity = card.usable if card else None
+    verdict = None if capacity is None else found.verdict(capacity)
+    ways = [] if capacity is None else shortest(sizes, setup, capacity, **of_card)
+    most = None if capacity is None else most_sequences(sizes, setup, capacity, **of_card)
+    helps = levers(sizes, setup, **of_card)
     if options.json:
         print_json(
             {
@@ -109,24 +128,27 @@ def run(options: argparse.Namespace) -> int:
                 "held": found.held,
                 "peak": found.peak,
                 "peak_at": found.peak_at,
+                "least": found.least,
                 "needed": found.needed,
-                "card": card,
+                "card": name,
                 "capacity": capacity,
-                "fits": fits,
+                "verdict": verdict,
+                "fits": {"fits": True, "does not fit": False}.get(verdict or ""),
                 "most_sequences": most,
                 "combinations": [{"names": w.names, "needed": w.needed} for w in ways],
                 "levers": [{"name": lever.name, "saved": lever.saved} for lever in helps],
             }
         )
-        return NO if fits is False else DONE
-    for name, nbytes in _parts(found).items():
+        return DONE if verdict in (None, "fits") else NO
+    for kind, nbytes in _parts(found).items():
         if nbytes:
-            print(_line(name.replace("_", " "), nbytes))
+            print(_line(kind.replace("_", " "), nbytes))
     print(_line("held between steps", found.held))
     print(_line(f"peak, {found.peak_at}", found.peak))
-    print(_line("a card needs, with CUDA context", found.needed))
+    print(_line("least, with CUDA context", found.least))
+    print(_line("enough, with fragmentation", found.needed))
     if capacity is not None:
-        print(f"\n{card}: {_room(found.needed, capacity)}")
+        print(f"\n{name}: {_room(found, capacity)}")
         print(
             f"the largest batch of {grouped(setup.length)} tokens that fits: {grouped(most or 0)}"
         )
@@ -138,7 +160,60 @@ def run(options: argparse.Namespace) -> int:
         print("\nwhat saves memory, one at a time:")
     for lever in helps[:SHOWN]:
         print(_line(f"  {lever.name}", -lever.saved))
-    return NO if fits is False else DONE
+    return DONE if verdict in (None, "fits") else NO
+
+
+SERVING = ("dtype", "quantised", "cache_dtype", "length", "gpus")  # what both setups have
+
+
+def _serve(
+    options: argparse.Namespace,
+    sizes: Dimensions,
+    setup: Setup,
+    given: dict[str, Any],
+    name: str | None,
+    card: Card | None,
+) -> int:
+    """Print how many users vLLM serves at a time, and what takes the memory.
+
+    Raises:
+        Refused: no card, or what serving has no use for, or what cannot be served so.
+    """
+    if card is None or not options.vllm:
+        raise Refused("vllm: expected a --card or --gib beside it, and --utilization with it only")
+    if rest := sorted(set(given) - set(SERVING) - {"task"}):
+        raise Refused(f"{rest[0]} is given: expected of {', '.join(SERVING)} only, with --vllm")
+    asked = {what: getattr(setup, what) for what in SERVING}
+    if "length" not in given:
+        asked["length"] = min(4096, sizes.max_position_embeddings or 4096)
+    if options.utilization is not None:
+        asked["utilization"] = options.utilization
+    try:
+        serving = Serving(**asked)
+        served = serve(sizes, serving, card)
+    except ValueError as error:
+        raise Refused(error) from None
+    if options.json:
+        setting = {field.name: getattr(serving, field.name) for field in fields(serving)}
+        found = {field.name: getattr(served, field.name) for field in fields(served)}
+        model = options.model or str(options.config)
+        print_json({"model": model, "card": name, "serving": setting, **found})
+        return DONE if served.users else NO
+    for what, nbytes in (
+        ("weights", served.weights),
+        ("activations, at the peak", served.activations),
+        ("outside PyTorch", served.non_torch),
+        ("CUDA graphs, at most", served.graphs),
+        ("KV cache", served.kv_cache),
+        (f"allowed: {serving.utilization} % of the card", served.allowed),
+    ):
+        print(_line(what, nbytes))
+    each = f", on each of {serving.gpus}" if serving.gpus > 1 else ""
+    print(
+        f"\n{name}{each}: {grouped(served.users)} users of {grouped(serving.length)} tokens at a "
+        f"time; the cache holds {grouped(served.tokens)} tokens of {grouped(served.token)} B"
+    )
+    return DONE if served.users else NO
 
 
 def _parts(found: Memory) -> dict[str, Any]:
@@ -170,8 +245,10 @@ def _sizes(options: argparse.Namespace) -> Dimensions:
     return from_config(config)
 
 
-def _capacity(options: argparse.Namespace) -> tuple[str | None, int | None]:
-    """The card in words, and its bytes.
+def _card(options: argparse.Namespace) -> tuple[str | None, Card | None]:
+    """The card in words, and what is known of it.
+
+    One without a name is taken for one of the newest, whose workspaces are the largest.
 
     Raises:
         Refused: there is no such card, or it is given twice.
@@ -179,26 +256,26 @@ def _capacity(options: argparse.Namespace) -> tuple[str | None, int | None]:
     if options.gib is not None:
         if options.card is not None or options.gib < 1:
             raise Refused(f"gib is {options.gib}: expected 1 or more, and no card beside it")
-        return f"{options.gib} GiB", options.gib * GiB
+        return f"a card of {options.gib} GiB", unknown_card(options.gib * GiB)
     if options.card is None:
         return None, None
-    card = _card(options.card)
-    return card, cards()[card].memory
-
-
-def _card(name: str) -> str:
-    for card in cards():
-        if card.casefold() == name.casefold():
-            return card
-    raise Refused(f"card is {name!r}: expected one of {', '.join(cards())}")
+    for name, card in cards().items():
+        if name.casefold() == options.card.casefold():
+            return name, card
+    raise Refused(f"card is {options.card!r}: expected one of {', '.join(cards())}")
 
 
 def _line(name: str, nbytes: int) -> str:
     return f"{name:<34}{nbytes / GB:>10.3f} GB {grouped(nbytes):>20} B"
 
 
-def _room(needed: int, capacity: int) -> str:
-    left = capacity - needed
-    says = "it fits" if left >= 0 else "it does not fit"
-    rest = "are left" if left >= 0 else "are missing"
-    return f"{says}, {abs(left) / GB:.3f} GB of {capacity / GB:.3f} GB {rest}"
+def _room(found: Memory, capacity: int) -> str:
+    verdict, needed = found.verdict(capacity), found.needed
+    if verdict == "may fit":
+        return (
+            f"it may fit: the peak does, but {(needed - capacity) / GB:.3f} GB of "
+            f"{capacity / GB:.3f} GB are missing to be certain"
+        )
+    left = capacity - needed if verdict == "fits" else found.least - capacity
+    rest = "are left" if verdict == "fits" else "are missing at least"
+    return f"it {verdict}, {left / GB:.3f} GB of {capacity / GB:.3f} GB {rest}"

@@ -6,6 +6,16 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+CONTEXT = 726_466_560
+"""The CUDA context, in bytes: measured on an H200 with PyTorch 2.11 (CUDA 13.0), after
+products, attention and cuDNN, with CUDA's modules loaded as they are needed (the default).
+Published for an A100 with PyTorch 2.1: 0.47 GiB, and 0.92 GiB with all modules loaded
+(Bekman, Machine Learning Engineering, https://github.com/stas00/ml-engineering)."""
+
+KEPT_BY_DRIVER = 32, 9 * 2**30 // 10  # a 32nd of the memory, and so many bytes at most
+
+CONTEXT_MULTIPROCESSORS = 132  # of the card that it was measured on
+
 
 @dataclass(frozen=True, slots=True)
 class Card:
@@ -13,10 +23,12 @@ class Card:
 
     Attributes:
         sold: the "GB" that it is sold with.
-        memory: bytes that it has.
+        memory: bytes that it has, as nvidia-smi shows them.
         compute_capability: such as ``"9.0"``.
         multiprocessors: how many it has.
         measured: with what its kernels' allocations were measured; empty if they were not.
+        available: bytes that ``torch.cuda.mem_get_info()`` tells of it, where that was
+            measured; see `usable`.
     """
 
     sold: int
@@ -24,6 +36,27 @@ class Card:
     compute_capability: str
     multiprocessors: int
     measured: str = ""
+    available: int = 0
+
+    @property
+    def usable(self) -> int:
+        """Bytes that programs can have: its memory less what the driver keeps for itself.
+
+        Measured where `available` is, else what is left after a bound on it: see
+        `kept_by_driver`.
+        """
+        return self.available or self.memory - kept_by_driver(self.memory)
+
+    @property
+    def context(self) -> int:
+        """Bytes of the CUDA context: measured on the H200, estimated on other cards.
+
+        It grows with the card's multiprocessors, for CUDA sets memory aside for all
+        threads that they can run: in proportion on cards with more than the H200 has.
+        On those with fewer the H200's, which is a bound.
+        """
+        more = max(self.multiprocessors, CONTEXT_MULTIPROCESSORS)
+        return -(-CONTEXT * more // CONTEXT_MULTIPROCESSORS)
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -41,6 +74,21 @@ class Card:
         return (32 << 20) if self.capability[0] in (9, 10, 11, 12) else (8320 << 10)
 
 
+def kept_by_driver(memory: int) -> int:
+    """The most that the driver keeps of a card's bytes: a 32nd, and 0.9 GiB at most.
+
+    A bound over what messages of "CUDA out of memory" show as capacity, in GiB:
+    T4 14.56 of 15 (https://github.com/Zheng-Chong/CatVTON/issues/133), RTX 3060 11.75
+    of 12 (https://github.com/Kunhao-Liu/StyleGaussian/issues/12), RTX 4090 23.52 of 24
+    (https://github.com/Soul-AILab/SoulX-FlashTalk/issues/5), RTX 5090 31.36 of 32
+    (https://github.com/TrajectoryCrafter/TrajectoryCrafter/issues/20), A100 39.5 of 40
+    (https://github.com/TianheWu/CoSeR/issues/10) and 79.14 of 80
+    (https://github.com/lianqi1008/Control-GIC/issues/6). On the H200 it is 0.6 GiB.
+    """
+    part, most = KEPT_BY_DRIVER
+    return min(memory // part, most)
+
+
 def _read(name: str) -> dict[str, Any]:
     return tomllib.loads(resources.files(__name__).joinpath(name).read_text("utf-8"))
 
@@ -49,6 +97,11 @@ def _read(name: str) -> dict[str, Any]:
 def cards() -> dict[str, Card]:
     """Name: card of the data file (``every_byte/data/cards.toml``), by memory."""
     return {name: Card(**card) for name, card in _read("cards.toml").items()}
+
+
+def unknown_card(memory: int) -> Card:
+    """A card of so many bytes of which nothing else is known: with what is most elsewhere."""
+    return Card(memory >> 30, memory, "9.0", CONTEXT_MULTIPROCESSORS)
 
 
 @cache

@@ -2,13 +2,15 @@
 
 The front door is `memory`: what one GPU holds, for `Dimensions` of a model and a
 `Setup` of what is done with it. `training` and `inference` are short forms of it.
+`serve` is the same for many users at a time, as vLLM shares memory out:
+`every_byte.estimate.serving` says how to call it.
 
 All results are bytes unless a name says otherwise, before the allocator's
 rounding, which `memory` counts apart. Names of dimensions are those of
 transformers' configurations.
 """
 
-from every_byte.data import catalogue, known_models
+from every_byte.data import CONTEXT, catalogue, known_models
 from every_byte.estimate.architecture import (
     TRAITS,
     Dimensions,
@@ -27,9 +29,9 @@ from every_byte.estimate.forward import (
     logits,
 )
 from every_byte.estimate.optimizers import IMPLEMENTATIONS, OPTIMIZERS, Optimizer, optimizer_states
+from every_byte.estimate.serving import Served, Serving, serve
 from every_byte.estimate.setup import (
     CHOICES,
-    CONTEXT,
     FLAGS,
     LT_WORKSPACE,
     SHARDING,
@@ -67,6 +69,8 @@ __all__ = [
     "Memory",
     "Optimizer",
     "ParameterShape",
+    "Served",
+    "Serving",
     "Setup",
     "activations",
     "active_parameters",
@@ -85,6 +89,7 @@ __all__ = [
     "optimizer_states",
     "parameter_bytes",
     "parameters",
+    "serve",
     "shapes",
     "shard",
     "training",

@@ -1,20 +1,30 @@
 """Does it fit: cards and their memory, how many of one are needed, and what would help.
 
-All by the formulas of `every_byte.estimate`, in bytes.
+All by the formulas of `every_byte.estimate`, in bytes. A capacity is what programs can
+have (`every_byte.data.Card.usable`); `workspace` and `context` are the card's, too. What
+fits does so for certain: with `every_byte.estimate.Memory.needed`.
 """
 
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
+from every_byte.data import CONTEXT
 from every_byte.estimate.architecture import Dimensions
 from every_byte.estimate.checks import check_whole
-from every_byte.estimate.setup import Setup, memory
+from every_byte.estimate.setup import WORKSPACE, Setup, memory
 
 MOST_GPUS = 1024  # the largest number in the ZeRO paper's table 1
 
 
-def gpus_needed(sizes: Dimensions, setup: Setup, capacity: int) -> int | None:
+def gpus_needed(
+    sizes: Dimensions,
+    setup: Setup,
+    capacity: int,
+    *,
+    workspace: int = WORKSPACE,
+    context: int = CONTEXT,
+) -> int | None:
     """How many GPUs of `capacity` bytes hold it: 1, or the fewest under ZeRO 3.
 
     None if more than `MOST_GPUS` do not: each of them holds its own activations,
@@ -27,7 +37,7 @@ def gpus_needed(sizes: Dimensions, setup: Setup, capacity: int) -> int | None:
 
     def fits(gpus: int) -> bool:
         sharded = replace(setup, gpus=gpus, sharding="ZeRO 3")
-        return memory(sizes, sharded).needed <= capacity
+        return memory(sizes, sharded, workspace, context).needed <= capacity
 
     if fits(1):
         return 1
@@ -122,29 +132,41 @@ def _applies(setup: Setup, change: dict[str, Any]) -> bool:
     return not (training and "quantised" in change and not change.get("rank", setup.rank))
 
 
-def _changed(sizes: Dimensions, setup: Setup, change: dict[str, Any]) -> tuple[Setup, int] | None:
+def _changed(
+    sizes: Dimensions, setup: Setup, change: dict[str, Any], *card: int
+) -> tuple[Setup, int] | None:
     """The setup with a change, and what it needs; None if this model cannot do it."""
     try:
         changed = replace(setup, **change)
-        return changed, memory(sizes, changed).needed
+        return changed, memory(sizes, changed, *card).needed
     except ValueError:
         return None
 
 
-def levers(sizes: Dimensions, setup: Setup) -> list[Lever]:
+def levers(
+    sizes: Dimensions, setup: Setup, *, workspace: int = WORKSPACE, context: int = CONTEXT
+) -> list[Lever]:
     """Each single change that saves memory, the one that saves most first.
 
     A smaller batch or length is a smaller task, and all change what is computed:
     which of them can be afforded is not for a formula to say.
     """
-    now, found = memory(sizes, setup).needed, []
+    card = workspace, context
+    now, found = memory(sizes, setup, *card).needed, []
     for name, change in changes(setup).items():
-        if (changed := _changed(sizes, setup, change)) and changed[1] < now:
+        if (changed := _changed(sizes, setup, change, *card)) and changed[1] < now:
             found.append(Lever(name, changed[0], now - changed[1]))
     return sorted(found, key=lambda lever: -lever.saved)
 
 
-def shortest(sizes: Dimensions, setup: Setup, capacity: int) -> list[Combination]:
+def shortest(
+    sizes: Dimensions,
+    setup: Setup,
+    capacity: int,
+    *,
+    workspace: int = WORKSPACE,
+    context: int = CONTEXT,
+) -> list[Combination]:
     """The shortest combinations of changes that make it fit in `capacity` bytes.
 
     All of the same length, those of `ORDER`'s first changes first; a change that
@@ -155,7 +177,8 @@ def shortest(sizes: Dimensions, setup: Setup, capacity: int) -> list[Combination
         ValueError: `capacity` is no whole number, or negative.
     """
     check_whole("capacity", capacity)
-    if memory(sizes, setup).needed <= capacity:
+    card = workspace, context
+    if memory(sizes, setup, *card).needed <= capacity:
         return []
     possible = changes(setup)
     names = [name for name in ORDER if name in possible]
@@ -167,7 +190,7 @@ def shortest(sizes: Dimensions, setup: Setup, capacity: int) -> list[Combination
                 together |= possible[name]
             if len(together) < sum(len(possible[name]) for name in chosen):
                 continue  # two of them set the same field
-            changed = _changed(sizes, setup, together)
+            changed = _changed(sizes, setup, together, *card)
             if changed and changed[1] <= capacity:
                 found.append(Combination(chosen, *changed))
         if found:
@@ -178,7 +201,14 @@ def shortest(sizes: Dimensions, setup: Setup, capacity: int) -> list[Combination
 MOST_SEQUENCES = 2**20
 
 
-def most_sequences(sizes: Dimensions, setup: Setup, capacity: int) -> int:
+def most_sequences(
+    sizes: Dimensions,
+    setup: Setup,
+    capacity: int,
+    *,
+    workspace: int = WORKSPACE,
+    context: int = CONTEXT,
+) -> int:
     """The largest batch that fits on a GPU of `capacity` bytes, up to `MOST_SEQUENCES`.
 
     Of serving, how many users at `length` tokens each; 0 if not even one fits.
@@ -189,7 +219,7 @@ def most_sequences(sizes: Dimensions, setup: Setup, capacity: int) -> int:
     check_whole("capacity", capacity)
 
     def fits(batch: int) -> bool:
-        return memory(sizes, replace(setup, batch=batch)).needed <= capacity
+        return memory(sizes, replace(setup, batch=batch), workspace, context).needed <= capacity
 
     if not fits(1):
         return 0

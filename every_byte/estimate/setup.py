@@ -10,6 +10,7 @@ from every_byte.allocator.config import (
     kRoundLarge,
     kSmallSize,
 )
+from every_byte.data import CONTEXT
 from every_byte.estimate.architecture import (
     Dimensions,
     check_dimensions,
@@ -43,12 +44,6 @@ from every_byte.estimate.weights import (
     total_bytes,
 )
 from every_byte.kinds import FIELDS
-
-CONTEXT = 726_466_560
-"""The CUDA context, in bytes: measured on an H200 with PyTorch 2.11 (CUDA 13.0), after
-products, attention and cuDNN, with CUDA's modules loaded as they are needed (the default).
-Published for an A100 with PyTorch 2.1: 0.47 GiB, and 0.92 GiB with all modules loaded
-(Bekman, Machine Learning Engineering, https://github.com/stas00/ml-engineering)."""
 
 
 def block(nbytes: int, own_segment: bool = False) -> int:
@@ -110,8 +105,8 @@ class Memory:
     Cast weights are the copies that autocast makes. Rounding is the
     allocator's, of parameters, gradients, optimizer states and KV cache.
     Moments: what is allocated at each, in bytes, without the CUDA context; the
-    largest is the peak. Margin: how much more blocks may keep of segments that they
-    share, see `shared_segments`.
+    largest is the peak. Margin: what else of its segments the allocator may have to
+    keep at the peak, see `shared_segments` and `fragments`.
     """
 
     parameters: int = 0
@@ -147,9 +142,28 @@ class Memory:
         return max(self.moments, key=lambda moment: moment[1])[0]
 
     @property
+    def least(self) -> int:
+        """What a card cannot do without, in bytes: the peak and the CUDA context."""
+        return self.peak + self.context
+
+    @property
     def needed(self) -> int:
-        """What a card must have, in bytes: the peak, its margin and the CUDA context."""
+        """What is enough for certain, in bytes: the peak, its margin and the CUDA context."""
         return self.peak + self.margin + self.context
+
+    def verdict(self, capacity: int) -> str:
+        """``fits``, ``may fit`` or ``does not fit`` on a card of `capacity` bytes.
+
+        It may fit between `least` and `needed`: whether it does is for the
+        allocator's fragmentation to tell, which a replay follows and no formula.
+
+        Raises:
+            ValueError: `capacity` is no whole number, or negative.
+        """
+        check_whole("capacity", capacity)
+        if self.needed <= capacity:
+            return "fits"
+        return "may fit" if self.least <= capacity else "does not fit"
 
 
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -467,7 +481,41 @@ def check_together(sizes: Dimensions, setup: Setup) -> None:
             )
 
 
-def memory(sizes: Dimensions, setup: Setup, workspace: int = WORKSPACE) -> Memory:
+def fragments(sizes: Dimensions, setup: Setup) -> int:
+    """Bytes that may lie idle in segments when the peak comes: a bound, measured, not proven.
+
+    Before memory runs out PyTorch gives segments back, but only whole ones
+    (``c10/cuda/CUDACachingAllocator.cpp``, release_cached_blocks). What outlives a step,
+    such as the optimizer's states in the first one, may lie in segments that were taken
+    for its largest blocks; these then have to be taken again. Two of the largest, the
+    model's own logits beside those in FP32, and a segment of smaller blocks, are enough
+    for all traces of an H200 (`least` in ``tests/measured_peaks.toml``) and for replays
+    of random set-ups with few layers, where states leave most of a segment idle
+    (``python -m benchmarks.estimates``).
+    """
+    training = setup.task == "training"
+    autocast = training and setup.amp is not None and setup.dtype == "fp32"
+    b = 2 if autocast else computed_width(setup.dtype)
+    tokens, h, heads = setup.batch * setup.length, sizes.hidden_size, sizes.num_attention_heads
+    scored = (tokens if training or setup.all_logits else setup.batch) * sizes.vocab_size
+    large = [
+        scored * (max(4, b) if training else b),
+        tokens * max(1, sizes.num_experts_per_tok) * sizes.intermediate_size * b,
+    ]
+    if training and not setup.rank:
+        large.append(sizes.vocab_size * h * computed_width(setup.gradients or setup.dtype))
+    computed = {2: "bf16", 4: "fp32", 8: "fp64"}[b]
+    if attention_kernel(sizes, computed, setup.attention) in ("eager", "math"):
+        large.append(tokens * heads * setup.length * max(4, b))
+    if sizes.has("query and key norms"):
+        large.append(tokens * heads * sizes.head_dim * max(4, b))
+    narrow = scored * b if training and b < 4 else 0
+    return 2 * block(max(large), own_segment=True) + block(narrow, own_segment=True) + kLargeBuffer
+
+
+def memory(
+    sizes: Dimensions, setup: Setup, workspace: int = WORKSPACE, context: int = CONTEXT
+) -> Memory:
     """What one GPU holds, its allocator's rounding and the CUDA context included.
 
     Training: between forward and backward, with the gradients and the states of
@@ -486,6 +534,7 @@ def memory(sizes: Dimensions, setup: Setup, workspace: int = WORKSPACE) -> Memor
         setup: what is done with it.
         workspace: what cuBLAS takes for each thread, in bytes; see
             `every_byte.data.Card.cublas_workspace`.
+        context: the CUDA context's bytes; see `every_byte.data.Card.context`.
 
     Raises:
         ValueError: the model cannot do it, see `check_together`; or `sizes` or `setup` is
@@ -496,16 +545,21 @@ def memory(sizes: Dimensions, setup: Setup, workspace: int = WORKSPACE) -> Memor
         raise refuse("setup", setup, "a Setup")
     check_together(sizes, setup)
     check_whole("workspace", workspace)
-    return assemble(sizes, setup, workspace=workspace)
+    check_whole("context", context)
+    return assemble(sizes, setup, workspace=workspace, context=context)
 
 
 def assemble(
-    sizes: Dimensions, setup: Setup, every: int | None = None, workspace: int = WORKSPACE
+    sizes: Dimensions,
+    setup: Setup,
+    every: int | None = None,
+    workspace: int = WORKSPACE,
+    context: int = CONTEXT,
 ) -> Memory:
     """The same for what need not go together, with checkpoints of so many layers."""
     dtype, work = setup.dtype, (setup.batch, setup.length)
     tensors = {"parameters": stored_weights(sizes, dtype, setup.quantised)}
-    held, margin = {"context": CONTEXT, "rounding": 0}, 0
+    held, margin = {"context": context, "rounding": 0}, fragments(sizes, setup)
     cast = copy = 0
     if setup.task == "training":
         trained = adapters(sizes, setup.rank) if setup.rank else shape_counts(sizes)

@@ -54,7 +54,7 @@ def stored_weights(sizes: Dimensions, dtype: str, quantised: str | None) -> Coun
     width, tensors = bytes_per_parameter(dtype), Counter[int]()
     for (part, shape), count in tensor_counts(sizes).items():
         if quantised and is_matrix(sizes, part, shape):
-            stored = _quantised(shape, quantised)
+            stored = stored_matrix(shape, quantised)
         else:
             stored = (math.ceil(math.prod(shape) * width),)
         for nbytes in stored:
@@ -62,7 +62,7 @@ def stored_weights(sizes: Dimensions, dtype: str, quantised: str | None) -> Coun
     return tensors
 
 
-def _quantised(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+def stored_matrix(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
     """Bytes of a quantised matrix, of its scales, and of these scales' own."""
     count = math.prod(shape)
     if dtype == "int8":
