@@ -198,9 +198,7 @@ figure = stacked_bars(
 )
 axes = figure.axes[0]
 axes.axvline(24 * 2**30 / GB, color="black", linestyle="--")
-note = axes.annotate(
-    "24 GB card", (24 * 2**30 / GB, -0.9), (3, 0), textcoords="offset points"
-)
+note = axes.text(24 * 2**30 / GB + 1, 5.5, "a card of 24 GB", va="center")
 
 # %% [markdown]
 # *Figure 14.1: the peak of each fine-tuning, replayed. The dashed line is a card of 24 GB. The rung that first fits is checkpointing.*
@@ -349,7 +347,7 @@ print(f"with CUDA's context{(reserved + context) / GB:6.3f} GB")
 # %% [markdown]
 # The third line is what counts for a card. The allocator keeps some free blocks that nothing fits into.
 #
-# The [estimator](../book/estimator.md) gives an answer in the same terms before there is a script. It knows all of this but the loss in chunks, so we ask it for the rung before: [the same state, filled in](../book/estimator.html#model=Llama-3.1-8B&quantised=nf4+double&rank=16&optimizer=adamw&implementation=fused&attention=sdpa&checkpointing=true&batch=4&length=1024).
+# The [estimator](../book/estimator.md) gives an answer in the same terms before there is a script. It knows all of this but the loss in chunks, so we ask it for the rung before: <a href="../book/estimator.html#model=Llama-3.1-8B&amp;quantised=nf4+double&amp;rank=16&amp;checkpointing=1&amp;batch=4&amp;length=1024">the same state, filled in</a>.
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 asked = estimate.Setup(
