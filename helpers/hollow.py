@@ -8,12 +8,13 @@ published one, by the same code; an 8B's 16 GB are 40 kB here.
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 from every_byte.tracker import untracked
 from helpers.models import build, config
 
 
-def hollow(name: str, folder: Path | str | None = None) -> Path:
+def hollow(name: str, folder: Path | str | None = None, **changes: Any) -> Path:
     """Make a folder that ``from_pretrained`` takes, with weights that are all zero.
 
     Do not copy it with what fills holes, nor load it onto the host: there it has full size.
@@ -21,12 +22,13 @@ def hollow(name: str, folder: Path | str | None = None) -> Path:
     Args:
         name: as in ``every_byte/data/models.toml``.
         folder: to be made; named after the model in the working folder if None.
+        changes: of its configuration, such as ``num_hidden_layers``.
 
     Raises:
         ValueError: the name is unknown; the message lists those that are.
         FileExistsError: the folder is there already.
     """
-    settings = config(name)
+    settings = config(name, **changes)
     with untracked():
         parameters = dict(build(settings, "meta").named_parameters())  # tied ones once
     made = Path(name if folder is None else folder)
