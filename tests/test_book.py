@@ -83,6 +83,8 @@ def test_links_within_the_book_lead_somewhere(html: Path, page: str) -> None:
         if parts.path.startswith("/"):
             there = html / unquote(parts.path[1:])
         assert there.exists(), f"<{tag}> {target}"
+        if there.name == "estimator.html" and "=" in parts.fragment:
+            continue  # what is chosen in its form
         if parts.fragment and there.suffix == ".html":
             assert parts.fragment in links(there).ids, target
 
