@@ -192,7 +192,7 @@ def at_full_depth(text, model=LLAMA):
 
 LADDER = {name: at_full_depth(text) for name, text in SCRIPTS.items()}
 
-# %% mystnb={"image": {"alt": "Horizontal bars of the peak of seven fine-tunings of Llama-3.1-8B, stacked by kind, with a line for a card of 24 GB. Full fine-tuning takes about 81 GB. LoRA removes the optimizer's states, weights in 4 bits two thirds of the parameters, and checkpointing most of the activations: with it the training is left of the line. The last three rungs are smaller still."}}
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "figure": {"name": "ladder-8b", "caption": "The peak of seven fine-tunings of Llama-3.1-8B, replayed, by kind. The dashed line is a card of 24 GB."}, "image": {"alt": "Horizontal bars of the peak of seven fine-tunings of Llama-3.1-8B, stacked by kind, with a line for a card of 24 GB. Full fine-tuning takes about 81 GB. LoRA removes the optimizer's states, weights in 4 bits two thirds of the parameters, and checkpointing most of the activations: with it the training is left of the line. The last three rungs are smaller still."}}
 figure = stacked_bars(
     {"": {name: peak for name, (peak, _) in LADDER.items()}}
 )
@@ -201,7 +201,7 @@ axes.axvline(24 * 2**30 / GB, color="black", linestyle="--")
 note = axes.text(24 * 2**30 / GB + 1, 5.5, "a card of 24 GB", va="center")
 
 # %% [markdown]
-# *Figure 14.1: the peak of each fine-tuning, replayed. The dashed line is a card of 24 GB. The rung that first fits is checkpointing.*
+# In {numref}`ladder-8b`, the rung that first fits is checkpointing.
 
 # %% [markdown]
 # Read it from the top. A fifth of the first bar is the model. At the third rung the weights are small, and what is left is made of **activations**, which no adapter and no quantisation touches. That is why checkpointing is the rung that brings the training onto the card.

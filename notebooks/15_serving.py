@@ -47,7 +47,7 @@ print(versions("torch", "transformers"))
 # %% [markdown]
 # You start vLLM with Llama-3.1-8B {cite}`llama3`, and `nvidia-smi` shows a full card, whatever its size. What fills it?
 
-# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "image": {"alt": "Three stacked bars, each the whole memory of a card: 24, 80 and 141 GB. In each, the weights of Llama-3.1-8B take 16 GB, and what a step needs for the moment 1 to 5 GB. The rest, 4 GB of the first card, 55 of the second and 116 of the third, is KV cache."}}
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "figure": {"name": "vllm-shares", "caption": "How vLLM shares a card out at its start, estimated, and how many users of 4,096 tokens that serves at a time."}, "image": {"alt": "Three stacked bars, each the whole memory of a card: 24, 80 and 141 GB. In each, the weights of Llama-3.1-8B take 16 GB, and what a step needs for the moment 1 to 5 GB. The rest, 4 GB of the first card, 55 of the second and 116 of the third, is KV cache."}}
 PARTS = {
     "weights": ("weights", COLORS["parameters"]),
     "activations": ("a step's activations", COLORS["activations"]),
@@ -81,7 +81,7 @@ axes.set_xlabel("memory (GB)")
 legend = figure.legend(loc="outside lower center", ncols=2)
 
 # %% [markdown]
-# *Figure 15.1: how vLLM shares a card out at its start, estimated, and how many users of 4,096 tokens that serves at a time.*
+# {numref}`vllm-shares` shows three cards. What weights and a step leave is cache, and the cache is users.
 #
 # The weights are the same on each card. Everything that is left becomes **KV cache**: the keys and values of all the tokens that are being worked on. So a larger card doesn't run the same model better. It has room for more users, or longer texts.
 
@@ -194,7 +194,7 @@ for how, held in {"padded": padded, "in blocks of 16": paged}.items():
 # every-byte estimate Llama-3.1-8B --vllm --card "RTX 4090"
 # ```
 
-# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "image": {"alt": "Users at a time against tokens of each, both axes logarithmic, for Llama-3.1-8B. All lines fall in proportion to the length until they end at the most sequences that vLLM runs. On an RTX 4090 a cache in FP8 is twice as many users as BF16, weights in 4 bits and an FP8 cache more than six times as many, and an H100 in BF16 is above all of them."}}
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "figure": {"name": "users-by-length", "caption": "Users at a time against the length of each, estimated. \"Both small\": weights in 4 bits, too. Above, each line ends at the most sequences that vLLM runs."}, "image": {"alt": "Users at a time against tokens of each, both axes logarithmic, for Llama-3.1-8B. All lines fall in proportion to the length until they end at the most sequences that vLLM runs. On an RTX 4090 a cache in FP8 is twice as many users as BF16, weights in 4 bits and an FP8 cache more than six times as many, and an H100 in BF16 is above all of them."}}
 AT = [2**n for n in range(8, 18)]
 LINES = {
     "RTX 4090": ("RTX 4090", {}, "-"),
@@ -222,7 +222,7 @@ note = axes.set_ylabel("users at a time")
 legend = figure.legend(loc="outside lower center", ncols=2)
 
 # %% [markdown]
-# *Figure 15.2: users at a time, estimated. "Both small": weights in 4 bits, too. Above, each line ends at the number of sequences that vLLM runs at most.*
+# {numref}`users-by-length` says it for every length: half the bytes a token are twice the users.
 #
 # On the 24 GB card, 16 GB of weights leave 4 GB to the users. So there, 4-bit weights help more than a small cache, and both together most. On the H100 weights are a fifth of the card, and hardly matter.
 

@@ -34,10 +34,10 @@ print(versions("torch", "transformers"))
 # %% [markdown]
 # A language model ends with a score for each word that could come next: its {term}`logits`. Llama 3 knows 128,256 words. So 8,192 tokens get a billion scores, about as many numbers as Llama-3.2-1B has parameters. The loss holds several copies of them.
 #
-# Here is one loss of 8,192 tokens on a virtual GPU: the last layer of Llama-3.2-1B, transformers' loss and its backward. Dashed: the weights of the whole model.
+# {numref}`one-loss` is one loss of 8,192 tokens on a virtual GPU: the last layer of Llama-3.2-1B, transformers' loss and its backward.
 
 
-# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "image": {"alt": "Allocated memory during one loss of 8,192 tokens. The last layer stands at half a GB. Forward climbs in steps to 9 GB of activations, and backward begins with a tower of 13 GB. The whole model's weights, a dashed line at 2.5 GB, lie far below."}}
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "figure": {"name": "one-loss", "caption": "Allocated memory during one loss of 8,192 tokens, replayed. Dashed: the weights of all of Llama-3.2-1B."}, "image": {"alt": "Allocated memory during one loss of 8,192 tokens. The last layer stands at half a GB. Forward climbs in steps to 9 GB of activations, and backward begins with a tower of 13 GB. The whole model's weights, a dashed line at 2.5 GB, lie far below."}}
 SIZES = estimate.dimensions("Llama-3.2-1B")
 WORDS, WIDTH = SIZES.vocab_size, SIZES.hidden_size
 WEIGHTS = estimate.parameter_bytes(SIZES, "bf16")
@@ -165,7 +165,10 @@ for loss in (in_fp32, in_chunks):
 torch.testing.assert_close(found[in_fp32], found[in_chunks])
 print("gradients agree")
 
-# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "image": {"alt": "Peak of the loss over tokens from 1,024 to 32,768. transformers' loss climbs on a straight line to 50 GB, plain BF16 to half of it. In chunks it stays at 2 GB, below the dashed line of the model's weights."}}
+# %% [markdown]
+# {numref}`loss-by-tokens` shows what the chunks save.
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "figure": {"name": "loss-by-tokens", "caption": "Peak of the loss against the tokens in a batch, replayed. Dashed: the weights of all of Llama-3.2-1B."}, "image": {"alt": "Peak of the loss over tokens from 1,024 to 32,768. transformers' loss climbs on a straight line to 50 GB, plain BF16 to half of it. In chunks it stays at 2 GB, below the dashed line of the model's weights."}}
 TOKENS = [1024, 4096, 8192, 16384, 32768]
 figure, axes = plt.subplots()
 for (label, loss), marker in zip(
