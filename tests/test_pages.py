@@ -182,7 +182,7 @@ def test_search(html: Path, server: str, browser: Browser, origin: str) -> None:
         expect(tab.locator("#search-results p.context").first).to_contain_text(re.compile("\\w+"))
     watched.check(home)
     tab.locator("#search-results a[href*=troubleshooting]").first.click()
-    expect(tab.locator("article .highlighted").first).to_be_visible()
+    expect(tab.locator("article .highlighted:visible").first).to_be_visible()
     watched.check(home)
     tab.close()
 
