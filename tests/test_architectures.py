@@ -16,7 +16,7 @@ STORED = json.loads(architectures.RESULTS.read_text("utf-8"))
 CASES = {(case.group, case.name): case for case in architectures.cases()}
 SAMPLE = (
     ("transformers, text", "gpt2"),
-    ("transformers, experts", "qwen2_moe"),
+    ("transformers, vision", "vit"),
     ("recurrent", "GRU"),
     ("libraries", "torch: DataParallel"),
 )
