@@ -29,9 +29,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from benchmarks import published, workloads
+from benchmarks import published
 from every_byte import estimate
 from every_byte.estimate.config import from_config
+from helpers import workloads
 
 STORED = Path(__file__).parent.parent / "book" / "accuracy.json"
 LIMIT = 1200  # seconds that the tracker may take for one workload

@@ -7,8 +7,7 @@ in what the H200 measured (``tests/data/h200-torch-2.11/kernels.json.xz``).
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -242,31 +241,6 @@ def shown(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-@contextmanager
-def watched(gpu: VirtualGPU, events: Events) -> Iterator[None]:
-    """Write down what is taken, ``+bytes``, and given back, ``-bytes``, as it was asked for."""
-    memory, sizes = gpu.memory, dict[int, int]()
-    malloc, free = memory.malloc, memory.free
-
-    def taking(nbytes: int, stream: int | None = None) -> int:
-        handle = malloc(nbytes, stream)
-        if nbytes:
-            sizes[handle] = nbytes
-            events.append(nbytes)
-        return handle
-
-    def freeing(handle: int) -> None:
-        free(handle)
-        if handle in sizes:
-            events.append(-sizes.pop(handle))
-
-    memory.malloc, memory.free = taking, freeing  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del memory.malloc, memory.free
-
-
 def beside(events: Events) -> int:
     """The most that was held beside what stays, in bytes."""
     now = most = 0
@@ -302,7 +276,7 @@ def borrowed(gpu: VirtualGPU, one: Operation, measured: Measured) -> Borrowed:
 
     def watch(step: Callable[[], Any], like: Sequence[str]) -> tuple[Any, Bytes]:
         calls = Calls()
-        with watched(gpu, calls.events), calls:
+        with signatures.watched(gpu, calls.events), calls:
             done = step()
         if like:  # the one call that the card makes for it
             calls.found = [(like[0], 0, len(calls.events))]

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from benchmarks import signatures
-from benchmarks.proof import CARD, DATA, TORCH, measured_workloads
+from benchmarks.proof import CARD, DATA, TORCH
 from every_byte.gpu import VirtualGPU
 from every_byte.virtual.kernels import convolution
+from helpers.measured import of_workloads
 
 # Constants of the rule, and what is tried for each: the middle first.
 TRIED = {
@@ -110,7 +111,7 @@ def main() -> int:
     """The command line; returns the exit status."""
     warnings.simplefilter("ignore")
     networks = cases()
-    told = measured_workloads()
+    told = of_workloads()
     peaks = {name: max(row[2] for row in told[name]["checkpoints"].values()) for name in networks}
     for name, of_one in networks.items():
         others = {other: them for other, them in networks.items() if other != name}

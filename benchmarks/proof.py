@@ -9,7 +9,6 @@ brings them up to date. Left out of the single operations: convolutions, linear 
 import argparse
 import json
 import logging
-import lzma
 import re
 import sys
 import warnings
@@ -21,10 +20,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import published, signatures, workloads
+from benchmarks import published, signatures
 from every_byte.allocator import Recorded
 from every_byte.gpu import VirtualGPU
 from every_byte.units import MiB
+from helpers import workloads
+from helpers.measured import of_workloads
 from helpers.record import compared, replays_of
 
 ROOT = Path(__file__).parent.parent
@@ -119,16 +120,9 @@ def operations() -> tuple[Counter[str], Counter[str], list[tuple[str, str]]]:
     return every, same, others
 
 
-def measured_workloads() -> dict[str, Any]:
-    """The figures of the runs that were measured, by name."""
-    with lzma.open(DATA / "workloads.json.xz", "rt") as file:
-        found: dict[str, Any] = json.load(file)["workloads"]
-    return found
-
-
 def replayed_workloads() -> dict[str, Figures]:
     """Those that are replayed: their figures at each checkpoint; what is lacking is said."""
-    measured, found = measured_workloads(), {}
+    measured, found = of_workloads(), {}
     for name in workloads.WORKLOADS:
         try:
             left_over = measured[name]["left over"]
@@ -144,7 +138,7 @@ def at_the_drivers_addresses(runs: dict[str, Figures]) -> dict[str, Figures]:
     They ran in processes that had run others before, so that the driver filled holes that
     their traces do not show: only there does its rule, as we know it, lead elsewhere.
     """
-    measured, found = measured_workloads(), {}
+    measured, found = of_workloads(), {}
     for name in runs:
         if any(map(any, off(name, runs[name]))) and (segments := measured[name].get("segments")):
             placed = Recorded(_addresses(segments))
@@ -173,7 +167,7 @@ def of(names: Iterator[str] | dict[str, Any], *patterns: str) -> list[str]:
 
 def off(name: str, found: Figures) -> Iterator[tuple[int, int, int, int]]:
     """Replayed less measured at each checkpoint, figure by figure."""
-    for checkpoint, row in measured_workloads()[name]["checkpoints"].items():
+    for checkpoint, row in of_workloads()[name]["checkpoints"].items():
         yield tuple(a - b for a, b in zip(found[checkpoint], row, strict=True))
 
 
@@ -181,7 +175,7 @@ def worst(runs: dict[str, Figures], names: list[str], figure: int, relative: boo
     """The largest difference of a figure in any of these runs: bytes, or a share."""
     largest = 0.0
     for name in names:
-        told = measured_workloads()[name]["checkpoints"]
+        told = of_workloads()[name]["checkpoints"]
         for checkpoint, row in told.items():
             nbytes = abs(runs[name][checkpoint][figure] - row[figure])
             largest = max(largest, nbytes / row[figure] if relative and nbytes else float(nbytes))
@@ -222,7 +216,7 @@ def goals(
         for row in compared(record["experiments"], again["experiments"])
         for nbytes in row.difference.values()
     ]
-    measured = measured_workloads()
+    measured = of_workloads()
     assuming, convolutions = of(measured, *ASSUMING), of(measured, *CONVOLUTIONS)
     plain = [n for n in runs if n not in (*assuming, *convolutions)]
     printed = [

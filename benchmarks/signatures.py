@@ -12,6 +12,7 @@ import json
 import lzma
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -99,6 +100,31 @@ def _argument(text: str, device: torch.device) -> Any:
         return text
 
 
+@contextmanager
+def watched(gpu: VirtualGPU, events: list[int]) -> Iterator[None]:
+    """Write down what is taken, ``+bytes``, and given back, ``-bytes``, as it was asked for."""
+    memory, sizes = gpu.memory, dict[int, int]()
+    malloc, free = memory.malloc, memory.free
+
+    def taking(nbytes: int, stream: int | None = None) -> int:
+        handle = malloc(nbytes, stream)
+        if nbytes:
+            sizes[handle] = nbytes
+            events.append(nbytes)
+        return handle
+
+    def freeing(handle: int) -> None:
+        free(handle)
+        if handle in sizes:
+            events.append(-sizes.pop(handle))
+
+    memory.malloc, memory.free = taking, freeing  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del memory.malloc, memory.free
+
+
 def replayed(gpu: VirtualGPU, signature: str) -> list[int]:
     """The events of a signature on a virtual GPU that is open.
 
@@ -124,29 +150,12 @@ def replayed(gpu: VirtualGPU, signature: str) -> list[int]:
     for number, (argument, kind) in enumerate(zip(args, types.values(), strict=False)):
         if "float" in kind.lower() and isinstance(argument, int) and kind != "number":
             args[number] = float(argument)
-    memory, events = gpu.memory, list[int]()
-    sizes: dict[int, int] = {}
-    malloc, free = memory.malloc, memory.free
-
-    def taking(nbytes: int, stream: int | None = None) -> int:
-        handle = malloc(nbytes, stream)
-        if nbytes:
-            sizes[handle] = nbytes
-            events.append(nbytes)
-        return handle
-
-    def freeing(handle: int) -> None:
-        free(handle)
-        if handle in sizes:
-            events.append(-sizes.pop(handle))
-
-    memory.malloc, memory.free = taking, freeing  # type: ignore[method-assign]
+    events: list[int] = []
     try:
-        result = operation(*args, **kwargs)
-        done = list(events)
-        del result
+        with watched(gpu, events):
+            result = operation(*args, **kwargs)
+            done = list(events)
+            del result
         return done
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise Unread(str(error).splitlines()[0]) from None
-    finally:
-        del memory.malloc, memory.free

@@ -1,11 +1,13 @@
 """What a real card measured, for the chapters that replay the same: from ``book/records/``."""
 
 import json
+import lzma
 import tomllib
 from pathlib import Path
 from typing import Any
 
 RECORDS = Path(__file__).parent.parent / "book" / "records"
+WORKLOADS = RECORDS.parent.parent / "tests" / "data" / "h200-torch-2.11" / "workloads.json.xz"
 CARD = "NVIDIA H200, torch 2.11.0"
 
 
@@ -37,6 +39,16 @@ def of_experiments(*names: str) -> list[tuple[str, str, dict[str, int], dict[str
         for experiment in names
         for checkpoint, row in measured[experiment]["checkpoints"].items()
     ]
+
+
+def of_workloads() -> dict[str, Any]:
+    """The runs of whole models that `CARD` measured, by name; see `helpers.workloads`.
+
+    Each has its "checkpoints": (allocated, reserved, peak allocated, peak reserved) in bytes.
+    """
+    with lzma.open(WORKLOADS, "rt") as file:
+        found: dict[str, Any] = json.load(file)["workloads"]
+    return found
 
 
 COLUMNS = ("experiment", "checkpoint", "measured (B)", "replayed, off by (B)")

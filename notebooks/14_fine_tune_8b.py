@@ -3,7 +3,7 @@
 #
 # After this chapter you can take a fine-tuning that runs out of memory at its first step down to a card you have, and say what each change saves and what it costs.
 #
-# - **Time:** 15 minutes to read, about a minute to run.
+# - **Time:** 15 minutes to read, two to three minutes to run.
 # - **Needs:** nothing. It runs on any machine, no GPU is used, and nothing is downloaded.
 
 # %% tags=["hide-input", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the set-up", "code_prompt_hide": "Hide the set-up"}
@@ -24,16 +24,15 @@ logging.disable(logging.WARNING)
 
 import transformers
 
-from benchmarks import workloads
-from benchmarks.proof import measured_workloads
 from every_byte import as_cuda, estimate
 from every_byte.data import cards
 from every_byte.tracker import Breakdown
 from every_byte.units import GB
 from every_byte.watch import EnoughSteps, Watch
+from helpers import workloads
 from helpers.environment import versions
 from helpers.hollow import hollow
-from helpers.measured import CARD
+from helpers.measured import CARD, of_workloads
 from helpers.plots import stacked_bars, use_book_style
 from helpers.tables import table
 
@@ -408,7 +407,7 @@ table(
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 NAME = "llama1b-qlora-nf4"
-measured = measured_workloads()[NAME]
+measured = of_workloads()[NAME]
 again = workloads.replayed(NAME, "H200", "2.11", measured["left over"])
 print(CARD)
 table(

@@ -24,15 +24,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from benchmarks import workloads
-from benchmarks.proof import measured_workloads
 from every_byte import as_cuda, estimate
 from every_byte.data import cards
 from every_byte.estimate import Serving, dimensions, serve
 from every_byte.units import GB, GiB
+from helpers import workloads
 from helpers.environment import versions
 from helpers.hollow import hollow
-from helpers.measured import CARD
+from helpers.measured import CARD, of_workloads
 from helpers.plots import COLORS, use_book_style
 from helpers.tables import table
 
@@ -325,7 +324,7 @@ for card in ("RTX 4090", "H100"):
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 NAME = "llama8b-infer-bf16"
-measured = measured_workloads()[NAME]
+measured = of_workloads()[NAME]
 again = workloads.replayed(NAME, "H200", "2.11", measured["left over"])
 print(CARD)
 table(

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import accuracy, borrows, workloads
+from benchmarks import accuracy, borrows
 from every_byte.units import MiB
+from helpers import workloads
 from tools.repository import ROOT
 
 # Of each kind one, quick to make: a language model, BERT, a network, none that is known.

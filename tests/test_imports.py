@@ -18,7 +18,7 @@ HOUSES = {
     "helpers": {"helpers", "every_byte"},
     "benchmarks": {"benchmarks", "helpers", "every_byte"},
     "book/_ext": {"tools", "helpers", "every_byte"},
-    "notebooks": {"benchmarks", "helpers", "every_byte"},  # what was measured, replayed again
+    "notebooks": {"helpers", "every_byte"},
 }
 # The floors of a package from the bottom up: modules, and packages as a whole. Neighbours on a
 # floor do not know each other.
@@ -40,7 +40,7 @@ FLOORS = {
         {"__main__"},
     ],
     "helpers": [
-        {"environment", "mlp", "tables", "plots", "measured"},
+        {"environment", "mlp", "tables", "plots", "measured", "workloads"},
         {"placement", "mnist"},
         {"models", "digits"},
         {"hollow", "experiments"},

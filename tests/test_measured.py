@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from benchmarks import published, signatures, workloads
-from benchmarks.proof import CARD, DATA, SHOWN, TORCH, Goal, equal, measured_workloads, whole
+from benchmarks import published, signatures
+from benchmarks.proof import CARD, DATA, SHOWN, TORCH, Goal, equal, whole
 from every_byte.gpu import VirtualGPU
+from helpers import workloads
+from helpers.measured import of_workloads
 
 # A few of every rule: the n-th signature of each operation.
 OPERATIONS = (
@@ -140,7 +142,7 @@ RUNS = (
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_shows_what_it_showed_on_the_card(name: str) -> None:
     """Allocated, reserved and their peaks, at every checkpoint, to the byte."""
-    told = measured_workloads()[name]
+    told = of_workloads()[name]
     assert workloads.replayed(name, CARD, TORCH, told["left over"]) == told["checkpoints"]
 
 
@@ -171,7 +173,7 @@ NETWORKS = ("unet-small", "tv-resnet18-fp32", "tv-vgg16-fp32")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_convolutional_network_peaks_as_on_the_card(name: str) -> None:
     """cuDNN's workspaces are estimated: at most 1 % high, never 0.5 % low."""
-    told = measured_workloads()[name]
+    told = of_workloads()[name]
     found = workloads.replayed(name, CARD, TORCH, told["left over"])
     for checkpoint, (_, _, peak, _) in told["checkpoints"].items():
         if "step" not in checkpoint and "zeroed" not in checkpoint:

@@ -60,7 +60,7 @@ def test_every_notebook_has_it_from_one_place() -> None:
     for source in SOURCES:
         text, begin = source.read_text("utf-8"), cell(source, None)
         assert begin.startswith("import importlib.util\n") and '"git"' not in text.split("# %%")[2]
-        assert max(map(len, begin.splitlines())) <= 84
+        assert max(map(len, begin.splitlines())) <= 78
         if re.search(r"^(from|import) bitsandbytes", text, re.MULTILINE):
             assert '"tabulate", "bitsandbytes"]' in begin, source.stem
 

@@ -99,8 +99,11 @@ def made(source: Path, repository: str | None) -> NotebookNode:
 def _setup_cell(marker: re.Match[str]) -> str:
     """The beginning of the set-up cell, with the packages that its marker asks for."""
     cell = Path(__file__).with_name("setup_cell.py").read_text("utf-8").split('"""\n\n', 1)[1]
-    more = "".join(f', "{name}"' for name in (marker[1] or "").split())
-    return cell.replace('"tabulate"]', f'"tabulate"{more}]').rstrip("\n")
+    more = ", ".join(f'"{name}"' for name in (marker[1] or "").split())
+    joined = f'"tabulate", {more}]' if more else '"tabulate"]'
+    if more.count(",") > 0:  # a line of code fits the page
+        joined = f'"tabulate"]\nPACKAGES += [{more}]'
+    return cell.replace('"tabulate"]', joined).rstrip("\n")
 
 
 def carried(source: Path, notebook: NotebookNode) -> NotebookNode | None:
