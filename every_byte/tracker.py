@@ -657,7 +657,7 @@ class Tracker(TorchDispatchMode):
 
     def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         """Account for the storages that an operation made."""
-        for tensor in tree_leaves(result):
+        for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
             if not isinstance(tensor, torch.Tensor) or tensor.device != self.memory.device:
                 continue
             if tensor.layout is not torch.strided:

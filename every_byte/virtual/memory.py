@@ -174,7 +174,8 @@ class VirtualMemory(CachingAllocator):
         self, operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> None:
         """Take what an operation borrows, and cuBLAS's workspaces at the first products."""
-        if not any(isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves(result)):
+        results = (result,) if isinstance(result, torch.Tensor) else tree_leaves(result)
+        if not any(isinstance(t, torch.Tensor) and t.is_meta for t in results):
             return
         held = list[int]()
         if self.rules is not None:

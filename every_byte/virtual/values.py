@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves, tree_map
 
 from every_byte.units import MiB
+from every_byte.virtual.shapes import on_meta
 
 aten = torch.ops.aten
 
@@ -368,7 +369,7 @@ class Values:
             answered = answer(self, func, args, kwargs)
             if answered is not NotImplemented:
                 return answered
-        result = func(*args, **kwargs)
+        result = on_meta(func, args, kwargs)
         self._note(func, about, args, kwargs, result)
         return result
 
