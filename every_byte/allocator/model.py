@@ -131,11 +131,14 @@ class _Block:
 
 @dataclass(eq=False, slots=True)
 class _Pool:
-    """A stream's free blocks for small requests, or those for large ones."""
+    """A stream's free blocks for small requests, or those for large ones.
+
+    In `free` each stands behind its size and its address, by which they are sorted.
+    """
 
     small: bool
     stream: int = 0
-    free: "SortedList[_Block]" = field(default_factory=lambda: SortedList(key=_by_size))
+    free: "SortedList[tuple[int, int, _Block]]" = field(default_factory=SortedList)
     unmapped: "SortedList[_Block]" = field(default_factory=lambda: SortedList(key=_by_address))
 
     @property
@@ -153,11 +156,12 @@ class _Stat:
 
     def add(self, amount: int) -> None:
         self.current += amount
-        self.peak = max(self.peak, self.current)
+        if self.current > self.peak:
+            self.peak = self.current
 
 
-def _by_size(block: _Block) -> tuple[int, int]:
-    return block.size, block.address
+def _sorted(block: _Block) -> tuple[int, int, _Block]:
+    return block.size, block.address, block
 
 
 def _by_address(block: _Block) -> int:
@@ -218,6 +222,11 @@ class CachingAllocator:
                     "Give the card a capacity in bytes"
                 )
             self.allowed = int(self.config.per_process_memory_fraction * self.capacity)
+        self._chooses_by_size = not (  # and by nothing else, as without any setting
+            self.config.expandable_segments
+            or self.config.max_split_size < sys.maxsize
+            or self._collects_garbage
+        )
         self.history: MemoryHistory | None = None
         self._pools: dict[tuple[bool, int], _Pool] = {}  # for small requests or not, by stream
         self._searches = {True: 0, False: 0}  # for small blocks, for large ones
@@ -241,11 +250,13 @@ class CachingAllocator:
             OutOfMemoryError: it does not fit within `capacity`; nothing changed
                 but that free segments were given back, as PyTorch does.
         """
-        if isinstance(stream, bool) or not isinstance(stream, int):
+        if type(nbytes) is not int or nbytes < 0:
+            nbytes = _checked(nbytes, "nbytes")
+        if type(stream) is not int:
             raise TypeError(f"stream is {stream!r}: expected a whole number from 0 up (int)")
         if stream < 0:
             raise ValueError(f"stream is {stream}: expected a whole number from 0 up")
-        block = self._allocate(nbytes, stream) if _checked(nbytes, "nbytes") else None
+        block = self._allocate(nbytes, stream) if nbytes else None
         handle, self._next_handle = self._next_handle, self._next_handle + 1
         self._live[handle] = block
         return handle
@@ -268,8 +279,14 @@ class CachingAllocator:
         if self.history is not None:
             for action in ("free_requested", "free_completed"):
                 self.history.record(action, block.address, block.requested, block.pool.stream)
-        block.allocated, block.requested, block.frames = False, 0, []
-        self._merge_neighbours(block)
+        if block.frames:
+            block.frames = []
+        block.allocated, block.requested = False, 0
+        before, after = block.prev, block.next
+        if before is not None and not before.allocated:
+            self._merge_neighbours(block)
+        elif after is not None and not after.allocated:
+            self._merge_neighbours(block)
         self._cache(block)
 
     def memory_allocated(self) -> int:
@@ -317,7 +334,7 @@ class CachingAllocator:
         # Large ones first; among them, and among the small, in the streams' order.
         for _, pool in sorted(self._pools.items()):
             pages = []
-            for block in list(pool.free):
+            for _, _, block in list(pool.free):
                 if block.base is not None:
                     pages.append(block)
                 elif block.prev is None and block.next is None:
@@ -365,18 +382,19 @@ class CachingAllocator:
     # Serving a request
 
     def _allocate(self, nbytes: int, stream: int) -> _Block:
-        size = _round_up(nbytes, kMinBlockSize)
+        size = nbytes + -nbytes % kMinBlockSize
         key = size <= kSmallSize, stream
-        pool = self._pools.setdefault(key, _Pool(*key))
+        pool = self._pools.get(key)
+        if pool is None:
+            pool = self._pools[key] = _Pool(*key)
         block = self._find(size, pool) or self._reserve(size, pool)
         # A remainder too small to be of use stays with the block.
         rest = block.size - size
-        if pool.small or self.config.expandable_segments:
-            worth_splitting = rest >= kMinBlockSize
-        else:
-            worth_splitting = rest > kSmallSize and size < self.config.max_split_size
-        if worth_splitting:
-            self._split(block, size)
+        if rest >= kMinBlockSize:
+            if pool.small or self.config.expandable_segments:
+                self._split(block, size)
+            elif rest > kSmallSize and size < self.config.max_split_size:
+                self._split(block, size)
         block.allocated, block.requested = True, nbytes
         self._allocated.add(block.size)
         self._requested.add(nbytes)
@@ -386,23 +404,28 @@ class CachingAllocator:
 
     def _find(self, size: int, pool: _Pool) -> _Block | None:
         """Take the free block that serves a request best, if there is one."""
+        free = pool.free
+        if self._chooses_by_size:
+            at = free.bisect_left((size,))
+            return free.pop(at)[2] if at < len(free) else None
         if self._collects_garbage:
             self._searches[pool.small] += 1  # what the age of free blocks is counted in
-        free = pool.free
-        at = free.bisect_key_left((size, 0))
+        at = free.bisect_left((size,))
         if at == len(free):
             return None
+        found, _, block = free[at]
         # What stands before unmapped pages can grow, and counts as large as it can become.
-        if free[at].base is not None:
-            while at + 1 < len(free) and _grown(free[at + 1]) < _grown(free[at]):
+        if block.base is not None:
+            while at + 1 < len(free) and _grown(free[at + 1][2]) < _grown(block):
                 at += 1
+                found, _, block = free[at]
         largest = self.config.max_split_size
-        found = free[at].size
         if size < largest <= found:
             return None  # kept whole for a large request
         if size >= largest and found >= size + self.config.max_non_split_rounding_size:
             return None  # would waste too much of it
-        return free.pop(at)
+        del free[at]
+        return block
 
     def _reserve(self, size: int, pool: _Pool) -> _Block:
         """Take memory from the card for a request, if need be after giving back some."""
@@ -467,7 +490,7 @@ class CachingAllocator:
 
     def _release(self, block: _Block) -> None:
         """Give back a segment that is one free block: one cudaFree."""
-        block.pool.free.remove(block)
+        block.pool.free.remove(_sorted(block))
         del self._segments[block.address]
         self.placement.give_back(block.address, block.size)
         self._take(-block.size, "segment_free", block.address, block.address, block.pool)
@@ -478,14 +501,14 @@ class CachingAllocator:
         if largest == sys.maxsize:
             return False
         wanted = max(size, largest)
-        at = pool.free.bisect_key_left((wanted, 0))
+        at = pool.free.bisect_left((wanted,))
         if at < len(pool.free):
-            self._release(pool.free[at])
+            self._release(pool.free[at][2])
             return True
         released = 0
-        while released < wanted and pool.free and pool.free[-1].size >= largest:
-            released += pool.free[-1].size
-            self._release(pool.free[-1])
+        while released < wanted and pool.free and pool.free[-1][0] >= largest:
+            released += pool.free[-1][0]
+            self._release(pool.free[-1][2])
         return released >= wanted
 
     @property
@@ -498,7 +521,7 @@ class CachingAllocator:
         threshold = int(self.config.garbage_collection_threshold * self.allowed)
         wanted = self._reserved.current - threshold
         large = (pool.free for (small, _), pool in sorted(self._pools.items()) if not small)
-        whole = [b for free in large for b in free if b.prev is None and b.next is None]
+        whole = [b for free in large for _, _, b in free if b.prev is None and b.next is None]
         whole = [b for b in whole if b.base is None]
         ages = {id(b): self._searches[False] - b.searches for b in whole}
         while wanted > 0 and whole:
@@ -522,7 +545,7 @@ class CachingAllocator:
             if not self._map(following, min(size - block.size, following.size)):
                 return None
             block = following  # which has merged with the block before it
-        pool.free.remove(block)
+        pool.free.remove(_sorted(block))
         return block
 
     def _room(self, size: int, pool: _Pool) -> _Block:
@@ -571,7 +594,7 @@ class CachingAllocator:
         end = base + (block.address + block.size - base) // page * page
         if begin >= end:
             return
-        pool.free.remove(block)
+        pool.free.remove(_sorted(block))
         if begin > block.address:
             before, size = block, begin - block.address
             self._cut(before, size)
@@ -595,7 +618,7 @@ class CachingAllocator:
     def _cache(self, block: _Block) -> None:
         """Put a free block into its pool."""
         block.searches = self._searches[block.pool.small]
-        block.pool.free.add(block)
+        block.pool.free.add(_sorted(block))
 
     def _split(self, block: _Block, size: int) -> None:
         """Cut `block` to `size` bytes and put the rest, as a block, into the pool."""
@@ -617,7 +640,10 @@ class CachingAllocator:
         for neighbour in (block.prev, block.next):
             if neighbour is None or neighbour.allocated or neighbour.mapped is not block.mapped:
                 continue
-            (block.pool.free if block.mapped else block.pool.unmapped).remove(neighbour)
+            if block.mapped:
+                block.pool.free.remove(_sorted(neighbour))
+            else:
+                block.pool.unmapped.remove(neighbour)
             if neighbour is block.prev:
                 block.address, block.prev = neighbour.address, neighbour.prev
                 block.segment_frames = neighbour.segment_frames
