@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import tomllib
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from benchmarks import estimates
 from every_byte import estimate
 from every_byte.allocator import CachingAllocator
 from every_byte.data import known_models
-from every_byte.estimate import Dimensions, Setup
+from every_byte.estimate import Dimensions, Setup, optimizers
 from every_byte.gpu import VirtualGPU
 from every_byte.kinds import FIELDS
 from helpers import models
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WORKSPACE_OF_H200 = 32 << 20
 
 
 @pytest.mark.parametrize("name", known_models())
@@ -245,6 +247,43 @@ def test_the_states_of_bitsandbytes_optimizers(name: str) -> None:
         opt.step()
         states = gpu.breakdown(model, opt)["optimizer states"]
     assert states == estimate.optimizer_states([p.shape for p in model.parameters()], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_with_muon_is_as_estimated(dtype: str) -> None:
+    """States and temporaries to the byte; all sizes are multiples of the allocator's blocks."""
+    shapes = [(256, 256), (256, 768), (768, 256)]
+    other = [(3000, 256), (256,)]
+    with VirtualGPU("H200", torch="2.11") as gpu:
+        with gpu.device:
+            matrices, rest = (
+                [nn.Parameter(torch.empty(shape, dtype=DTYPES[dtype])) for shape in some]
+                for some in (shapes, other)
+            )
+        for p in (*matrices, *rest):
+            p.grad = torch.empty_like(p)
+        muon, adamw = optim.Muon(matrices), optim.AdamW(rest, foreach=False)
+        before = gpu.memory_allocated()
+        for _ in range(2):  # the first makes the states and the workspace
+            gpu.reset_peak_memory_stats()
+            held = gpu.memory_allocated()
+            muon.step()
+            taken = gpu.max_memory_allocated() - held
+            adamw.step()
+        states = gpu.memory_allocated() - before - WORKSPACE_OF_H200
+    counts = Counter(shapes), Counter(other)
+    expected = optimizers.stored_states(*counts, "muon", dtype)
+    assert states == sum(nbytes * count for nbytes, count in expected.items())
+    assert taken == optimizers.step_temporaries(*counts, "muon", dtype, "fused")
+
+
+def test_what_paged_states_and_projected_ones_leave_on_the_card() -> None:
+    shapes = [(1000, 500), (100, 100), (100,)]
+    # bitsandbytes: from 100,000 numbers on in managed memory.
+    assert estimate.optimizer_states(shapes, "paged adamw") == 2 * 4 * (10_000 + 100)
+    # apollo-torch: two of 128 x the longer side, the projection of 128 x the shorter one.
+    matrices = 2 * 128 * (1000 + 100) + 128 * (500 + 100)
+    assert estimate.optimizer_states(shapes, "apollo", "bf16") == 2 * (matrices + 2 * 100)
 
 
 def test_the_states_of_adafactor() -> None:

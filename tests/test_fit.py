@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from every_byte.data import CONTEXT, cards
+from every_byte.data import CONTEXT, Card, cards
+from every_byte.data.others import RULES, all_cards, kind_of, other_cards
 from every_byte.estimate import CHOICES, Setup, dimensions, fit, known_models, memory
 from every_byte.estimate.presets import PRESETS
 from every_byte.estimate.weights import STORED
@@ -63,6 +64,41 @@ def test_a_context_is_never_below_the_measured_one() -> None:
     known = cards()
     assert known["H200"].context == known["T4"].context == CONTEXT
     assert known["B200"].context == -(-CONTEXT * 148 // 132)
+
+
+def test_there_are_forty_cards_and_more_and_the_others_follow_a_rule() -> None:
+    known = all_cards()
+    assert len(known) >= 40
+    assert {kind_of(name) for name in known} == {"", *RULES}
+    for name, card in other_cards().items():
+        assert kind_of(name) == card.kind
+        assert card.usable < card.memory <= card.sold * GiB, name
+    assert kind_of("GB10") == "unified"
+    assert known["GB10"].usable == cards()["GB10"].memory - 16 * GiB
+
+
+# What logs tell that programs can have, in bytes; sources in every_byte/data/others.py.
+TOLD = {
+    "MI355X": 287.98 * GiB,
+    "RX 7900 XTX": 23.98 * GiB,
+    "RX 6800 XT": 15.98 * GiB,
+    "Mac, 16 GB": 11_453.25e6,
+    "Mac, 32 GB": 21_845.34 * 2**20,
+    "Mac, 96 GB": 73_728 * 2**20,
+    "Jetson AGX Orin": 51.6 * GiB,  # free, of 61.4
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_no_other_card_is_counted_with_more_than_it_has(name: str) -> None:
+    assert 0.94 * TOLD[name] < all_cards()[name].usable <= TOLD[name] + 10_000
+
+
+def test_workspaces_of_rocm() -> None:
+    known: dict[str, Card] = all_cards()
+    assert known["MI300X"].cublas_workspace == known["MI355X"].cublas_workspace == 128 << 20
+    assert known["MI210"].cublas_workspace == known["RX 7900 XTX"].cublas_workspace == 32 << 20
+    assert known["MI210"].context == CONTEXT + (76 << 20)
 
 
 @settings(deadline=None, derandomize=True, max_examples=50)

@@ -17,8 +17,9 @@ from sphinx.util.docutils import SphinxDirective
 
 from every_byte import estimate, kinds
 from every_byte.allocator import config as allocator
-from every_byte.data import KEPT_BY_DRIVER, Card, cards, catalogue, unknown_card
-from every_byte.estimate import architecture, config, fit, serving
+from every_byte.data import KEPT_BY_DRIVER, Card, catalogue, unknown_card
+from every_byte.data.others import RULES, all_cards, kind_of
+from every_byte.estimate import architecture, config, fit, optimizers, serving
 from every_byte.estimate.presets import PRESETS
 from every_byte.estimate.weights import STORED
 
@@ -47,9 +48,13 @@ def data() -> dict[str, Any]:
                 "temporaries": known.temporaries,
                 "fused": known.fused,
                 "dtype": known.dtype,
+                "rest": known.rest,
+                "matrix": known.matrix.__name__ if known.matrix else "",
             }
             for name, known in estimate.OPTIMIZERS.items()
         },
+        "paged": optimizers.PAGED,
+        "apollo_rank": optimizers.APOLLO_RANK,
         "stored": {name: asdict(known) for name, known in STORED.items()},
         "sizes": [field.name for field in fields(estimate.Dimensions) if field.type is int],
         "sharding": estimate.SHARDING,
@@ -99,7 +104,9 @@ def data() -> dict[str, Any]:
         },
         # Bytes that programs can have, what the card's workspace and context take, and how
         # many sequences and tokens vLLM takes at a time.
-        "cards": {name: [card.usable, *of_card(card)] for name, card in cards().items()},
+        "cards": {name: [card.usable, *of_card(card)] for name, card in all_cards().items()},
+        "rules": RULES,
+        "kind_of": {name: kind_of(name) for name in all_cards() if kind_of(name)},
         "unknown_card": of_card(unknown_card(0)),
         "large_card": [serving.LARGE, *of_card(unknown_card(1 << 40))[2:]],
         "serving": {
@@ -132,7 +139,8 @@ class Estimator(SphinxDirective):
         html = environment.get_template("estimator.html").render(
             data=constants,
             script=Markup(script),
-            cards=cards(),
+            cards=all_cards(),
+            kind_of=kind_of,
             catalogue=catalogue(),
             presets=PRESETS,
         )

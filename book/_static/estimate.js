@@ -146,18 +146,47 @@ function everyByteFormulas(data) {
       const one = count < 4096n ? [4n * count] : [count, 4n * ceil(count, 256n)];
       return Array(states).fill(one).flat();
     },
+    paged: (shape, _, states) => (product(shape) < big(data.paged) ? Array(states).fill(4n * product(shape)) : []),
+    projected: (shape, b, states) => {
+      const [long, short] = shape[0] < shape[1] ? [shape[1], shape[0]] : shape;
+      return [...Array(states).fill(b * big(data.apollo_rank) * long), b * big(data.apollo_rank) * short];
+    },
   };
 
-  function states(trained, optimizer, dtype) {
-    const { store, states: copies, tables } = data.optimizers[optimizer];
-    const held = trained.flatMap(([shape, count]) =>
-      STORES[store](shape, width(dtype), copies).map((nbytes) => [nbytes, count]));
-    return [[4n * 256n, big(tables)], ...held];
+  // What is trained: the layers' matrices (or LoRA's factors), and the rest.
+  function trainedTensors(s, rank) {
+    if (rank) return [adapters(s, rank), []];
+    const all = tensors(s), inner = ([part, shape]) => isMatrix(s, part, shape);
+    const plain = (some) => some.map(([, shape, count]) => [shape, count]);
+    return [plain(all.filter(inner)), plain(all.filter((one) => !inner(one)))];
   }
 
+  function states([matrices, others], optimizer, dtype) {
+    const { store, states: copies, tables, rest } = data.optimizers[optimizer];
+    if (rest) return [...states([[], others], rest, dtype), ...states_(matrices)];
+    return [[4n * 256n, big(tables)], ...states_([...matrices, ...others])];
+    function states_(some) {
+      return some.flatMap(([shape, count]) =>
+        STORES[store](shape, width(dtype), copies).map((nbytes) => [nbytes, count]));
+    }
+  }
+
+  const MATRICES = { // what a step takes for the moment for one matrix
+    orthogonalised: ([n, m], b) => (b + 4n) * n * m + 4n * (n < m ? n * n : m * m),
+    scaled: ([n, m], b) => 3n * b * n * m,
+  };
+
   // Adafactor's, parameter by parameter, still has that of the one before.
-  function stepTemporaries(trained, setup, dtype, following) {
+  function stepTemporaries([matrices, others], setup, dtype, following) {
     const known = data.optimizers[setup.optimizer], b = width(dtype);
+    if (known.matrix) {
+      const largest = matrices.reduce((a, [shape, n]) => (n ? most(a, MATRICES[known.matrix](shape, b)) : a), 0n);
+      const python = known.matrix === "scaled";
+      const asked = { optimizer: known.rest, implementation: python ? "for-loop" : setup.implementation };
+      const rest = stepTemporaries([[], others], asked, dtype, 0n);
+      return most(largest, rest + (python ? largest / 3n : 0n));
+    }
+    const trained = [...matrices, ...others];
     if (setup.implementation === "fused" && known.fused) return 0n;
     if (setup.implementation === "for-loop") {
       const largest = trained.reduce((a, [shape, count]) => (count ? most(a, product(shape)) : a), 0n);
@@ -455,15 +484,16 @@ function everyByteFormulas(data) {
     const held = Object.fromEntries(KINDS.map((kind) => [kind, 0n]));
     const tensorsOf = { parameters: weights(s, dtype, setup.quantised) };
     const training = setup.task === "training", layers = s.num_hidden_layers;
-    let trained, states_, kept, layer, margin = fragments(s, setup), cast = 0n, copy = 0n;
+    let parts, states_, kept, layer, margin = fragments(s, setup), cast = 0n, copy = 0n;
     held.context = big(context);
     if (training) {
-      trained = rank ? adapters(s, rank) : shapes(s);
+      parts = trainedTensors(s, rank);
+      const trained = parts.flat();
       const own = rank ? setup.adapters ?? dtype : dtype;
       if (rank) tensorsOf.parameters.push(...stored(trained, own));
       states_ = setup.states ?? data.optimizers[setup.optimizer].dtype ?? own;
       tensorsOf.gradients = stored(trained, setup.gradients ?? own);
-      tensorsOf.optimizer_states = states(trained, setup.optimizer, states_);
+      tensorsOf.optimizer_states = states(parts, setup.optimizer, states_);
       if (setup.master_weights && width(own) < 4n) {
         tensorsOf.optimizer_states.push(...stored(trained, "fp32"));
       }
@@ -518,7 +548,7 @@ function everyByteFormulas(data) {
         atRest: rest + big(workspace) + rounded.optimizer_states + shared.optimizer_states,
         gradients: rounded.gradients + shared.gradients,
         kept: kept + held.cast_weights - again, again, one: layers ? layer + copy : 0n, cast,
-        step: stepTemporaries(trained, setup, states_,
+        step: stepTemporaries(parts, setup, states_,
           rank ? 0n : s.hidden_size * s.num_attention_heads * s.head_dim) + shared.gradients,
       });
     } else held.moments = inferenceMoments(s, setup, rest + held.kv_cache, held.kv_cache);

@@ -258,6 +258,7 @@
     if (setup.task !== "inference") return;
     const rows = [];
     try {
+      if (data.kind_of[card] === "Apple") throw new Refusal("card", "Apple's", "one that vLLM shares out: of NVIDIA or AMD");
       const served = fit.serve(sizes, { ...setup, utilization }, [capacity, ofCard[0], ...limits]);
       const each = setup.gpus > 1n ? `${grouped(setup.gpus)} GPUs, each ${card},` : card;
       $("e-users").textContent = served.users
@@ -281,10 +282,11 @@
     $("e-cards").replaceChildren(...Object.entries(data.cards).map(([name, [capacity, ...ofCard]]) => {
       const row = document.createElement("tr");
       const says = F.verdict(F.memory(sizes, setup, ...ofCard), BigInt(capacity));
-      const needed = F.gpusNeeded(sizes, setup, capacity, ofCard);
-      row.append(element("th", name, { scope: "row" }), element("td", gib(capacity)),
+      const kind = data.kind_of[name], alone = kind && kind !== "AMD"; // no ZeRO over those
+      const needed = alone ? undefined : F.gpusNeeded(sizes, setup, capacity, ofCard);
+      row.append(element("th", kind ? `${name} (estimated)` : name, { scope: "row" }), element("td", gib(capacity)),
         element("td", says, { class: says === "fits" ? "fits" : "" }),
-        element("td", needed === null ? `over ${grouped(data.most_gpus)}` : grouped(needed)));
+        element("td", alone ? "–" : needed === null ? `over ${grouped(data.most_gpus)}` : grouped(needed)));
       return row;
     }));
   }
@@ -391,6 +393,8 @@
     $("e-headline").classList.toggle("may", F.verdict(now.held, now.capacity) === "may fit");
     $("e-rest").textContent = `${short(moment(now.held, "at rest"))} stay from step to step; `
       + `the peak is ${short(now.held.peak)} (${now.held.peakAt}).`;
+    const kind = data.kind_of[now.card];
+    $("e-rule").textContent = kind ? `Estimated by a rule, not measured: ${data.rules[kind]}` : "";
     showPresets(now);
     say(summary(now));
     showBar(now, all);

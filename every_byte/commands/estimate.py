@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from every_byte.commands import DONE, NO, Refused, Subparsers, print_json, subcommand
-from every_byte.data import Card, cards, unknown_card
+from every_byte.data import Card, unknown_card
+from every_byte.data.others import RULES, all_cards, kind_of
 from every_byte.estimate import (
     CHOICES,
     Dimensions,
@@ -131,6 +132,7 @@ def run(options: argparse.Namespace) -> int:
                 "least": found.least,
                 "needed": found.needed,
                 "card": name,
+                "rule": RULES.get(kind_of(name or "")),
                 "capacity": capacity,
                 "verdict": verdict,
                 "fits": {"fits": True, "does not fit": False}.get(verdict or ""),
@@ -149,6 +151,8 @@ def run(options: argparse.Namespace) -> int:
     print(_line("enough, with fragmentation", found.needed))
     if capacity is not None:
         print(f"\n{name}: {_room(found, capacity)}")
+        if kind := kind_of(name or ""):
+            print(f"estimated: {RULES[kind]}")
         print(
             f"the largest batch of {grouped(setup.length)} tokens that fits: {grouped(most or 0)}"
         )
@@ -259,10 +263,10 @@ def _card(options: argparse.Namespace) -> tuple[str | None, Card | None]:
         return f"a card of {options.gib} GiB", unknown_card(options.gib * GiB)
     if options.card is None:
         return None, None
-    for name, card in cards().items():
+    for name, card in all_cards().items():
         if name.casefold() == options.card.casefold():
             return name, card
-    raise Refused(f"card is {options.card!r}: expected one of {', '.join(cards())}")
+    raise Refused(f"card is {options.card!r}: expected one of {', '.join(all_cards())}")
 
 
 def _line(name: str, nbytes: int) -> str:

@@ -89,14 +89,15 @@ def kept_by_driver(memory: int) -> int:
     return min(memory // part, most)
 
 
-def _read(name: str) -> dict[str, Any]:
+def read(name: str) -> dict[str, Any]:
+    """A data file of this package, as TOML holds it."""
     return tomllib.loads(resources.files(__name__).joinpath(name).read_text("utf-8"))
 
 
 @cache
 def cards() -> dict[str, Card]:
     """Name: card of the data file (``every_byte/data/cards.toml``), by memory."""
-    return {name: Card(**card) for name, card in _read("cards.toml").items()}
+    return {name: Card(**card) for name, card in read("cards.toml").items()}
 
 
 def unknown_card(memory: int) -> Card:
@@ -107,7 +108,7 @@ def unknown_card(memory: int) -> Card:
 @cache
 def known_models() -> dict[str, dict[str, Any]]:
     """Name: what the data file says of a model (``every_byte/data/models.toml``)."""
-    return _read("models.toml")
+    return read("models.toml")
 
 
 @cache
@@ -117,7 +118,7 @@ def catalogue() -> dict[str, dict[str, Any]]:
     Of ``every_byte/data/catalogue.toml``, where models of the same sizes stand together.
     """
     models = dict(known_models())
-    for sizes in _read("catalogue.toml")["sizes"]:
+    for sizes in read("catalogue.toml")["sizes"]:
         for address in sizes["names"]:
             name = address.rpartition("/")[2]
             models[name] = {k: v for k, v in sizes.items() if k not in ("names", "counted")}

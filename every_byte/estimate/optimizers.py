@@ -34,6 +34,39 @@ def whole(shape: tuple[int, ...], width: int, states: int) -> tuple[int, ...]:
     return (width * math.prod(shape),) * states
 
 
+def paged(shape: tuple[int, ...], width: int, states: int) -> tuple[int, ...]:
+    """FP32 states of small tensors; those of others lie where CUDA moves them to the host."""
+    # bitsandbytes/optim/optimizer.py, get_state_buffer: from 100,000 numbers on they are
+    # in managed memory, outside of PyTorch's allocator, and give way where it gets short.
+    count = math.prod(shape)
+    return (4 * count,) * states if count < PAGED else ()
+
+
+def projected(shape: tuple[int, ...], width: int, states: int) -> tuple[int, ...]:
+    """States of a gradient in `APOLLO_RANK` rows or columns, and the matrix that makes it."""
+    # PyPI's apollo-torch 1.0.3, apollo.py and random_projector.py: the longer side stays.
+    return (width * APOLLO_RANK * max(shape),) * states + (width * APOLLO_RANK * min(shape),)
+
+
+PAGED = 100_000
+APOLLO_RANK = 128  # transformers 5.23, trainer_optimizer.py, of ``apollo_adamw``
+
+
+# What a step takes for the moment for one matrix, in bytes.
+
+
+def orthogonalised(shape: tuple[int, ...], width: int) -> int:
+    """Muon's: the update, its BF16 form before and after a product, and two of its rows."""
+    # torch/optim/_muon.py (torch 2.14), _zeropower_via_newtonschulz.
+    count, rows = math.prod(shape), min(shape)
+    return (width + 4) * count + 4 * rows * rows
+
+
+def scaled(shape: tuple[int, ...], width: int) -> int:
+    """APOLLO's: the gradient before, the scaled one, and the limited one; a bound."""
+    return 3 * width * math.prod(shape)
+
+
 @dataclass(frozen=True, slots=True)
 class Optimizer:
     """What is known of an optimizer.
@@ -49,6 +82,8 @@ class Optimizer:
         temporaries: as large as a parameter, that a step parameter by parameter makes.
         fused: whether PyTorch has a fused step.
         dtype: of its states where nothing else is asked for; the parameters' if None.
+        rest: the optimizer of what is no matrix of a layer, if it is another one.
+        matrix: what a step takes for the moment for one matrix, where `rest` is there.
     """
 
     label: str
@@ -60,6 +95,8 @@ class Optimizer:
     temporaries: int = 0
     fused: bool = False
     dtype: str | None = None
+    rest: str = ""
+    matrix: Callable[[tuple[int, ...], int], int] | None = None
 
 
 OPTIMIZERS = {
@@ -107,10 +144,34 @@ OPTIMIZERS = {
         blockwise,
         1,
     ),
+    "paged adamw": Optimizer(
+        "paged AdamW",
+        "of tensors under 100,000 numbers two in FP32; the others' are moved to the host "
+        "where memory gets short",
+        2,
+        paged,
+        dtype="fp32",
+    ),
+    "muon": Optimizer(
+        "Muon, AdamW for the rest",
+        "of the layers' matrices one number for each parameter, of the rest two",
+        1,
+        rest="adamw",
+        matrix=orthogonalised,
+    ),
+    "apollo": Optimizer(
+        "APOLLO, rank 128",
+        "of the layers' matrices two numbers for each of 128 rows of the longer side, and the "
+        "matrix that makes them; of the rest AdamW's two",
+        2,
+        projected,
+        rest="adamw",
+        matrix=scaled,
+    ),
 }
 """All optimizers that are counted, by the names of a `Setup`. What a step takes for the
 moment: ``torch/optim/adam.py``, ``rmsprop.py``, ``_adafactor.py`` (torch 2.11); those of
-bitsandbytes change a parameter in one kernel."""
+bitsandbytes change a parameter in one kernel. Muon's are replayed; APOLLO's are a bound."""
 
 IMPLEMENTATIONS = ("foreach", "fused", "for-loop")
 """How PyTorch's optimizers make a step: ``foreach`` is its default on a GPU,
@@ -118,7 +179,12 @@ IMPLEMENTATIONS = ("foreach", "fused", "for-loop")
 
 
 def step_temporaries(
-    trained: Counter[tuple[int, ...]], optimizer: str, dtype: str, how: str, following: int = 0
+    matrices: Counter[tuple[int, ...]],
+    others: Counter[tuple[int, ...]],
+    optimizer: str,
+    dtype: str,
+    how: str,
+    following: int = 0,
 ) -> int:
     """Bytes that an optimizer's step takes for the moment, its states in `dtype`.
 
@@ -126,6 +192,14 @@ def step_temporaries(
     are the numbers of the parameter that follows the embedding.
     """
     known, width = OPTIMIZERS[optimizer], int(bytes_per_parameter(dtype))
+    if known.matrix is not None:
+        largest = max((known.matrix(shape, width) for shape in matrices), default=0)
+        one_by_one = "for-loop" if known.matrix is scaled else how
+        rest = step_temporaries(Counter(), others, known.rest, dtype, one_by_one)
+        if known.matrix is scaled:  # what the matrix before has left
+            rest += largest // 3
+        return max(largest, rest)
+    trained = matrices + others
     if how == "fused" and known.fused:
         return 0
     if how == "for-loop":
@@ -143,19 +217,41 @@ def optimizer_states(
     """Bytes that an optimizer remembers on the device for parameters of these shapes.
 
     States have the parameters' dtype, but for the 8-bit ones. Host counters
-    (``step``) do not count. Sources: ``torch/optim``, ``bitsandbytes/optim``.
+    (``step``) do not count. Muon and APOLLO get all matrices, AdamW the rest.
+    Sources: ``torch/optim``, ``bitsandbytes/optim``.
 
     Raises:
         ValueError: an unknown optimizer or dtype.
     """
-    return total_bytes(stored_states(Counter(tensors), optimizer, dtype))
+    counts = Counter(tensors)
+    matrices = Counter[tuple[int, ...]](
+        {shape: n for shape, n in counts.items() if len(shape) == 2}
+    )
+    return total_bytes(stored_states(matrices, counts - matrices, optimizer, dtype))
 
 
-def stored_states(parameters: Counter[tuple[int, ...]], optimizer: str, dtype: str) -> Counter[int]:
-    """Bytes of a tensor of states: how many there are, for shapes and how many of each."""
+def stored_states(
+    matrices: Counter[tuple[int, ...]],
+    others: Counter[tuple[int, ...]],
+    optimizer: str,
+    dtype: str,
+) -> Counter[int]:
+    """Bytes of a tensor of states: how many there are, for shapes and how many of each.
+
+    Args:
+        matrices: those of layers.
+        others: all else that is trained.
+        optimizer: one of `OPTIMIZERS`.
+        dtype: of the states.
+    """
     check_choice("optimizer", optimizer, tuple(OPTIMIZERS))
     known = OPTIMIZERS[optimizer]
-    width, tensors = int(bytes_per_parameter(dtype)), Counter({4 * 256: known.tables})
+    if known.rest:
+        tensors = stored_states(Counter(), others, known.rest, dtype)
+        parameters = matrices
+    else:
+        tensors, parameters = Counter({4 * 256: known.tables}), matrices + others
+    width = int(bytes_per_parameter(dtype))
     for shape, count in parameters.items():
         for nbytes in known.store(shape, width, known.states):
             tensors[nbytes] += count

@@ -14,6 +14,7 @@ from every_byte.data import CONTEXT
 from every_byte.estimate.architecture import (
     Dimensions,
     check_dimensions,
+    is_matrix,
     parameters,
     shape_counts,
     tensor_counts,
@@ -557,6 +558,19 @@ def memory(
     return assemble(sizes, setup, workspace=workspace, context=context)
 
 
+def trained_tensors(
+    sizes: Dimensions, rank: int
+) -> tuple[Counter[tuple[int, ...]], Counter[tuple[int, ...]]]:
+    """What is trained, by shape: the layers' matrices (or LoRA's factors), and the rest."""
+    if rank:
+        return adapters(sizes, rank), Counter()
+    matrices: Counter[tuple[int, ...]] = Counter()
+    for (part, shape), count in tensor_counts(sizes).items():
+        if is_matrix(sizes, part, shape):
+            matrices[shape] += count
+    return matrices, shape_counts(sizes) - matrices
+
+
 def assemble(
     sizes: Dimensions,
     setup: Setup,
@@ -570,13 +584,14 @@ def assemble(
     held, margin = {"context": context, "rounding": 0}, fragments(sizes, setup)
     cast = copy = 0
     if setup.task == "training":
-        trained = adapters(sizes, setup.rank) if setup.rank else shape_counts(sizes)
+        matrices, others = trained_tensors(sizes, setup.rank)
+        trained = matrices + others
         own_dtype = (setup.adapters or dtype) if setup.rank else dtype
         if setup.rank:
             tensors["parameters"] += stored(trained, own_dtype)
         states = setup.states or OPTIMIZERS[setup.optimizer].dtype or own_dtype
         tensors["gradients"] = stored(trained, setup.gradients or own_dtype)
-        tensors["optimizer_states"] = stored_states(trained, setup.optimizer, states)
+        tensors["optimizer_states"] = stored_states(matrices, others, setup.optimizer, states)
         if setup.master_weights and computed_width(own_dtype) < 4:
             tensors["optimizer_states"] += stored(trained, "fp32")
         autocast = setup.amp is not None and dtype == "fp32"
@@ -660,7 +675,8 @@ def assemble(
             again=again,
             one=layer + copy if sizes.num_hidden_layers else 0,
             step=step_temporaries(
-                trained,
+                matrices,
+                others,
                 setup.optimizer,
                 states,
                 setup.implementation,
