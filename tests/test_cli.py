@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from every_byte import cli
-from every_byte.commands import Refused
+from every_byte.commands import Refused, replay
 from every_byte.commands.replay import read
 from every_byte.data import cards, catalogue, unknown_card
 from every_byte.estimate import dimensions, fit, memory
@@ -47,6 +47,13 @@ def test_each_has_help_and_json(command: str, capsys: pytest.CaptureFixture[str]
         cli.main([command, "--help"])
     assert ended.value.code == 0
     assert "--json" in capsys.readouterr().out
+
+
+def test_run_says_whose_rights_a_script_has(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The script is really run, with your rights and no sandbox" in said
 
 
 def test_estimates_and_replays_need_no_torch() -> None:
@@ -252,6 +259,61 @@ def test_damaged_at_any_place(recorded: Path, tmp_path: Path) -> None:
         path.write_bytes(content[:length])
         with pytest.raises(Refused, match="cannot be read"):
             read(path)
+
+
+def laughs(times: int) -> Any:
+    """Lists of lists of one list: a few bytes, and ever more to go through."""
+    found: Any = []
+    for _ in range(times):
+        found = [found] * 100
+    return found
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        # A table of 2**29 places for what is to be found again: 4 GiB.
+        (b"\x80\x04]r\xff\xff\xff\x1f.", "its 9 bytes ask for more memory than 256.00 MiB"),
+        (b"\x80\x04\x8e" + (2**33).to_bytes(8, "little") + b"x.", "cannot be read ("),
+        (b"[" * 100_000, "cannot be read (maximum recursion depth"),
+        (b'{"device_traces": ' + b"9" * 5000, "cannot be read (Exceeds the limit"),
+        (pickle.dumps({"device_traces": laughs(2), "segments": []}), "says 10,100 events and"),
+        (pickle.dumps({"device_traces": [[laughs(20)]], "segments": []}), "expected, not [[[[[["),
+        (pickle.dumps({"device_traces": [[10**5000]], "segments": []}), "more digits than Python"),
+        (
+            pickle.dumps({"device_traces": [[{"action": "a\x1b[2J"}]], "segments": []}),
+            "event 0 has action 'a\\x1b[2J'",
+        ),
+        (
+            pickle.dumps({"device_traces": [[{"size": 2**63}]], "segments": []}),
+            "event 0 has size 9223372036854775808",
+        ),
+        (
+            pickle.dumps(
+                {
+                    "device_traces": [[]],
+                    "segments": [],
+                    "allocator_settings": {"PYTORCH_ALLOC_CONF": [1]},
+                }
+            ),
+            "PYTORCH_ALLOC_CONF is [1]",
+        ),
+        (b"cos\x1b[2J\nsystem\n.", "it asks for os[2J.system, and is not read further"),
+    ],
+)
+def test_what_a_file_asks_for_is_bounded_by_its_bytes(
+    content: bytes, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "hostile"
+    path.write_bytes(content)
+    assert says in refusal(capsys, "replay", str(path))
+
+
+def test_a_file_without_end_is_not_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(replay, "LARGEST_FILE", 1000)
+    assert "/dev/zero is larger than 1000 bytes: expec" in refusal(capsys, "replay", "/dev/zero")
 
 
 @settings(max_examples=200, deadline=None)

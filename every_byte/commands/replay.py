@@ -1,17 +1,32 @@
 """``every-byte replay``: a recorded snapshot, again on the model of the allocator."""
 
 import argparse
-import io
 import json
 import pickle
+import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NoReturn
 
 from every_byte.allocator import replay_trace
 from every_byte.commands import DONE, NO, Refused, Subparsers, print_json, subcommand
-from every_byte.units import GB, grouped
+from every_byte.units import GB, GiB, MiB, binary, grouped
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 EXPECTED = "expected what torch.cuda.memory._dump_snapshot wrote, or the same as JSON"
+
+# A snapshot may come from anybody. A hundred bytes of pickle can ask for a table of 2**32 places,
+# and say of one list a million times that it is among the traces: so what is read is bounded by
+# the file, and the file by this.
+LARGEST_FILE = 2 * GiB
+TIMES, MORE = 32, 256 * MiB  # memory to read it: a recorded event takes 6 times its bytes
+HIGHEST = 2**63  # of numbers: addresses and sizes are below
 
 
 def add(subparsers: Subparsers) -> None:
@@ -81,7 +96,8 @@ class _PlainUnpickler(pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and is not read further")
+        asked = "".join(c for c in f"{module}.{name}"[:80] if c.isprintable())
+        raise pickle.UnpicklingError(f"it asks for {asked}, and is not read further")
 
 
 def read(path: Path) -> Any:
@@ -91,16 +107,74 @@ def read(path: Path) -> Any:
         Refused: there is no such file, or it holds something else.
     """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
     except OSError as error:
         raise Refused(f"{path}: {error.strerror}") from None
+    if len(content) > LARGEST_FILE:
+        raise Refused(
+            f"{path} is larger than {binary(LARGEST_FILE)}: expected less; record fewer events, by "
+            "max_entries of torch.cuda.memory._record_memory_history"
+        )
     try:
-        if content.lstrip()[:1] in (b"{", b"["):
-            return json.loads(content)
-        return _PlainUnpickler(io.BytesIO(content)).load()
+        with _at_most(TIMES * len(content) + MORE):
+            if content.lstrip()[:1] in (b"{", b"["):
+                snapshot = json.loads(content)
+            else:
+                snapshot = _PlainUnpickler(BytesIO(content)).load()
+    except MemoryError:
+        raise Refused(
+            f"{path} cannot be read (its {len(content):,} bytes ask for more memory than "
+            f"{binary(TIMES * len(content) + MORE)}): {EXPECTED}"
+        ) from None
     except Exception as error:  # what a damaged pickle raises is as manifold as its damages
         said = " ".join(str(error).split()) or type(error).__name__
         raise Refused(f"{path} cannot be read ({said}): {EXPECTED}") from None
+    try:
+        _check_counts(snapshot, len(content))
+    except ValueError as error:
+        raise Refused(f"{path}: {error}") from None
+    return snapshot
+
+
+@contextmanager
+def _at_most(nbytes: int) -> Iterator[None]:
+    """Let no more memory be taken meanwhile, where the system can see to it: Linux.
+
+    Raises:
+        MemoryError: more was asked for.
+    """
+    taken = Path("/proc/self/statm")  # in pages, the addresses first: proc(5)
+    if resource is None or not taken.is_file():
+        yield
+        return
+    addresses = int(taken.read_text("ascii").split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    bounds = [addresses + nbytes, *(limit for limit in (soft, hard) if limit >= 0)]
+    resource.setrlimit(resource.RLIMIT_AS, (min(bounds), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _check_counts(snapshot: Any, nbytes: int) -> None:
+    """Refuse more traces, events, segments and blocks than a file of so many bytes can write down.
+
+    Raises:
+        ValueError: there are more: one list stands in many places.
+    """
+    if not isinstance(snapshot, dict):
+        return
+    traces, segments = snapshot.get("device_traces"), snapshot.get("segments")
+    outer = [found for found in (traces, segments) if isinstance(found, list)]
+    count = sum(map(len, outer))
+    if count <= nbytes:
+        inner = [entry for found in outer for entry in found]
+        inner = [e.get("blocks") if isinstance(e, dict) else e for e in inner]
+        count += sum(len(entry) for entry in inner if isinstance(entry, list))
+    if count > nbytes:
+        raise ValueError(f"it says {count:,} events and blocks in {nbytes:,} bytes: {EXPECTED}")
 
 
 def _checked(snapshot: Any) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]], str]:
@@ -115,6 +189,8 @@ def _checked(snapshot: Any) -> tuple[list[list[dict[str, Any]]], list[dict[str, 
     for trace in _lists("device_traces", traces):
         for number, event in enumerate(_dicts("a device's trace", trace)):
             _typed(f"event {number}", event, action=str, size=int, addr=int, stream=int)
+            if not event.get("action", "_").isidentifier():  # it is printed
+                raise ValueError(f"event {number} has action {_short(event['action'])}: {EXPECTED}")
     for segment in _dicts("segments", segments):
         _typed("a segment", segment, device=int)
         for block in _dicts("a segment's blocks", segment.get("blocks")):
@@ -129,7 +205,9 @@ def _checked(snapshot: Any) -> tuple[list[list[dict[str, Any]]], list[dict[str, 
     text = settings.get("PYTORCH_ALLOC_CONF") or settings.get("PYTORCH_CUDA_ALLOC_CONF") or ""
     if not text and settings.get("expandable_segments") is True:  # set by a call, not a variable
         text = "expandable_segments:True"
-    return traces, segments, str(text)
+    if not isinstance(text, str):
+        raise ValueError(f"PYTORCH_ALLOC_CONF is {_short(text)}: {EXPECTED}")
+    return traces, segments, text
 
 
 def _lists(what: str, found: Any) -> list[Any]:
@@ -141,14 +219,25 @@ def _lists(what: str, found: Any) -> list[Any]:
 def _dicts(what: str, found: Any) -> list[dict[str, Any]]:
     for entry in _lists(what, found):
         if not isinstance(entry, dict):
-            raise ValueError(f"{what}: a dict was expected, not {entry!r:.40}; {EXPECTED}")
+            raise ValueError(f"{what}: a dict was expected, not {_short(entry)}; {EXPECTED}")
     return found
 
 
 def _typed(what: str, entry: dict[str, Any], **types: type) -> None:
     for name, kind in types.items():
-        if name in entry and (type(entry[name]) is not kind or (kind is int and entry[name] < 0)):
-            raise ValueError(f"{what} has {name} {entry[name]!r:.40}: {EXPECTED}")
+        if name not in entry:
+            continue
+        found = entry[name]
+        if type(found) is not kind or (isinstance(found, int) and not 0 <= found < HIGHEST):
+            raise ValueError(f"{what} has {name} {_short(found)}: {EXPECTED}")
+
+
+def _short(found: object) -> str:
+    """A value for a message; of a list only the beginning is looked at."""
+    try:
+        return reprlib.repr(found)[:40]
+    except ValueError:
+        return "a number of more digits than Python writes"
 
 
 def _device(traces: list[list[Any]], chosen: int | None) -> int:

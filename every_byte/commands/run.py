@@ -36,7 +36,8 @@ def add(subparsers: Subparsers) -> None:
         "The script runs unchanged, as __main__; it is ended after some optimizer steps. Ctrl-C "
         "ends it with a report of what it did until then. Exits with the script's status, or "
         "with 3 where memory runs out. Arguments of the script that begin with a dash stand "
-        "after --.",
+        "after --. The script is really run, with your rights and no sandbox: what it writes, "
+        "deletes or sends, it does; run no script that you would not run with python.",
     )
     parser.add_argument("script", help="a file, or a module's name with -m")
     parser.add_argument("arguments", nargs="*", help="of the script")
