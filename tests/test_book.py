@@ -16,7 +16,7 @@ import pytest
 
 import every_byte
 from every_byte.cli import COMMANDS
-from tools.book import build
+from tools.book import build, is_up_to_date
 from tools.notebooks import sources
 from tools.repository import ROOT, address, web_address
 
@@ -215,9 +215,17 @@ def test_a_host_has_the_buttons_that_it_understands(
 
 def test_a_warning_fails_the_build(copy: Path, tmp_path: Path) -> None:
     (copy / "_toc.yml").write_text("format: jb-book\nroot: book/references\n")  # is quick
-    build(tmp_path)
-    with (copy / "book" / "references.md").open("a") as page:
-        page.write("\nSee [nowhere](nowhere.md).\n")
+    page = build(tmp_path).parent / "book" / "references.html"
+    assert is_up_to_date(tmp_path)
+    written = page.read_bytes()
+    page.write_bytes(written + b" ")  # not as it was built
+    assert not is_up_to_date(tmp_path)
+    page.write_bytes(written)
+    assert is_up_to_date(tmp_path)
+    (copy / "helpers" / "another.py").touch()
+    assert not is_up_to_date(tmp_path)
+    with (copy / "book" / "references.md").open("a") as source:
+        source.write("\nSee [nowhere](nowhere.md).\n")
     with pytest.raises(RuntimeError, match=r"nowhere\.md"):
         build(tmp_path)
 

@@ -147,7 +147,7 @@ def test_a_notebook_whose_kernel_is_killed(tmp_path: Path) -> None:
 
 
 def build(folder: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "tools.book", "--output", str(folder)]
+    command = [sys.executable, "-m", "tools.book", "--force", "--output", str(folder)]
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
