@@ -46,14 +46,13 @@ class GPU(Generic[_Memory]):
 
     Attributes:
         memory: asked or replayed; see `every_byte.memory.DeviceMemory`.
-        device: for PyTorch, such as ``torch.empty(..., device=gpu.device)``.
     """
 
     _open: ClassVar[list["GPU[Any]"]] = []
 
     def __init__(self, memory: _Memory) -> None:
         self.memory = memory
-        self.device = memory.device
+        self._device = memory.device
         self._tracker = Tracker(memory)
         self._stack = ExitStack()
         self._was_open = False
@@ -61,6 +60,24 @@ class GPU(Generic[_Memory]):
 
     def __str__(self) -> str:
         return str(self.memory)
+
+    @property
+    def device(self) -> torch.device:
+        """For PyTorch, such as ``torch.empty(..., device=gpu.device)``.
+
+        Raises:
+            RuntimeError: it is replayed and not open: nobody would count what is made there.
+        """
+        if self.memory.is_replayed and self not in GPU._open:
+            raise RuntimeError(
+                f"{self.memory} is not open: what is made on its device now would be counted by "
+                "nobody; begin with open(), or `with gpu:`"
+            )
+        return self._device
+
+    @device.setter
+    def device(self, device: torch.device) -> None:
+        self._device = device
 
     def open(self) -> Self:
         """Begin to account for the device's memory. Returns itself.

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext, _device_constructors
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from every_byte.estimate import CONTEXT
 from every_byte.gpu import VirtualGPU
-from every_byte.tracker import untracked
+from every_byte.tracker import is_wrapper, untracked
 from every_byte.virtual import autocast
 from every_byte.virtual.cuda_names import cuda_names, index_of
 from every_byte.virtual.values import as_indices
@@ -73,6 +73,8 @@ class _AsCuda(TorchFunctionMode):
 
     def is_on_no_card(self, tensor: Tensor) -> bool:
         """Whether a tensor is one of the script's own meta tensors."""
+        if is_wrapper(type(tensor)):
+            return False  # what it holds may be on the card
         with _plain():
             return bool(tensor.is_meta) and not self.gpu.accounts_for(_whole(tensor))
 
@@ -325,10 +327,46 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
 
     def load(*args: Any, **kwargs: Any) -> Any:
         where = kwargs.get("map_location", args[1] if len(args) > 1 else None)
-        if not _is_cuda(where):
+        if where is not None and not _is_cuda(where):
             return load_others(*args, **kwargs)
-        loaded = load_others(*args[:1], *args[2:], **{**kwargs, "map_location": "cpu"})
-        return tree_map_only(Tensor, lambda tensor: tensor.to(_CUDA), loaded)
+        waiting: dict[int, int] = {}  # storages that belong on the card, and their bytes
+
+        def place(storage: Any, location: str) -> Any:
+            # "meta" is what a tensor of this card says where torch.save asks its storage
+            if where is not None or _is_cuda(location) or location == "meta":
+                waiting[storage._cdata] = storage.nbytes()
+            return storage
+
+        loaded = load_others(*args[:1], *args[2:], **{**kwargs, "map_location": place})
+        if isinstance(loaded, torch.TypedStorage):  # of pickle
+            if loaded._cdata not in waiting:
+                return loaded
+            moved = torch.UntypedStorage(waiting[loaded._cdata], device=_META)
+            return torch.TypedStorage(wrap_storage=moved, dtype=loaded.dtype, _internal=True)
+        found: dict[int, Tensor] = {}
+
+        def to_card(leaf: Any) -> Any:
+            if isinstance(leaf, torch.nn.Module):
+                tensors = [*leaf.parameters(), *leaf.buffers()]
+                found.update((t.untyped_storage()._cdata, t) for t in tensors)
+                return leaf.to(_CUDA)
+            if not isinstance(leaf, Tensor) or leaf.untyped_storage()._cdata not in waiting:
+                return leaf
+            storage = leaf.untyped_storage()  # goes there as a whole, and once
+            if storage._cdata not in found:
+                whole = torch.empty(0, dtype=leaf.dtype, device="cpu").set_(storage)
+                found[storage._cdata] = whole.to(_CUDA)
+            whole = found[storage._cdata].view(leaf.dtype)
+            moved = whole.as_strided(leaf.size(), leaf.stride(), leaf.storage_offset())
+            return moved.requires_grad_(leaf.requires_grad)
+
+        on_card = tree_map(to_card, loaded)
+        if missing := len(waiting.keys() - found.keys()):
+            raise NotImplementedError(
+                f"torch.load: {missing} tensors for the card are in objects that are no dict, "
+                "list, tuple or module: load with map_location='cpu', and move them by .to()"
+            )
+        return on_card
 
     def grouped(*args: Any, **kwargs: Any) -> Any:
         groups = group_others(*args, **kwargs)

@@ -6,6 +6,8 @@ same accounting serves a real GPU and a virtual one: what they differ in stands
 behind `every_byte.memory.DeviceMemory`.
 """
 
+import _thread
+import os
 import threading
 import weakref
 from collections import Counter
@@ -17,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -193,6 +196,16 @@ def _composed(func: Any, *args: Any, **kwargs: Any) -> Any:
     return func._op_dk(key, *args, **kwargs)
 
 
+def is_wrapper(kind: type) -> bool:
+    """Whether tensors of a type carry out operations themselves, on tensors that they hold."""
+    if is_traceable_wrapper_subclass_type(kind):
+        return True
+    plain = torch.Tensor.__torch_dispatch__
+    return getattr(kind, "__torch_dispatch__", plain) is not plain and not issubclass(
+        kind, FakeTensor
+    )
+
+
 def _parts(tensor: object) -> list[object]:
     """The tensors that hold a tensor's bytes: of a ``DTensor``, this GPU's part of it."""
     if not is_traceable_wrapper_subclass(tensor):
@@ -225,7 +238,7 @@ def _in_autocast() -> bool:
 
 
 _running: list["Tracker"] = []  # the last of them is in use
-_thread = _ThreadState()
+_here = _ThreadState()
 
 
 @contextmanager
@@ -236,12 +249,12 @@ def untracked() -> Iterator[None]:
     A GPU that is opened inside sees what is made from then on.
     """
     paused = set(_running)
-    _thread.untracked += (paused,)
+    _here.untracked += (paused,)
     try:
         yield
     finally:
         paused.clear()  # for the threads that were started inside, too
-        _thread.untracked = tuple(each for each in _thread.untracked if each is not paused)
+        _here.untracked = tuple(each for each in _here.untracked if each is not paused)
 
 
 def is_tracked() -> bool:
@@ -268,7 +281,7 @@ class _Follow(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if not _running or _running[-1] in _thread.entered:
+        if not _running or _running[-1] in _here.entered:
             return func(*args, **kwargs or {})
         return _running[-1].__torch_dispatch__(func, types, args, kwargs)
 
@@ -279,24 +292,38 @@ def _following_threads() -> Iterator[None]:
 
     Those of a `ThreadPoolExecutor` are started by ``threading.Thread.start``, too.
     """
-    start = threading.Thread.start
+    start, start_new = threading.Thread.start, _thread.start_new_thread
 
-    def started(thread: threading.Thread) -> None:
-        run, untracked_here, memories = thread.run, _thread.untracked, [t.memory for t in _running]
+    def followed(run: Callable[..., Any]) -> Callable[..., Any]:
+        untracked_here, memories = _here.untracked, [t.memory for t in _running]
 
-        def run_followed() -> None:
-            del thread.run  # which holds itself
-            _thread.untracked = untracked_here
+        def run_followed(*args: Any, **kwargs: Any) -> None:
+            _here.untracked = untracked_here
             with ExitStack() as stack:
                 for memory in memories:
                     stack.enter_context(memory.in_thread())
                 stack.enter_context(_Follow())
-                run()
+                run(*args, **kwargs)
+
+        return run_followed
+
+    def started(thread: threading.Thread) -> None:
+        run = followed(thread.run)
+
+        def run_followed() -> None:
+            del thread.run  # which holds itself
+            run()
 
         thread.run = run_followed  # type: ignore[method-assign]
         start(thread)
 
-    with mock.patch.object(threading.Thread, "start", started):
+    def started_new(function: Callable[..., Any], *args: Any) -> int:
+        return start_new(followed(function), *args)
+
+    with (
+        mock.patch.object(threading.Thread, "start", started),
+        mock.patch.object(_thread, "start_new_thread", started_new),
+    ):
         yield
 
 
@@ -376,11 +403,12 @@ class Tracker(TorchDispatchMode):
         self._now = _Now()
         self._storages: dict[int, _Storage] = {}  # address of the StorageImpl: what it is
         self._recording: _Recording | None = None
+        self._process = os.getpid()
 
     @property
     def in_use(self) -> bool:
         """Whether this tracker looks at this thread's operations at present."""
-        return _running[-1:] == [self] and not any(self in paused for paused in _thread.untracked)
+        return _running[-1:] == [self] and not any(self in paused for paused in _here.untracked)
 
     @property
     def in_optimizer(self) -> bool:
@@ -401,12 +429,13 @@ class Tracker(TorchDispatchMode):
             stack.callback(ends.remove)
             if not _running:
                 stack.enter_context(_following_threads())
-            for among in (_running, _thread.entered):
+            for among in (_running, _here.entered):
                 among.append(self)
                 stack.callback(among.remove, self)
-            for paused in _thread.untracked:
+            for paused in _here.untracked:
                 paused.discard(self)  # opened inside, again
-            stack.enter_context(self._seeing_resizes())
+            self._process = os.getpid()
+            stack.enter_context(self._seeing_storages())
             stack.enter_context(self._seeing_data())
             stack.enter_context(self)
             yield
@@ -441,7 +470,7 @@ class Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self.in_use:
             return func(*args, **kwargs)
-        if any(map(is_traceable_wrapper_subclass_type, types)):
+        if any(map(is_wrapper, types)):
             return NotImplemented  # such as DTensor: seen is what it does with its parts
         if self.memory.is_replayed:
             if self.passes_unseen and self._are_unseen(func, args):
@@ -683,9 +712,22 @@ class Tracker(TorchDispatchMode):
         self._free(known)
 
     @contextmanager
-    def _seeing_resizes(self) -> Iterator[None]:
-        """See ``UntypedStorage.resize_``, too, which is no operation: FSDP's way to free."""
-        resize = torch.UntypedStorage.resize_
+    def _seeing_storages(self) -> Iterator[None]:
+        """See what storages do by themselves, too, which is no operation.
+
+        That is ``UntypedStorage(nbytes, device=...)``, and ``resize_``: FSDP's way to free.
+        """
+        init, resize = torch.UntypedStorage.__init__, torch.UntypedStorage.resize_
+
+        def init_(storage: torch.UntypedStorage, *args: Any, **kwargs: Any) -> None:
+            init(storage, *args, **kwargs)
+            if self.in_use and storage.device == self.memory.device:
+                self._sample()
+                try:
+                    self._know(storage, self._now.label or "activations")
+                except OutOfMemoryError as error:
+                    raise torch.OutOfMemoryError(str(error)) from None
+                self._sample()
 
         def resize_(storage: torch.UntypedStorage, nbytes: int) -> Any:
             if not self.in_use or storage._cdata not in self._storages:
@@ -699,7 +741,10 @@ class Tracker(TorchDispatchMode):
             self._sample()
             return resized
 
-        with mock.patch.object(torch.UntypedStorage, "resize_", resize_):
+        with (
+            mock.patch.object(torch.UntypedStorage, "__init__", init_),
+            mock.patch.object(torch.UntypedStorage, "resize_", resize_),
+        ):
             yield
 
     @contextmanager
@@ -735,7 +780,16 @@ class Tracker(TorchDispatchMode):
             yield
 
     def _know(self, storage: torch.UntypedStorage, kind: str) -> _Storage:
-        """Account for a storage from now until its death."""
+        """Account for a storage from now until its death.
+
+        Raises:
+            RuntimeError: this is a process that was forked meanwhile, in CUDA's words.
+        """
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "Cannot re-initialize CUDA in forked subprocess. To use CUDA with "
+                "multiprocessing, you must use the 'spawn' start method"
+            )
         known = _Storage(storage.nbytes(), kind, self.memory.malloc(storage.nbytes()))
         self._storages[storage._cdata] = known
         weakref.finalize(storage, self._died, storage._cdata).atexit = False

@@ -462,7 +462,7 @@ def test_a_gpu_opened_among_what_is_untracked_sees_what_is_made() -> None:
 
 def test_a_gpu_that_was_never_open_has_no_answer() -> None:
     gpu = VirtualGPU("RTX 4090")
-    model = nn.Linear(1000, 1000).to(gpu.device)
+    model = nn.Linear(1000, 1000).to("meta")
     ask: tuple[Callable[[], object], ...] = (
         gpu.memory_allocated,
         gpu.memory_reserved,
@@ -484,6 +484,15 @@ def test_a_gpu_that_was_never_open_has_no_answer() -> None:
             model(torch.empty(1, 1000, device=gpu.device))
     for question in ask:
         question()
+
+
+def test_a_gpu_that_is_not_open_gives_no_device_to_make_tensors_on() -> None:
+    gpu = VirtualGPU("RTX 4090")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="is not open: what is made on its device now"):
+            torch.empty(1000, device=gpu.device)
+        with gpu:
+            torch.empty(1000, device=gpu.device)
 
 
 def test_the_workspaces_setting_is_left_as_the_program_wants_it(

@@ -76,6 +76,11 @@ PRIVATE_NAMES = (
         "a DTensor counts as a whole",
     ),
     PrivateName(
+        "torch._subclasses.fake_tensor.FakeTensor",
+        "tells a tensor of shapes alone from one that carries out operations on tensors it holds",
+        "what such a tensor holds is counted by nobody, or shapes are counted",
+    ),
+    PrivateName(
         "torch.utils._pytree.tree_leaves",
         "finds the tensors in results and arguments",
         "nothing is accounted for",
@@ -258,11 +263,6 @@ PRIVATE_NAMES = (
     ),
     PrivateName(
         "torch.utils._pytree.tree_map",
-        "puts known values in the tensors' place",
-        "no value is known",
-    ),
-    PrivateName(
-        "torch.utils._pytree.tree_map_only",
         "puts known values in the tensors' place",
         "no value is known",
     ),
