@@ -266,6 +266,34 @@ def _trained(gpu: VirtualGPU, model: Any, inputs: dict[str, Any], setup: Setup) 
     return gpu.max_memory_allocated()
 
 
+def replayed_sharded(sizes: Dimensions, setup: Setup, card: str = "H200") -> int:
+    """The peak of one of the GPUs of `setup` with FSDP, each layer a unit, in bytes."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    from every_byte.ranks import one_of
+
+    with (
+        VirtualGPU(card, capacity=1 << 50, context=0, torch=TORCH, values="assume") as gpu,
+        one_of(setup.gpus) as mesh,
+    ):
+        how: dict[str, Any] = {"mesh": mesh}
+        if setup.offload == "all":
+            how["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+        with untracked():
+            model = build(sizes, DTYPES[setup.dtype], "meta", CAUSAL_SDPA)
+            for layer in model.model.layers:
+                fully_shard(layer, **how)
+            fully_shard(model, **how)
+        model.to_empty(device="cpu" if setup.offload == "all" else gpu.device)
+        model.train()
+        ids = torch.zeros(setup.batch, setup.length, dtype=torch.int64).to(gpu.device)
+        positions = torch.arange(setup.length)[None].to(gpu.device)
+        found = _trained(gpu, model, {"input_ids": ids, "position_ids": positions}, setup)
+        del model, ids, positions
+    gc.collect()
+    return found
+
+
 # All of them
 
 

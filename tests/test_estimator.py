@@ -361,6 +361,9 @@ CONTROLS = [  # each with a value that is not where it starts, and what else is 
     ("utilization", "80", "task=inference"),
     ("gpus", "5", "sharding=ZeRO+3"),
     ("sharding", "ZeRO 2", "gpus=4"),
+    ("sharding", "FSDP", "gpus=4"),
+    ("offload", "optimizer", ""),
+    ("offload", "all", ""),
     ("load", "device_map", "model=gpt2-large&dtype=fp32&length=1024"),
 ]
 

@@ -20,6 +20,7 @@ from every_byte.allocator import config as allocator
 from every_byte.data import KEPT_BY_DRIVER, Card, catalogue, unknown_card
 from every_byte.data.others import RULES, all_cards, kind_of
 from every_byte.estimate import architecture, config, fit, optimizers, serving
+from every_byte.estimate import setup as setups
 from every_byte.estimate.presets import PRESETS
 from every_byte.estimate.weights import STORED
 
@@ -58,6 +59,7 @@ def data() -> dict[str, Any]:
         "stored": {name: asdict(known) for name, known in STORED.items()},
         "sizes": [field.name for field in fields(estimate.Dimensions) if field.type is int],
         "sharding": estimate.SHARDING,
+        "offloaded": {name or "null": held for name, held in setups.OFFLOADED.items()},
         "choices": estimate.CHOICES,
         "context": estimate.CONTEXT,
         "workspace": estimate.WORKSPACE,

@@ -369,7 +369,7 @@ function everyByteFormulas(data) {
     const tokens = setup.batch * setup.length, h = s.hidden_size, i = s.intermediate_size;
     const computed = { 2: "bf16", 4: "fp32", 8: "fp64" }[b], heads = s.num_attention_heads;
     const autocast = usesAutocast(setup), g = gated ? 1n : 0n;
-    const split = setup.gpus > 1n && data.sharding[setup.sharding].includes("gradients");
+    const split = setup.gpus > 1n && data.sharding[setup.sharding].includes("gradients") && !gathered(s, setup)[0];
     const own = setup.rank || split ? 0n : width(setup.gradients ?? setup.dtype);
     const matrix = own * h * i * (s.num_local_experts || 1n);
     let taken = tokens * (3n * b + (autocast && !gated ? 4n : 0n)) * experts * i + matrix;
@@ -396,32 +396,45 @@ function everyByteFormulas(data) {
 
   const outsideOfLayers = (s) => parameters({ ...s, num_hidden_layers: 0n });
 
+  // What a sharded model has whole while it computes: what is outside of the layers; one layer.
   function gathered(s, setup) {
-    if (setup.gpus === 1n || !data.sharding[setup.sharding].includes("parameters")) return 0n;
-    const outside = outsideOfLayers(s), layer = parameters({ ...s, num_hidden_layers: 1n }) - outside;
-    return width(setup.dtype) * (outside + (s.num_hidden_layers < 2n ? s.num_hidden_layers : 2n) * layer);
+    const sharded = setup.gpus > 1n && data.sharding[setup.sharding].includes("parameters");
+    if (!sharded && setup.offload !== "all") return [0n, 0n];
+    const outside = outsideOfLayers(s), b = width(setup.dtype);
+    return [b * outside, s.num_hidden_layers ? b * (parameters({ ...s, num_hidden_layers: 1n }) - outside) : 0n];
   }
 
-  function trainingMoments(s, setup, { atRest, gradients, kept, again, one, step, cast }) {
+  function trainingMoments(s, setup, { atRest, gradients, kept, again, one, outer, step, cast }) {
     const tokens = setup.batch * setup.length, h = s.hidden_size, v = s.vocab_size;
-    const b = usesAutocast(setup) ? 2n : width(setup.dtype);
+    const b = usesAutocast(setup) ? 2n : width(setup.dtype), layers = s.num_hidden_layers;
     const scores = block(tokens * v * b, true), upcast = block(tokens * v * most(4n, b), true);
-    const forward = atRest + kept + (setup.accumulation ? gradients : 0n) + gathered(s, setup);
+    const forward = atRest + kept + (setup.accumulation ? gradients : 0n);
+    const [root, unit] = gathered(s, setup);
     const embedding = setup.rank ? 0n : block(v * h * width(setup.gradients ?? setup.dtype), true);
     const extra = (s.tie_word_embeddings ? 2n : 0n) + (setup.accumulation ? 1n : 0n);
     const head = setup.rank ? 0n : v * h * b, wide = tokens * h * b, layer = layerTemporaries(s, setup, b);
     const whole = parameters(s), ofLayers = gradients * (whole - outsideOfLayers(s)) / whole;
-    const done = gradients - ofLayers / most(1n, s.num_hidden_layers)
-      - (s.tie_word_embeddings ? 0n : embedding);
+    const done = gradients - ofLayers / most(1n, layers) - (s.tie_word_embeddings ? 0n : embedding);
+    let last = forward - cast + again + (setup.accumulation ? 0n : head) + layer;
+    let first = atRest + done + one + layer, ending = gradients;
+    if (root) { // gradients of layers are parts, the root's are whole until backward ends
+      const trained = setup.rank ? 0n : 1n, on = setup.checkpointing ? 0n : one;
+      ending = ofLayers + root + (root + unit) * trained;
+      last = forward - cast + root + head + [again - outer + 2n * unit + layer,
+        again - outer - on + (2n + trained) * unit + layer,
+        -outer - 2n * on + (2n + 2n * trained) * unit + 3n * wide].reduce(most);
+      const parts = layers > 2n ? ofLayers * (layers - 2n) / layers : 0n;
+      first = atRest + parts + root + head + (2n + 2n * trained) * unit + on + 3n * wide;
+    }
     return [
       ["at rest", atRest],
-      ["end of forward: the loss", forward + 2n * upcast + (b < 4n ? scores : 0n)],
-      ["start of backward: the loss", forward - cast + 3n * upcast],
-      ["backward: the head", forward - cast + head
+      ["end of forward: the loss", forward + root + unit + 2n * upcast + (b < 4n ? scores : 0n)],
+      ["start of backward: the loss", forward - cast + root + unit + 3n * upcast],
+      ["backward: the head", forward - cast + root + 2n * unit + head
         + most(scores + wide, usesAutocast(setup) ? head : 0n)],
-      ["backward: the last layer", forward - cast + again + (setup.accumulation ? 0n : head) + layer],
-      ["backward: the first layer", atRest + done + one + layer],
-      ["end of backward: the embedding", atRest + gradients + extra * embedding + 3n * wide],
+      ["backward: the last layer", last],
+      ["backward: the first layer", first],
+      ["end of backward: the embedding", atRest + ending + extra * embedding + 3n * wide],
       ["optimizer step", atRest + gradients + step],
     ];
   }
@@ -433,6 +446,7 @@ function everyByteFormulas(data) {
     const kernel = attentionKernel(s, setup.dtype, setup.attention);
     const inner = tokens * b * (s.num_experts_per_tok || 1n) * s.intermediate_size;
     let taken = (3n + more) * block(inner, true) + tokens * (1n + more) * b * h;
+    if (isShared(inner)) taken += KEPT[0];
     if (kernel === "eager") {
       taken += tokens * b * heads * setup.length;
       const score = gpt2 || b === 4n ? 2n * b : 2n * b + 4n + (setup.dtype === "bf16" ? 2n : 0n);
@@ -484,7 +498,7 @@ function everyByteFormulas(data) {
     const held = Object.fromEntries(KINDS.map((kind) => [kind, 0n]));
     const tensorsOf = { parameters: weights(s, dtype, setup.quantised) };
     const training = setup.task === "training", layers = s.num_hidden_layers;
-    let parts, states_, kept, layer, margin = fragments(s, setup), cast = 0n, copy = 0n;
+    let parts, states_, kept, layer, margin = fragments(s, setup), cast = 0n, copy = 0n, outer, host = 0n;
     held.context = big(context);
     if (training) {
       parts = trainedTensors(s, rank);
@@ -509,6 +523,7 @@ function everyByteFormulas(data) {
       }
       if (setup.attention === "eager") kept += batch * length * length * width(dtype);
       layer = layers ? layerActivations(s, batch, length, computed, asked) : 0n;
+      outer = activations({ ...s, num_hidden_layers: 0n }, batch, length, computed, false, asked);
       held.logits = 2n * logits(s, batch, length, computed);
       if (autocast) {
         held.logits += logits(s, batch, length, "fp32");
@@ -528,6 +543,10 @@ function everyByteFormulas(data) {
     for (const kind of Object.keys(tensorsOf)) {
       let some = tensorsOf[kind], own = kind === "parameters" && setup.load === "to";
       let nbytes = sum(some);
+      if (training && data.offloaded[setup.offload ?? "null"].includes(kind)) {
+        host += data.sharding[setup.sharding].includes(kind) ? ceil(nbytes, setup.gpus) : nbytes;
+        [nbytes, some] = [0n, []];
+      }
       if (setup.gpus > 1n && data.sharding[setup.sharding].includes(kind)) {
         nbytes = ceil(nbytes, setup.gpus);
         [some, own] = [[[nbytes, 1n]], false];
@@ -547,12 +566,13 @@ function everyByteFormulas(data) {
       held.moments = trainingMoments(s, setup, {
         atRest: rest + big(workspace) + rounded.optimizer_states + shared.optimizer_states,
         gradients: rounded.gradients + shared.gradients,
-        kept: kept + held.cast_weights - again, again, one: layers ? layer + copy : 0n, cast,
-        step: stepTemporaries(parts, setup, states_,
-          rank ? 0n : s.hidden_size * s.num_attention_heads * s.head_dim) + shared.gradients,
+        kept: kept + held.cast_weights - again, again, one: layers ? layer + copy : 0n, outer, cast,
+        step: (setup.offload ? 0n : ceil(
+          stepTemporaries(parts, setup, states_, rank ? 0n : s.hidden_size * s.num_attention_heads * s.head_dim),
+          data.sharding[setup.sharding].includes("optimizer_states") ? setup.gpus : 1n)) + shared.gradients,
       });
     } else held.moments = inferenceMoments(s, setup, rest + held.kv_cache, held.kv_cache);
-    held.margin = margin;
+    Object.assign(held, { margin, host });
     [held.peakAt, held.peak] = held.moments.reduce((a, m) => (m[1] > a[1] ? m : a));
     held.least = held.peak + held.context;
     held.needed = held.least + margin;
@@ -593,6 +613,7 @@ function everyByteFormulas(data) {
       if (training && "quantised" in change && !big(change.rank ?? setup.rank)) continue;
       if ("rank" in change && (!training || big(setup.rank))) continue;
       if ("attention" in change && setup.attention !== "eager") continue;
+      if ("offload" in change && (!training || setup.offload)) continue;
       const changed = { ...setup, ...change };
       let saved = 0n;
       try {

@@ -23,6 +23,7 @@ function everyByteFit(data, F) {
     return Object.fromEntries(Object.entries(all).filter(([, change]) => {
       if ("rank" in change && (!training || rank)) return false;
       if ("attention" in change && setup.attention !== "eager") return false;
+      if ("offload" in change && (!training || setup.offload)) return false;
       return !(training && "quantised" in change && !BigInt(change.rank ?? rank));
     }));
   }

@@ -138,6 +138,7 @@ def run(options: argparse.Namespace) -> int:
                 "fits": {"fits": True, "does not fit": False}.get(verdict or ""),
                 "most_sequences": most,
                 "combinations": [{"names": w.names, "needed": w.needed} for w in ways],
+                "host": found.host,
                 "levers": [{"name": lever.name, "saved": lever.saved} for lever in helps],
             }
         )
@@ -149,6 +150,8 @@ def run(options: argparse.Namespace) -> int:
     print(_line(f"peak, {found.peak_at}", found.peak))
     print(_line("least, with CUDA context", found.least))
     print(_line("enough, with fragmentation", found.needed))
+    if found.host:
+        print(_line("on the host, for each GPU", found.host))
     if capacity is not None:
         print(f"\n{name}: {_room(found, capacity)}")
         if kind := kind_of(name or ""):
