@@ -90,6 +90,8 @@ def random_case(seed: int, layers: int | None = None) -> Case:
 
 # The replay
 
+KEPT = ("model_type", "tie_word_embeddings", "num_hidden_layers")  # whatever they are
+
 
 def build(
     sizes: Dimensions,
@@ -101,9 +103,15 @@ def build(
     """The real model of these sizes, on a device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    given = dataclasses.asdict(sizes) | {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    if not sizes.num_local_experts:
-        del given["num_local_experts"], given["num_experts_per_tok"]
+    given = {name: n for name, n in dataclasses.asdict(sizes).items() if n or name in KEPT}
+    given |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    if sliding := given.pop("sliding_layers", 0):
+        every = ["sliding_attention"] * sliding
+        given["layer_types"] = every + ["full_attention"] * (sizes.num_hidden_layers - sliding)
+    if sizes.has("latent"):
+        given["n_routed_experts"] = given.pop("num_local_experts")
+        given |= {"n_group": 1, "topk_group": 1, "head_dim": sizes.qk_rope_head_dim}
+        given |= {"q_lora_rank": sizes.q_lora_rank or None}
     if sizes.model_type == "gpt2":
         del given["intermediate_size"], given["num_key_value_heads"], given["head_dim"]
         given |= dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), probability)

@@ -26,7 +26,7 @@ function everyByteFormulas(data) {
   const ofQkv = (s) => has(s, "biases") || has(s, "query, key and value biases");
   const inputs = (s) => (s.model_type === "gpt2" ? 1n : 3n); // matrices of attention's input
   const isMatrix = (s, part, shape) => shape.length === 2
-    && (part === "attention" || (part === "mlp" && !s.num_local_experts));
+    && (["attention", "latent", "shared"].includes(part) || (part === "mlp" && !s.num_local_experts));
 
   // Dimensions
 
@@ -53,16 +53,19 @@ function everyByteFormulas(data) {
       refuse("num_experts_per_tok", s.num_experts_per_tok,
         `at most num_local_experts ${s.num_local_experts}`);
     }
+    for (const name of ["sliding_layers", "first_k_dense_replace"]) {
+      if (s[name] > s.num_hidden_layers) refuse(name, s[name], `at most num_hidden_layers ${s.num_hidden_layers}`);
+    }
     return s;
   }
 
   // Parameter tensors: [part, shape, how many]
 
   function tensors(s) {
-    const h = s.hidden_size, i = s.intermediate_size, layers = s.num_hidden_layers;
-    const queries = s.num_attention_heads * s.head_dim, keys = s.num_key_value_heads * s.head_dim;
-    const biases = has(s, "biases"), found = [];
-    const add = (part, shape, count) => found.push([part, shape, count]);
+    const h = s.hidden_size, i = s.intermediate_size, layers = s.num_hidden_layers, heads = s.num_attention_heads;
+    const queries = heads * s.head_dim, keys = s.num_key_value_heads * s.head_dim;
+    const biases = has(s, "biases"), gated = has(s, "gated") ? 2n : 1n, found = [];
+    const add = (part, shape, count) => { if (count) found.push([part, shape, count]); };
     const norm = (count) => add("norm", [h], has(s, "layer norm") ? 2n * count : count);
     const linear = (part, n, m, bias, count) => {
       add(part, [n, m], count);
@@ -70,17 +73,41 @@ function everyByteFormulas(data) {
     };
     add("embedding", [s.vocab_size, h], 1n);
     if (has(s, "learned positions")) add("embedding", [s.max_position_embeddings, h], 1n);
-    norm(2n * layers);
-    if (s.model_type === "gpt2") linear("attention", h, 3n * h, biases, layers);
-    else {
-      for (const width of [queries, keys, keys]) linear("attention", h, width, ofQkv(s), layers);
+    norm(layers * (has(s, "four norms") ? 4n : has(s, "one norm") ? 1n : 2n));
+    if (has(s, "latent")) {
+      const wide = heads * (s.qk_nope_head_dim + s.qk_rope_head_dim), kv = s.kv_lora_rank, q = s.q_lora_rank;
+      if (q) {
+        add("latent", [h, q], layers);
+        add("norm", [q], layers);
+      }
+      add("attention", [q || h, wide], layers);
+      add("latent", [h, kv + s.qk_rope_head_dim], layers);
+      add("norm", [kv], layers);
+      add("attention", [kv, heads * (s.qk_nope_head_dim + s.v_head_dim)], layers);
+      add("attention", [heads * s.v_head_dim, h], layers);
+    } else {
+      if (s.model_type === "gpt2") linear("attention", h, 3n * h, biases, layers);
+      else if (has(s, "joined")) linear("attention", h, queries + 2n * keys, false, layers);
+      else for (const width of [queries, keys, keys]) linear("attention", h, width, ofQkv(s), layers);
+      if (has(s, "query and key norms")) add("norm", [s.head_dim], 2n * layers);
+      if (has(s, "wide query and key norms")) for (const width of [queries, keys]) add("norm", [width], layers);
+      linear("attention", queries, h, biases, layers);
+      if (has(s, "sinks")) add("attention", [heads], layers);
     }
-    if (has(s, "query and key norms")) add("norm", [s.head_dim], 2n * layers);
-    linear("attention", queries, h, biases, layers);
-    if (s.num_local_experts) linear("router", h, s.num_local_experts, false, layers);
-    const mlps = layers * (s.num_local_experts || 1n);
-    linear("mlp", h, i, biases, has(s, "gated") ? 2n * mlps : mlps);
-    linear("mlp", i, h, biases, mlps);
+    const experts = s.num_local_experts, few = s.first_k_dense_replace;
+    const dense = experts && few < layers ? few : layers;
+    const part = experts ? "shared" : "mlp", joined = has(s, "joined") && gated > 1n;
+    if (joined) linear(part, h, 2n * i, false, dense);
+    else linear(part, h, i, biases, gated * dense);
+    linear(part, i, h, biases, dense);
+    if (experts) {
+      const inner = s.moe_intermediate_size || i, wide = inner * s.n_shared_experts, rest = layers - dense;
+      linear("router", h, experts, has(s, "sinks"), rest);
+      for (const [name, width, count] of [["mlp", inner, rest * experts], ["shared", wide, wide ? rest : 0n]]) {
+        linear(name, h, width, biases, gated * count);
+        linear(name, width, h, biases, count);
+      }
+    }
     norm(1n);
     if (!s.tie_word_embeddings) add("head", [h, s.vocab_size], 1n);
     return found;
@@ -290,10 +317,25 @@ function everyByteFormulas(data) {
 
   const logits = (s, batch, length, dtype) => batch * length * s.vocab_size * width(dtype);
 
+  // What a number in a cache takes, its share of scales included: a fraction.
+  function cacheBytes(dtype) {
+    const [n, d] = bytes(dtype), [scale, of] = (data.scales[dtype] ?? [0, 1]).map(big);
+    return [n * of + scale * d, d * of];
+  }
+
   function kvCache(s, batch, length, dtype) {
-    const [n, d] = bytes(dtype);
-    const position = 2n * s.num_hidden_layers * s.num_key_value_heads * s.head_dim;
-    return ceil(batch * length * position * n, d);
+    const [n, d] = cacheBytes(dtype), layers = s.num_hidden_layers, window = s.sliding_window;
+    const sliding = window ? s.sliding_layers : 0n;
+    const seen = window && window - 1n < length ? window - 1n : length;
+    const numbers = has(s, "latent") ? layers * length * (s.kv_lora_rank + s.qk_rope_head_dim)
+      : 2n * ((layers - sliding) * length + sliding * seen) * s.num_key_value_heads * s.head_dim;
+    return ceil(batch * numbers * n, d);
+  }
+
+  // Numbers of a token between an MLP's matrices, of all experts that it uses.
+  function innerNumbers(s) {
+    const chosen = ((s.num_experts_per_tok || 1n) + s.n_shared_experts) * (s.moe_intermediate_size || s.intermediate_size);
+    return s.first_k_dense_replace && s.intermediate_size > chosen ? s.intermediate_size : chosen;
   }
 
   // The allocator's blocks, and ZeRO
@@ -352,6 +394,10 @@ function everyByteFormulas(data) {
         `at most the ${s.max_position_embeddings} positions that the model has learned`);
     }
     if (setup.task !== "training") return;
+    if (has(s, "inference only")) {
+      const trained = Object.keys(data.traits).filter((name) => !data.traits[name].includes("inference only"));
+      refuse("model_type", s.model_type, `for training one whose activations the formulas describe: ${trained.join(", ")}`);
+    }
     if (setup.rank > s.hidden_size) {
       refuse("rank", setup.rank, `at most hidden_size ${s.hidden_size}`);
     }
@@ -363,6 +409,9 @@ function everyByteFormulas(data) {
   }
 
   const most = (a, b) => (a > b ? a : b);
+  const shown = (...numbers) => numbers.map((n) => (typeof n === "bigint" ? n.toLocaleString("en-US") : n)).join(" × ");
+  // A moment: its name, its bytes, and what they are the sum of, in words.
+  const moment = (name, ...terms) => [name, terms.reduce((all, [, n]) => all + n, 0n), terms];
 
   function layerTemporaries(s, setup, b) {
     const experts = s.num_experts_per_tok || 1n, gated = has(s, "gated");
@@ -415,27 +464,45 @@ function everyByteFormulas(data) {
     const head = setup.rank ? 0n : v * h * b, wide = tokens * h * b, layer = layerTemporaries(s, setup, b);
     const whole = parameters(s), ofLayers = gradients * (whole - outsideOfLayers(s)) / whole;
     const done = gradients - ofLayers / most(1n, layers) - (s.tie_word_embeddings ? 0n : embedding);
-    let last = forward - cast + again + (setup.accumulation ? 0n : head) + layer;
-    let first = atRest + done + one + layer, ending = gradients;
+    const scored = `${shown(tokens)} tokens × ${shown(v)} words`;
+    const resting = ["at rest", atRest], out = ["autocast's copies, gone by now", -cast], w = most(4n, b);
+    const base = [resting, ["activations and copies kept for backward", kept],
+      ["gradients of the batches before", setup.accumulation ? gradients : 0n]];
+    const heads = [`the head's gradient, ${shown(v, h, b)} B`, head], temporaries = ["the layer's own temporaries", layer];
+    const once = ["one layer and what is outside of all, gathered", root + unit];
+    const inFP32 = (n, what) => [`${n} × ${scored} × ${w} B: ${what}`, n * upcast];
+    let last = [...base, out, ["activations that a checkpoint makes again", again],
+      setup.accumulation ? ["", 0n] : heads, temporaries];
+    let first = [resting, ["gradients but for this layer's and the embedding's", done], ["one layer's activations", one], temporaries];
+    let ending = ["gradients", gradients];
     if (root) { // gradients of layers are parts, the root's are whole until backward ends
       const trained = setup.rank ? 0n : 1n, on = setup.checkpointing ? 0n : one;
-      ending = ofLayers + root + (root + unit) * trained;
-      last = forward - cast + root + head + [again - outer + 2n * unit + layer,
-        again - outer - on + (2n + trained) * unit + layer,
-        -outer - 2n * on + (2n + 2n * trained) * unit + 3n * wide].reduce(most);
       const parts = layers > 2n ? ofLayers * (layers - 2n) / layers : 0n;
-      first = atRest + parts + root + head + (2n + 2n * trained) * unit + on + 3n * wide;
+      const outside = ["what is outside of the layers, gathered", root];
+      ending = ["parts of gradients; what is outside of the layers, and its gradients; a layer's, not yet sent",
+        ofLayers + root + (root + unit) * trained];
+      last = [...base, out, outside, heads, ["layers gathered, their whole gradients and temporaries", [
+        again - outer + 2n * unit + layer,
+        again - outer - on + (2n + trained) * unit + layer,
+        -outer - 2n * on + (2n + 2n * trained) * unit + 3n * wide].reduce(most)]];
+      first = [resting, ["parts of gradients", parts], outside, heads,
+        ["two layers gathered, and two layers' whole gradients", (2n + 2n * trained) * unit],
+        ["one layer's activations, and three states between layers", on + 3n * wide]];
     }
     return [
-      ["at rest", atRest],
-      ["end of forward: the loss", forward + root + unit + 2n * upcast + (b < 4n ? scores : 0n)],
-      ["start of backward: the loss", forward - cast + root + unit + 3n * upcast],
-      ["backward: the head", forward - cast + root + 2n * unit + head
-        + most(scores + wide, usesAutocast(setup) ? head : 0n)],
-      ["backward: the last layer", last],
-      ["backward: the first layer", first],
-      ["end of backward: the embedding", atRest + ending + extra * embedding + 3n * wide],
-      ["optimizer step", atRest + gradients + step],
+      moment("at rest", ["parameters, optimizer states, workspaces, all as blocks", atRest]),
+      moment("end of forward: the loss", ...base, once, inFP32(2n, "logits and log-probabilities"),
+        [`${scored} × ${b} B: logits as the model makes them`, b < 4n ? scores : 0n]),
+      moment("start of backward: the loss", ...base, out, once, inFP32(3n, "log-probabilities and two gradients")),
+      moment("backward: the head", ...base, out, ["gathered", root + 2n * unit], heads,
+        [`gradients of logits, ${scored} × ${b} B, and of what the head reads`,
+          most(scores + wide, usesAutocast(setup) ? head : 0n)]),
+      moment("backward: the last layer", ...last),
+      moment("backward: the first layer", ...first),
+      moment("end of backward: the embedding", resting, ending,
+        [`${extra} × ${shown(v, h, width(setup.gradients ?? setup.dtype))} B: the embedding's gradients before they are added`, extra * embedding],
+        [`${shown(3n, tokens, h, b)} B: gradients between layers`, 3n * wide]),
+      moment("optimizer step", resting, ["gradients", gradients], ["the step's own temporaries", step]),
     ];
   }
 
@@ -444,7 +511,7 @@ function everyByteFormulas(data) {
     const tokens = setup.batch * setup.length, queries = heads * s.head_dim, layers = s.num_hidden_layers;
     const callers = gpt2 ? 3n : 1n + (layers < 2n ? layers : 2n), more = gpt2 ? 1n : 0n;
     const kernel = attentionKernel(s, setup.dtype, setup.attention);
-    const inner = tokens * b * (s.num_experts_per_tok || 1n) * s.intermediate_size;
+    const inner = tokens * b * innerNumbers(s);
     let taken = (3n + more) * block(inner, true) + tokens * (1n + more) * b * h;
     if (isShared(inner)) taken += KEPT[0];
     if (kernel === "eager") {
@@ -465,11 +532,14 @@ function everyByteFormulas(data) {
     const scores = block((setup.all_logits ? tokens : rows) * s.vocab_size * b, true);
     const mask = setup.attention === "eager" ? tokens * setup.length * b : 0n;
     const positions = has(s, "learned positions") ? setup.length * h * b : 0n;
+    const resting = ["at rest", atRest], masked = [`the mask, ${shown(tokens, setup.length, b)} B`, mask];
     return [
-      ["at rest", atRest],
-      ["prefill: a layer", atRest + mask + prefillTemporaries(s, setup, b) + positions],
-      ["prefill: the logits", atRest + mask + scores + tokens * b * h],
-      ["decoding", atRest + cache / most(1n, s.num_hidden_layers) + mask + rows * s.vocab_size * b],
+      moment("at rest", ["parameters, KV cache, workspaces, all as blocks", atRest]),
+      moment("prefill: a layer", resting, masked, ["a layer's temporaries", prefillTemporaries(s, setup, b)],
+        ["positions", positions]),
+      moment("prefill: the logits", resting, masked, ["logits", scores], [`hidden states, ${shown(tokens, h, b)} B`, tokens * b * h]),
+      moment("decoding", resting, ["a layer's cache, made anew", cache / most(1n, s.num_hidden_layers)], masked,
+        [`logits, ${shown(rows, s.vocab_size, b)} B`, rows * s.vocab_size * b]),
     ];
   }
 
@@ -480,7 +550,7 @@ function everyByteFormulas(data) {
     const tokens = setup.batch * setup.length, h = s.hidden_size;
     const scored = (training || setup.all_logits ? tokens : setup.batch) * s.vocab_size;
     const large = [scored * (training ? most(4n, b) : b),
-      tokens * (s.num_experts_per_tok || 1n) * s.intermediate_size * b];
+      tokens * innerNumbers(s) * b];
     if (training && !setup.rank) large.push(s.vocab_size * h * width(setup.gradients ?? setup.dtype));
     const computed = { 2: "bf16", 4: "fp32", 8: "fp64" }[b];
     if (has(s, "query and key norms")) large.push(tokens * heads * s.head_dim * most(4n, b));
@@ -627,6 +697,6 @@ function everyByteFormulas(data) {
   }
 
   return { dimensions, parameters, loraParameters, width, bytes, layerActivations, usesAutocast,
-    has, tensors, isStored, quantised,
+    has, tensors, isStored, quantised, cacheBytes, innerNumbers,
     memory, verdict, total, gpusNeeded, levers };
 }

@@ -12,18 +12,21 @@ from every_byte.allocator.config import (
 )
 from every_byte.data import CONTEXT
 from every_byte.estimate.architecture import (
+    TRAITS,
     Dimensions,
     check_dimensions,
     is_matrix,
     parameters,
     shape_counts,
     tensor_counts,
+    with_layers,
 )
 from every_byte.estimate.checks import check_batch, check_choice, check_flag, check_whole, refuse
 from every_byte.estimate.forward import (
     ATTENTION,
     activations,
     attention_kernel,
+    inner_numbers,
     kv_cache,
     layer_activations,
     logits,
@@ -352,7 +355,7 @@ def training_moments(
     width = tokens * sizes.hidden_size * b
     layer = layer_temporaries(sizes, setup, b)
     # Of the first layer and of the embedding there are none yet, but of a tied head.
-    outside = sum(parameters(replace(sizes, num_hidden_layers=0)).values())
+    outside = sum(parameters(with_layers(sizes, 0)).values())
     whole = sum(parameters(sizes).values())
     of_layers = gradients * (whole - outside) // whole
     done = gradients - of_layers // max(1, sizes.num_hidden_layers)
@@ -404,10 +407,10 @@ def gathered(sizes: Dimensions, setup: Setup) -> tuple[int, int]:
     sharded = setup.gpus > 1 and "parameters" in SHARDING[setup.sharding]
     if not (sharded or setup.offload == "all"):
         return 0, 0
-    none = replace(sizes, num_hidden_layers=0)
+    none = with_layers(sizes, 0)
     width = computed_width(setup.dtype)
     outside = sum(parameters(none).values())
-    layer = sum(parameters(replace(sizes, num_hidden_layers=1)).values()) - outside
+    layer = sum(parameters(with_layers(sizes, 1)).values()) - outside
     return width * outside, width * layer * (sizes.num_hidden_layers > 0)
 
 
@@ -486,8 +489,7 @@ def prefill_temporaries(sizes: Dimensions, setup: Setup, b: int) -> int:
     kernel = attention_kernel(sizes, setup.dtype, setup.attention)
     repeated = sizes.num_key_value_heads < heads
     # Gate, up and their product. GPT-2's: the input, and three of its GELU's.
-    experts = max(1, sizes.num_experts_per_tok)
-    inner = tokens * b * experts * sizes.intermediate_size
+    inner = tokens * b * inner_numbers(sizes)
     most = (3 + gpt2) * block(inner, own_segment=True)
     if kSmallSize < inner < kMinLargeAlloc:
         most += kSmallSize  # what one of them may keep of its segment, see `shared_segments`
@@ -519,6 +521,13 @@ def check_together(sizes: Dimensions, setup: Setup) -> None:
         most = f"at most the {sizes.max_position_embeddings} positions that the model has learned"
         raise refuse("length", setup.length, most)
     if setup.task == "training":
+        if sizes.has("inference only"):
+            trained = ", ".join(name for name in TRAITS if "inference only" not in TRAITS[name])
+            raise refuse(
+                "model_type",
+                sizes.model_type,
+                f"for training one whose activations the formulas describe: {trained}",
+            )
         narrow = sizes.hidden_size
         if setup.rank > narrow:
             raise refuse("rank", setup.rank, f"at most hidden_size {narrow}")
@@ -549,7 +558,7 @@ def fragments(sizes: Dimensions, setup: Setup) -> int:
     scored = (tokens if training or setup.all_logits else setup.batch) * sizes.vocab_size
     large = [
         scored * (max(4, b) if training else b),
-        tokens * max(1, sizes.num_experts_per_tok) * sizes.intermediate_size * b,
+        tokens * inner_numbers(sizes) * b,
     ]
     if training and not setup.rank:
         large.append(sizes.vocab_size * h * computed_width(setup.gradients or setup.dtype))
@@ -675,7 +684,7 @@ def assemble(
         )
         again = min(groups, sizes.num_hidden_layers) * layer
         outer = activations(
-            replace(sizes, num_hidden_layers=0),
+            with_layers(sizes, 0),
             *work,
             dtype=computed,
             attention=setup.attention,
@@ -687,7 +696,7 @@ def assemble(
         if autocast:
             held["logits"] += logits(sizes, *work, "fp32")
             held["cast_weights"] = total_bytes(_cast_weights(sizes, setup, computed))
-            none, layers = replace(sizes, num_hidden_layers=0), sizes.num_hidden_layers
+            none, layers = with_layers(sizes, 0), sizes.num_hidden_layers
             copies = held["cast_weights"] - total_bytes(_cast_weights(none, setup, computed))
             copy = copies // max(1, layers)
             cast = copies - copy * groups if groups and layers > groups else 0
