@@ -90,6 +90,8 @@ def random_case(seed: int, layers: int | None = None) -> Case:
 
 # The replay
 
+KEPT = ("model_type", "tie_word_embeddings", "num_hidden_layers")  # whatever they are
+
 
 def build(
     sizes: Dimensions,
@@ -101,9 +103,15 @@ def build(
     """The real model of these sizes, on a device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    given = dataclasses.asdict(sizes) | {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    if not sizes.num_local_experts:
-        del given["num_local_experts"], given["num_experts_per_tok"]
+    given = {name: n for name, n in dataclasses.asdict(sizes).items() if n or name in KEPT}
+    given |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    if sliding := given.pop("sliding_layers", 0):
+        every = ["sliding_attention"] * sliding
+        given["layer_types"] = every + ["full_attention"] * (sizes.num_hidden_layers - sliding)
+    if sizes.has("latent"):
+        given["n_routed_experts"] = given.pop("num_local_experts")
+        given |= {"n_group": 1, "topk_group": 1, "head_dim": sizes.qk_rope_head_dim}
+        given |= {"q_lora_rank": sizes.q_lora_rank or None}
     if sizes.model_type == "gpt2":
         del given["intermediate_size"], given["num_key_value_heads"], given["head_dim"]
         given |= dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), probability)
@@ -264,6 +272,34 @@ def _trained(gpu: VirtualGPU, model: Any, inputs: dict[str, Any], setup: Setup) 
         steps.step()
         steps.zero_grad()
     return gpu.max_memory_allocated()
+
+
+def replayed_sharded(sizes: Dimensions, setup: Setup, card: str = "H200") -> int:
+    """The peak of one of the GPUs of `setup` with FSDP, each layer a unit, in bytes."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    from every_byte.ranks import one_of
+
+    with (
+        VirtualGPU(card, capacity=1 << 50, context=0, torch=TORCH, values="assume") as gpu,
+        one_of(setup.gpus) as mesh,
+    ):
+        how: dict[str, Any] = {"mesh": mesh}
+        if setup.offload == "all":
+            how["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+        with untracked():
+            model = build(sizes, DTYPES[setup.dtype], "meta", CAUSAL_SDPA)
+            for layer in model.model.layers:
+                fully_shard(layer, **how)
+            fully_shard(model, **how)
+        model.to_empty(device="cpu" if setup.offload == "all" else gpu.device)
+        model.train()
+        ids = torch.zeros(setup.batch, setup.length, dtype=torch.int64).to(gpu.device)
+        positions = torch.arange(setup.length)[None].to(gpu.device)
+        found = _trained(gpu, model, {"input_ids": ids, "position_ids": positions}, setup)
+        del model, ids, positions
+    gc.collect()
+    return found
 
 
 # All of them

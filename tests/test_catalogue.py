@@ -41,12 +41,26 @@ SMALL: dict[str, Any] = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 40,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 28,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "sliding_window": 8,
 }
 
 
 def small(kind: str, **changes: Any) -> dict[str, Any]:
     known = set(AutoConfig.for_model(kind).to_dict())
     given = {k: v for k, v in {**SMALL, **changes}.items() if k in known}
+    if kind.startswith("deepseek"):
+        given["num_key_value_heads"] = 4
+        del given["head_dim"]
     if kind == "gpt2":
         given = {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32}
     tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))

@@ -700,6 +700,40 @@ def test_a_replayed_peak_is_as_estimated(seed: int) -> None:
     assert memory.peak >= (1 - estimates.BELOW) * peak, (case, memory.moments, peak)
 
 
+SHARDED = Dimensions("llama", 65_536, 1024, 3, 8, True, 2048, 4096, 8)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("change", "given"),
+    [
+        ({}, {}),
+        ({"tie_word_embeddings": False, "vocab_size": 8192, "num_hidden_layers": 6}, {}),
+        ({}, {"offload": "all"}),
+    ],
+)
+def test_a_peak_with_fsdp_is_as_estimated(change: dict[str, int], given: dict[str, str]) -> None:
+    """What is gathered, whole gradients, and those that wait to be sent."""
+    sizes = dataclasses.replace(SHARDED, **change)  # type: ignore[arg-type]
+    setup = Setup(dtype="bf16", optimizer="adamw", implementation="fused", attention="sdpa")
+    setup = dataclasses.replace(setup, length=64, gpus=8, sharding="FSDP", **given)  # type: ignore[arg-type]
+    peak = estimates.replayed_sharded(sizes, setup)
+    memory = estimate.memory(sizes, setup, workspace=WORKSPACE_OF_H200)
+    assert -estimates.BELOW <= memory.peak / peak - 1 <= estimates.ABOVE, (memory.moments, peak)
+
+
+def test_what_is_offloaded_lies_on_the_host() -> None:
+    sizes, setup = estimate.dimensions("Llama-3.1-8B"), Setup(dtype="bf16", optimizer="adamw")
+    whole = estimate.memory(sizes, setup)
+    some = estimate.memory(sizes, dataclasses.replace(setup, offload="optimizer"))
+    assert some.host == whole.optimizer_states
+    assert (some.optimizer_states, some.gradients) == (0, whole.gradients)
+    two = dataclasses.replace(setup, offload="all", gpus=2, sharding="FSDP")
+    both = estimate.memory(sizes, two)
+    assert both.parameters == both.gradients == both.optimizer_states == 0
+    assert both.host == (whole.parameters + whole.gradients + whole.optimizer_states) // 2
+
+
 def test_measured_peaks_come_at_different_moments() -> None:
     found = {measured(name)[0].peak_at for name in MEASURED["workloads"]}
     assert {"start of backward: the loss", "optimizer step"} < found
@@ -741,10 +775,8 @@ def test_the_short_forms_agree_with_the_front_door(
 @pytest.mark.parametrize("name", known_models())
 def test_a_configuration_is_as_good_as_a_name(name: str) -> None:
     sizes = estimate.dimensions(name)
-    given = dataclasses.asdict(sizes)
+    given = {n: x for n, x in dataclasses.asdict(sizes).items() if x or n in estimates.KEPT}
     kind = given.pop("model_type")
-    if not sizes.num_local_experts:
-        del given["num_local_experts"], given["num_experts_per_tok"]
     if kind == "gpt2":
         del given["num_key_value_heads"], given["head_dim"]
         given["n_inner"] = given.pop("intermediate_size")

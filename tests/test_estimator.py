@@ -25,6 +25,7 @@ from tools.repository import ROOT
 SCRIPTS = [ROOT / "book" / "_static" / name for name in ("estimate.js", "fit.js", "estimator.js")]
 SIZES = [field.name for field in dataclasses.fields(Dimensions)]
 OPTIONS = [field.name for field in dataclasses.fields(Setup)]
+TRAINED = [name for name, traits in estimate.TRAITS.items() if "inference only" not in traits]
 NUMBERS = ["batch", "length", "rank", "gpus"]
 EXPECTED = re.compile(r"^[^:]+: .* does not work here\. Expected .+\.$")
 NONSENSE = re.compile("NaN|undefined|Infinity|null|object")
@@ -158,7 +159,7 @@ def random_sizes(rng: random.Random) -> dict[str, Any]:
     heads, keys = rng.randint(1, 16), rng.randint(1, 8)
     experts = rng.choice((0, 0, 0, rng.randint(1, 8)))
     sizes = {
-        "model_type": rng.choice(list(estimate.TRAITS)),
+        "model_type": rng.choice([*estimate.TRAITS, *TRAINED, *TRAINED]),
         "vocab_size": rng.randint(1, 300_000),
         "hidden_size": rng.randint(1, 300) * heads * keys,
         "num_hidden_layers": rng.choice((0, rng.randint(1, 60))),
@@ -170,6 +171,17 @@ def random_sizes(rng: random.Random) -> dict[str, Any]:
         "head_dim": rng.choice((0, rng.randint(1, 300))),
         "num_local_experts": experts,
         "num_experts_per_tok": rng.randint(0, experts),
+    }
+    layers = sizes["num_hidden_layers"]
+    sizes |= {
+        "sliding_window": rng.choice((0, rng.randint(1, 5000))),
+        "sliding_layers": rng.randint(0, layers),
+        "kv_lora_rank": rng.randint(1, 600),
+        "q_lora_rank": rng.choice((0, rng.randint(1, 1600))),
+        **{name: rng.randint(1, 200) for name in SIZES if name.startswith(("qk_", "v_head"))},
+        "moe_intermediate_size": rng.choice((0, rng.randint(1, 3000))),
+        "n_shared_experts": rng.choice((0, rng.randint(1, 3))),
+        "first_k_dense_replace": rng.randint(0, min(3, layers)),
     }
     if rng.random() < 0.05:
         sizes["vocab_size"] = rng.randint(10**9, 10**15)
@@ -354,6 +366,16 @@ CONTROLS = [  # each with a value that is not where it starts, and what else is 
     ("max_position_embeddings", "77", "model=gpt2&length=64"),
     ("num_local_experts", "8", ""),
     ("num_experts_per_tok", "1", "model=Mixtral-8x7B-v0.1"),
+    ("sliding_window", "100", "model=gemma-2-9b&task=inference"),
+    ("sliding_layers", "3", "model=gemma-2-9b&task=inference&length=8000"),
+    ("kv_lora_rank", "64", "model=DeepSeek-V2-Lite&task=inference"),
+    ("q_lora_rank", "64", "model=DeepSeek-V2-Lite&task=inference"),
+    ("qk_nope_head_dim", "64", "model=DeepSeek-V2-Lite&task=inference"),
+    ("qk_rope_head_dim", "32", "model=DeepSeek-V2-Lite&task=inference"),
+    ("v_head_dim", "64", "model=DeepSeek-V2-Lite&task=inference"),
+    ("moe_intermediate_size", "64", "model=DeepSeek-V2-Lite&task=inference"),
+    ("n_shared_experts", "1", "model=DeepSeek-V2-Lite&task=inference"),
+    ("first_k_dense_replace", "2", "model=DeepSeek-V2-Lite&task=inference"),
     ("tie_word_embeddings", True, ""),
     ("task", "inference", ""),
     ("batch", "3", ""),
@@ -382,6 +404,9 @@ CONTROLS = [  # each with a value that is not where it starts, and what else is 
     ("utilization", "80", "task=inference"),
     ("gpus", "5", "sharding=ZeRO+3"),
     ("sharding", "ZeRO 2", "gpus=4"),
+    ("sharding", "FSDP", "gpus=4"),
+    ("offload", "optimizer", ""),
+    ("offload", "all", ""),
     ("load", "device_map", "model=gpt2-large&dtype=fp32&length=1024"),
 ]
 
@@ -729,6 +754,25 @@ def test_every_kind_has_its_formula(tab: Page) -> None:
             assert formula.startswith(names.nth(i).inner_text() + ": ")
             assert len(formula) > 30
             assert not NONSENSE.search(formula)
+
+
+def test_every_moment_is_told_as_a_sum(tab: Page) -> None:
+    for text in ("", "task=inference", "gpus=8&sharding=FSDP&offload=optimizer&checkpointing=1"):
+        open_state(tab, text)
+        names = tab.locator("#e-moments button")
+        for i in range(names.count()):
+            names.nth(i).hover()
+            told = tab.inner_text("#e-moment")
+            assert told.startswith(names.nth(i).inner_text().removesuffix(" (the peak)") + ": ")
+            assert not NONSENSE.search(told)
+            terms = re.findall(r"(− )?([\d,]+\.\d\d) (GB|MB) \(", told)
+            scale = {"GB": 1e9, "MB": 1e6}
+            parts = [
+                (-1 if minus else 1) * float(n.replace(",", "")) * scale[unit]
+                for minus, n, unit in terms
+            ]
+            whole = int(re.findall(r"That is ([\d,]+) B", told)[0].replace(",", ""))
+            assert abs(sum(parts) - whole) <= 0.006e9 * len(parts)
 
 
 def test_the_bar_is_to_scale_and_told_in_words(tab: Page) -> None:

@@ -19,7 +19,8 @@ from every_byte import estimate, kinds
 from every_byte.allocator import config as allocator
 from every_byte.data import KEPT_BY_DRIVER, Card, catalogue, unknown_card
 from every_byte.data.others import RULES, all_cards, kind_of
-from every_byte.estimate import architecture, config, fit, optimizers, serving
+from every_byte.estimate import architecture, config, fit, forward, optimizers, serving
+from every_byte.estimate import setup as setups
 from every_byte.estimate.presets import PRESETS
 from every_byte.estimate.weights import STORED
 
@@ -53,11 +54,13 @@ def data() -> dict[str, Any]:
             }
             for name, known in estimate.OPTIMIZERS.items()
         },
+        "scales": {name: [n.numerator, n.denominator] for name, n in forward.SCALES.items()},
         "paged": optimizers.PAGED,
         "apollo_rank": optimizers.APOLLO_RANK,
         "stored": {name: asdict(known) for name, known in STORED.items()},
         "sizes": [field.name for field in fields(estimate.Dimensions) if field.type is int],
         "sharding": estimate.SHARDING,
+        "offloaded": {name or "null": held for name, held in setups.OFFLOADED.items()},
         "choices": estimate.CHOICES,
         "context": estimate.CONTEXT,
         "workspace": estimate.WORKSPACE,
@@ -86,6 +89,11 @@ def data() -> dict[str, Any]:
             "without": config.WITHOUT,
             "activations": config.ACTIVATIONS,
             "gated": config.GATED,
+            "latent": config.LATENT,
+            "sliding": config.SLIDING,
+            "biased": config.BIASED,
+            "names": config.ACTIVATION_NAMES,
+            "layers": config.KINDS_OF_LAYERS,
             "tied": config.TIED,
             "aliases": architecture.ALIASES,
             "needed": [

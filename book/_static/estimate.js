@@ -26,7 +26,7 @@ function everyByteFormulas(data) {
   const ofQkv = (s) => has(s, "biases") || has(s, "query, key and value biases");
   const inputs = (s) => (s.model_type === "gpt2" ? 1n : 3n); // matrices of attention's input
   const isMatrix = (s, part, shape) => shape.length === 2
-    && (part === "attention" || (part === "mlp" && !s.num_local_experts));
+    && (["attention", "latent", "shared"].includes(part) || (part === "mlp" && !s.num_local_experts));
 
   // Dimensions
 
@@ -53,16 +53,19 @@ function everyByteFormulas(data) {
       refuse("num_experts_per_tok", s.num_experts_per_tok,
         `at most num_local_experts ${s.num_local_experts}`);
     }
+    for (const name of ["sliding_layers", "first_k_dense_replace"]) {
+      if (s[name] > s.num_hidden_layers) refuse(name, s[name], `at most num_hidden_layers ${s.num_hidden_layers}`);
+    }
     return s;
   }
 
   // Parameter tensors: [part, shape, how many]
 
   function tensors(s) {
-    const h = s.hidden_size, i = s.intermediate_size, layers = s.num_hidden_layers;
-    const queries = s.num_attention_heads * s.head_dim, keys = s.num_key_value_heads * s.head_dim;
-    const biases = has(s, "biases"), found = [];
-    const add = (part, shape, count) => found.push([part, shape, count]);
+    const h = s.hidden_size, i = s.intermediate_size, layers = s.num_hidden_layers, heads = s.num_attention_heads;
+    const queries = heads * s.head_dim, keys = s.num_key_value_heads * s.head_dim;
+    const biases = has(s, "biases"), gated = has(s, "gated") ? 2n : 1n, found = [];
+    const add = (part, shape, count) => { if (count) found.push([part, shape, count]); };
     const norm = (count) => add("norm", [h], has(s, "layer norm") ? 2n * count : count);
     const linear = (part, n, m, bias, count) => {
       add(part, [n, m], count);
@@ -70,17 +73,41 @@ function everyByteFormulas(data) {
     };
     add("embedding", [s.vocab_size, h], 1n);
     if (has(s, "learned positions")) add("embedding", [s.max_position_embeddings, h], 1n);
-    norm(2n * layers);
-    if (s.model_type === "gpt2") linear("attention", h, 3n * h, biases, layers);
-    else {
-      for (const width of [queries, keys, keys]) linear("attention", h, width, ofQkv(s), layers);
+    norm(layers * (has(s, "four norms") ? 4n : has(s, "one norm") ? 1n : 2n));
+    if (has(s, "latent")) {
+      const wide = heads * (s.qk_nope_head_dim + s.qk_rope_head_dim), kv = s.kv_lora_rank, q = s.q_lora_rank;
+      if (q) {
+        add("latent", [h, q], layers);
+        add("norm", [q], layers);
+      }
+      add("attention", [q || h, wide], layers);
+      add("latent", [h, kv + s.qk_rope_head_dim], layers);
+      add("norm", [kv], layers);
+      add("attention", [kv, heads * (s.qk_nope_head_dim + s.v_head_dim)], layers);
+      add("attention", [heads * s.v_head_dim, h], layers);
+    } else {
+      if (s.model_type === "gpt2") linear("attention", h, 3n * h, biases, layers);
+      else if (has(s, "joined")) linear("attention", h, queries + 2n * keys, false, layers);
+      else for (const width of [queries, keys, keys]) linear("attention", h, width, ofQkv(s), layers);
+      if (has(s, "query and key norms")) add("norm", [s.head_dim], 2n * layers);
+      if (has(s, "wide query and key norms")) for (const width of [queries, keys]) add("norm", [width], layers);
+      linear("attention", queries, h, biases, layers);
+      if (has(s, "sinks")) add("attention", [heads], layers);
     }
-    if (has(s, "query and key norms")) add("norm", [s.head_dim], 2n * layers);
-    linear("attention", queries, h, biases, layers);
-    if (s.num_local_experts) linear("router", h, s.num_local_experts, false, layers);
-    const mlps = layers * (s.num_local_experts || 1n);
-    linear("mlp", h, i, biases, has(s, "gated") ? 2n * mlps : mlps);
-    linear("mlp", i, h, biases, mlps);
+    const experts = s.num_local_experts, few = s.first_k_dense_replace;
+    const dense = experts && few < layers ? few : layers;
+    const part = experts ? "shared" : "mlp", joined = has(s, "joined") && gated > 1n;
+    if (joined) linear(part, h, 2n * i, false, dense);
+    else linear(part, h, i, biases, gated * dense);
+    linear(part, i, h, biases, dense);
+    if (experts) {
+      const inner = s.moe_intermediate_size || i, wide = inner * s.n_shared_experts, rest = layers - dense;
+      linear("router", h, experts, has(s, "sinks"), rest);
+      for (const [name, width, count] of [["mlp", inner, rest * experts], ["shared", wide, wide ? rest : 0n]]) {
+        linear(name, h, width, biases, gated * count);
+        linear(name, width, h, biases, count);
+      }
+    }
     norm(1n);
     if (!s.tie_word_embeddings) add("head", [h, s.vocab_size], 1n);
     return found;
@@ -290,10 +317,25 @@ function everyByteFormulas(data) {
 
   const logits = (s, batch, length, dtype) => batch * length * s.vocab_size * width(dtype);
 
+  // What a number in a cache takes, its share of scales included: a fraction.
+  function cacheBytes(dtype) {
+    const [n, d] = bytes(dtype), [scale, of] = (data.scales[dtype] ?? [0, 1]).map(big);
+    return [n * of + scale * d, d * of];
+  }
+
   function kvCache(s, batch, length, dtype) {
-    const [n, d] = bytes(dtype);
-    const position = 2n * s.num_hidden_layers * s.num_key_value_heads * s.head_dim;
-    return ceil(batch * length * position * n, d);
+    const [n, d] = cacheBytes(dtype), layers = s.num_hidden_layers, window = s.sliding_window;
+    const sliding = window ? s.sliding_layers : 0n;
+    const seen = window && window - 1n < length ? window - 1n : length;
+    const numbers = has(s, "latent") ? layers * length * (s.kv_lora_rank + s.qk_rope_head_dim)
+      : 2n * ((layers - sliding) * length + sliding * seen) * s.num_key_value_heads * s.head_dim;
+    return ceil(batch * numbers * n, d);
+  }
+
+  // Numbers of a token between an MLP's matrices, of all experts that it uses.
+  function innerNumbers(s) {
+    const chosen = ((s.num_experts_per_tok || 1n) + s.n_shared_experts) * (s.moe_intermediate_size || s.intermediate_size);
+    return s.first_k_dense_replace && s.intermediate_size > chosen ? s.intermediate_size : chosen;
   }
 
   // The allocator's blocks, and ZeRO
@@ -352,6 +394,10 @@ function everyByteFormulas(data) {
         `at most the ${s.max_position_embeddings} positions that the model has learned`);
     }
     if (setup.task !== "training") return;
+    if (has(s, "inference only")) {
+      const trained = Object.keys(data.traits).filter((name) => !data.traits[name].includes("inference only"));
+      refuse("model_type", s.model_type, `for training one whose activations the formulas describe: ${trained.join(", ")}`);
+    }
     if (setup.rank > s.hidden_size) {
       refuse("rank", setup.rank, `at most hidden_size ${s.hidden_size}`);
     }
@@ -363,13 +409,16 @@ function everyByteFormulas(data) {
   }
 
   const most = (a, b) => (a > b ? a : b);
+  const shown = (...numbers) => numbers.map((n) => (typeof n === "bigint" ? n.toLocaleString("en-US") : n)).join(" × ");
+  // A moment: its name, its bytes, and what they are the sum of, in words.
+  const moment = (name, ...terms) => [name, terms.reduce((all, [, n]) => all + n, 0n), terms];
 
   function layerTemporaries(s, setup, b) {
     const experts = s.num_experts_per_tok || 1n, gated = has(s, "gated");
     const tokens = setup.batch * setup.length, h = s.hidden_size, i = s.intermediate_size;
     const computed = { 2: "bf16", 4: "fp32", 8: "fp64" }[b], heads = s.num_attention_heads;
     const autocast = usesAutocast(setup), g = gated ? 1n : 0n;
-    const split = setup.gpus > 1n && data.sharding[setup.sharding].includes("gradients");
+    const split = setup.gpus > 1n && data.sharding[setup.sharding].includes("gradients") && !gathered(s, setup)[0];
     const own = setup.rank || split ? 0n : width(setup.gradients ?? setup.dtype);
     const matrix = own * h * i * (s.num_local_experts || 1n);
     let taken = tokens * (3n * b + (autocast && !gated ? 4n : 0n)) * experts * i + matrix;
@@ -396,33 +445,64 @@ function everyByteFormulas(data) {
 
   const outsideOfLayers = (s) => parameters({ ...s, num_hidden_layers: 0n });
 
+  // What a sharded model has whole while it computes: what is outside of the layers; one layer.
   function gathered(s, setup) {
-    if (setup.gpus === 1n || !data.sharding[setup.sharding].includes("parameters")) return 0n;
-    const outside = outsideOfLayers(s), layer = parameters({ ...s, num_hidden_layers: 1n }) - outside;
-    return width(setup.dtype) * (outside + (s.num_hidden_layers < 2n ? s.num_hidden_layers : 2n) * layer);
+    const sharded = setup.gpus > 1n && data.sharding[setup.sharding].includes("parameters");
+    if (!sharded && setup.offload !== "all") return [0n, 0n];
+    const outside = outsideOfLayers(s), b = width(setup.dtype);
+    return [b * outside, s.num_hidden_layers ? b * (parameters({ ...s, num_hidden_layers: 1n }) - outside) : 0n];
   }
 
-  function trainingMoments(s, setup, { atRest, gradients, kept, again, one, step, cast }) {
+  function trainingMoments(s, setup, { atRest, gradients, kept, again, one, outer, step, cast }) {
     const tokens = setup.batch * setup.length, h = s.hidden_size, v = s.vocab_size;
-    const b = usesAutocast(setup) ? 2n : width(setup.dtype);
+    const b = usesAutocast(setup) ? 2n : width(setup.dtype), layers = s.num_hidden_layers;
     const scores = block(tokens * v * b, true), upcast = block(tokens * v * most(4n, b), true);
-    const forward = atRest + kept + (setup.accumulation ? gradients : 0n) + gathered(s, setup);
+    const forward = atRest + kept + (setup.accumulation ? gradients : 0n);
+    const [root, unit] = gathered(s, setup);
     const embedding = setup.rank ? 0n : block(v * h * width(setup.gradients ?? setup.dtype), true);
     const extra = (s.tie_word_embeddings ? 2n : 0n) + (setup.accumulation ? 1n : 0n);
     const head = setup.rank ? 0n : v * h * b, wide = tokens * h * b, layer = layerTemporaries(s, setup, b);
     const whole = parameters(s), ofLayers = gradients * (whole - outsideOfLayers(s)) / whole;
-    const done = gradients - ofLayers / most(1n, s.num_hidden_layers)
-      - (s.tie_word_embeddings ? 0n : embedding);
+    const done = gradients - ofLayers / most(1n, layers) - (s.tie_word_embeddings ? 0n : embedding);
+    const scored = `${shown(tokens)} tokens × ${shown(v)} words`;
+    const resting = ["at rest", atRest], out = ["autocast's copies, gone by now", -cast], w = most(4n, b);
+    const base = [resting, ["activations and copies kept for backward", kept],
+      ["gradients of the batches before", setup.accumulation ? gradients : 0n]];
+    const heads = [`the head's gradient, ${shown(v, h, b)} B`, head], temporaries = ["the layer's own temporaries", layer];
+    const once = ["one layer and what is outside of all, gathered", root + unit];
+    const inFP32 = (n, what) => [`${n} × ${scored} × ${w} B: ${what}`, n * upcast];
+    let last = [...base, out, ["activations that a checkpoint makes again", again],
+      setup.accumulation ? ["", 0n] : heads, temporaries];
+    let first = [resting, ["gradients but for this layer's and the embedding's", done], ["one layer's activations", one], temporaries];
+    let ending = ["gradients", gradients];
+    if (root) { // gradients of layers are parts, the root's are whole until backward ends
+      const trained = setup.rank ? 0n : 1n, on = setup.checkpointing ? 0n : one;
+      const parts = layers > 2n ? ofLayers * (layers - 2n) / layers : 0n;
+      const outside = ["what is outside of the layers, gathered", root];
+      ending = ["parts of gradients; what is outside of the layers, and its gradients; a layer's, not yet sent",
+        ofLayers + root + (root + unit) * trained];
+      last = [...base, out, outside, heads, ["layers gathered, their whole gradients and temporaries", [
+        again - outer + 2n * unit + layer,
+        again - outer - on + (2n + trained) * unit + layer,
+        -outer - 2n * on + (2n + 2n * trained) * unit + 3n * wide].reduce(most)]];
+      first = [resting, ["parts of gradients", parts], outside, heads,
+        ["two layers gathered, and two layers' whole gradients", (2n + 2n * trained) * unit],
+        ["one layer's activations, and three states between layers", on + 3n * wide]];
+    }
     return [
-      ["at rest", atRest],
-      ["end of forward: the loss", forward + 2n * upcast + (b < 4n ? scores : 0n)],
-      ["start of backward: the loss", forward - cast + 3n * upcast],
-      ["backward: the head", forward - cast + head
-        + most(scores + wide, usesAutocast(setup) ? head : 0n)],
-      ["backward: the last layer", forward - cast + again + (setup.accumulation ? 0n : head) + layer],
-      ["backward: the first layer", atRest + done + one + layer],
-      ["end of backward: the embedding", atRest + gradients + extra * embedding + 3n * wide],
-      ["optimizer step", atRest + gradients + step],
+      moment("at rest", ["parameters, optimizer states, workspaces, all as blocks", atRest]),
+      moment("end of forward: the loss", ...base, once, inFP32(2n, "logits and log-probabilities"),
+        [`${scored} × ${b} B: logits as the model makes them`, b < 4n ? scores : 0n]),
+      moment("start of backward: the loss", ...base, out, once, inFP32(3n, "log-probabilities and two gradients")),
+      moment("backward: the head", ...base, out, ["gathered", root + 2n * unit], heads,
+        [`gradients of logits, ${scored} × ${b} B, and of what the head reads`,
+          most(scores + wide, usesAutocast(setup) ? head : 0n)]),
+      moment("backward: the last layer", ...last),
+      moment("backward: the first layer", ...first),
+      moment("end of backward: the embedding", resting, ending,
+        [`${extra} × ${shown(v, h, width(setup.gradients ?? setup.dtype))} B: the embedding's gradients before they are added`, extra * embedding],
+        [`${shown(3n, tokens, h, b)} B: gradients between layers`, 3n * wide]),
+      moment("optimizer step", resting, ["gradients", gradients], ["the step's own temporaries", step]),
     ];
   }
 
@@ -431,8 +511,9 @@ function everyByteFormulas(data) {
     const tokens = setup.batch * setup.length, queries = heads * s.head_dim, layers = s.num_hidden_layers;
     const callers = gpt2 ? 3n : 1n + (layers < 2n ? layers : 2n), more = gpt2 ? 1n : 0n;
     const kernel = attentionKernel(s, setup.dtype, setup.attention);
-    const inner = tokens * b * (s.num_experts_per_tok || 1n) * s.intermediate_size;
+    const inner = tokens * b * innerNumbers(s);
     let taken = (3n + more) * block(inner, true) + tokens * (1n + more) * b * h;
+    if (isShared(inner)) taken += KEPT[0];
     if (kernel === "eager") {
       taken += tokens * b * heads * setup.length;
       const score = gpt2 || b === 4n ? 2n * b : 2n * b + 4n + (setup.dtype === "bf16" ? 2n : 0n);
@@ -451,11 +532,14 @@ function everyByteFormulas(data) {
     const scores = block((setup.all_logits ? tokens : rows) * s.vocab_size * b, true);
     const mask = setup.attention === "eager" ? tokens * setup.length * b : 0n;
     const positions = has(s, "learned positions") ? setup.length * h * b : 0n;
+    const resting = ["at rest", atRest], masked = [`the mask, ${shown(tokens, setup.length, b)} B`, mask];
     return [
-      ["at rest", atRest],
-      ["prefill: a layer", atRest + mask + prefillTemporaries(s, setup, b) + positions],
-      ["prefill: the logits", atRest + mask + scores + tokens * b * h],
-      ["decoding", atRest + cache / most(1n, s.num_hidden_layers) + mask + rows * s.vocab_size * b],
+      moment("at rest", ["parameters, KV cache, workspaces, all as blocks", atRest]),
+      moment("prefill: a layer", resting, masked, ["a layer's temporaries", prefillTemporaries(s, setup, b)],
+        ["positions", positions]),
+      moment("prefill: the logits", resting, masked, ["logits", scores], [`hidden states, ${shown(tokens, h, b)} B`, tokens * b * h]),
+      moment("decoding", resting, ["a layer's cache, made anew", cache / most(1n, s.num_hidden_layers)], masked,
+        [`logits, ${shown(rows, s.vocab_size, b)} B`, rows * s.vocab_size * b]),
     ];
   }
 
@@ -466,7 +550,7 @@ function everyByteFormulas(data) {
     const tokens = setup.batch * setup.length, h = s.hidden_size;
     const scored = (training || setup.all_logits ? tokens : setup.batch) * s.vocab_size;
     const large = [scored * (training ? most(4n, b) : b),
-      tokens * (s.num_experts_per_tok || 1n) * s.intermediate_size * b];
+      tokens * innerNumbers(s) * b];
     if (training && !setup.rank) large.push(s.vocab_size * h * width(setup.gradients ?? setup.dtype));
     const computed = { 2: "bf16", 4: "fp32", 8: "fp64" }[b];
     if (has(s, "query and key norms")) large.push(tokens * heads * s.head_dim * most(4n, b));
@@ -484,7 +568,7 @@ function everyByteFormulas(data) {
     const held = Object.fromEntries(KINDS.map((kind) => [kind, 0n]));
     const tensorsOf = { parameters: weights(s, dtype, setup.quantised) };
     const training = setup.task === "training", layers = s.num_hidden_layers;
-    let parts, states_, kept, layer, margin = fragments(s, setup), cast = 0n, copy = 0n;
+    let parts, states_, kept, layer, margin = fragments(s, setup), cast = 0n, copy = 0n, outer, host = 0n;
     held.context = big(context);
     if (training) {
       parts = trainedTensors(s, rank);
@@ -509,6 +593,7 @@ function everyByteFormulas(data) {
       }
       if (setup.attention === "eager") kept += batch * length * length * width(dtype);
       layer = layers ? layerActivations(s, batch, length, computed, asked) : 0n;
+      outer = activations({ ...s, num_hidden_layers: 0n }, batch, length, computed, false, asked);
       held.logits = 2n * logits(s, batch, length, computed);
       if (autocast) {
         held.logits += logits(s, batch, length, "fp32");
@@ -528,6 +613,10 @@ function everyByteFormulas(data) {
     for (const kind of Object.keys(tensorsOf)) {
       let some = tensorsOf[kind], own = kind === "parameters" && setup.load === "to";
       let nbytes = sum(some);
+      if (training && data.offloaded[setup.offload ?? "null"].includes(kind)) {
+        host += data.sharding[setup.sharding].includes(kind) ? ceil(nbytes, setup.gpus) : nbytes;
+        [nbytes, some] = [0n, []];
+      }
       if (setup.gpus > 1n && data.sharding[setup.sharding].includes(kind)) {
         nbytes = ceil(nbytes, setup.gpus);
         [some, own] = [[[nbytes, 1n]], false];
@@ -547,12 +636,13 @@ function everyByteFormulas(data) {
       held.moments = trainingMoments(s, setup, {
         atRest: rest + big(workspace) + rounded.optimizer_states + shared.optimizer_states,
         gradients: rounded.gradients + shared.gradients,
-        kept: kept + held.cast_weights - again, again, one: layers ? layer + copy : 0n, cast,
-        step: stepTemporaries(parts, setup, states_,
-          rank ? 0n : s.hidden_size * s.num_attention_heads * s.head_dim) + shared.gradients,
+        kept: kept + held.cast_weights - again, again, one: layers ? layer + copy : 0n, outer, cast,
+        step: (setup.offload ? 0n : ceil(
+          stepTemporaries(parts, setup, states_, rank ? 0n : s.hidden_size * s.num_attention_heads * s.head_dim),
+          data.sharding[setup.sharding].includes("optimizer_states") ? setup.gpus : 1n)) + shared.gradients,
       });
     } else held.moments = inferenceMoments(s, setup, rest + held.kv_cache, held.kv_cache);
-    held.margin = margin;
+    Object.assign(held, { margin, host });
     [held.peakAt, held.peak] = held.moments.reduce((a, m) => (m[1] > a[1] ? m : a));
     held.least = held.peak + held.context;
     held.needed = held.least + margin;
@@ -593,6 +683,7 @@ function everyByteFormulas(data) {
       if (training && "quantised" in change && !big(change.rank ?? setup.rank)) continue;
       if ("rank" in change && (!training || big(setup.rank))) continue;
       if ("attention" in change && setup.attention !== "eager") continue;
+      if ("offload" in change && (!training || setup.offload)) continue;
       const changed = { ...setup, ...change };
       let saved = 0n;
       try {
@@ -606,6 +697,6 @@ function everyByteFormulas(data) {
   }
 
   return { dimensions, parameters, loraParameters, width, bytes, layerActivations, usesAutocast,
-    has, tensors, isStored, quantised,
+    has, tensors, isStored, quantised, cacheBytes, innerNumbers,
     memory, verdict, total, gpusNeeded, levers };
 }

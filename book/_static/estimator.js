@@ -190,13 +190,30 @@
   const PARTS = { held: ["held at rest", "parameters"], peak: ["at the peak, on top", "activations"],
     margin: ["fragmentation, at most", "rounding"], context: ["CUDA context", "context"] };
 
+  // A row whose name is a button: pointed at or reached by the Tab key, it explains itself.
+  function explained(row, button, tell) {
+    for (const event of ["focus", "click"]) button.addEventListener(event, tell);
+    row.addEventListener("mouseenter", tell);
+    return button;
+  }
+
   function showMoments({ held }) {
-    $("e-moments").replaceChildren(...held.moments.map(([name, nbytes]) => {
+    $("e-moments").replaceChildren(...held.moments.map(([name, nbytes], index) => {
       const peak = name === held.peakAt, row = element("tr", "", { class: peak ? "total" : "" });
-      row.append(element("th", peak ? `${name} (the peak)` : name, { scope: "row" }),
-        cell(nbytes));
+      const button = element("button", peak ? `${name} (the peak)` : name, { type: "button" });
+      const head = element("th", "", { scope: "row" });
+      head.append(explained(row, button, () => explainMoment(index)));
+      row.append(head, cell(nbytes));
       return row;
     }));
+  }
+
+  function explainMoment(index) {
+    const [name, nbytes, terms] = shown.held.moments[index];
+    const sum = terms.filter(([, n]) => n).map(([what, n], i) =>
+      `${n < 0n ? "− " : i ? "+ " : ""}${short(n < 0n ? -n : n)} (${what})`).join(" ");
+    $("e-moment").textContent = `${name}: ${sum || "nothing"}. That is ${grouped(nbytes)} B.`;
+    $("e-moment").dataset.index = index;
   }
 
   function showBar({ held, card, capacity }, all) {
@@ -233,9 +250,7 @@
         const swatch = element("span", "", { class: "swatch", "aria-hidden": "true" });
         swatch.style.background = data.kinds[kind].color;
         button.prepend(swatch);
-        for (const event of ["focus", "click"]) button.addEventListener(event, () => explain(kind));
-        row.addEventListener("mouseenter", () => explain(kind));
-        name.append(button);
+        name.append(explained(row, button, () => explain(kind)));
       }
       const changed = change ? (change > 0n ? "+" : "") + short(change) : "";
       row.append(name, cell(nbytes),
@@ -392,7 +407,8 @@
     $("e-headline").classList.toggle("fits", all <= now.capacity);
     $("e-headline").classList.toggle("may", F.verdict(now.held, now.capacity) === "may fit");
     $("e-rest").textContent = `${short(moment(now.held, "at rest"))} stay from step to step; `
-      + `the peak is ${short(now.held.peak)} (${now.held.peakAt}).`;
+      + `the peak is ${short(now.held.peak)} (${now.held.peakAt}).`
+      + (now.held.host ? ` On the host lie ${short(now.held.host)} for each GPU.` : "");
     const kind = data.kind_of[now.card];
     $("e-rule").textContent = kind ? `Estimated by a rule, not measured: ${data.rules[kind]}` : "";
     showPresets(now);
@@ -405,6 +421,7 @@
     showCards(now);
     $("e-embed").textContent = `<iframe src="${location.href}" title="Every Byte: the estimator" width="100%" height="800"></iframe>`;
     if ($("e-formula").dataset.kind) explain($("e-formula").dataset.kind);
+    if ($("e-moment").dataset.index in now.held.moments) explainMoment($("e-moment").dataset.index);
   }
 
   function keepAddress(remember) {

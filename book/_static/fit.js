@@ -23,6 +23,7 @@ function everyByteFit(data, F) {
     return Object.fromEntries(Object.entries(all).filter(([, change]) => {
       if ("rank" in change && (!training || rank)) return false;
       if ("attention" in change && setup.attention !== "eager") return false;
+      if ("offload" in change && (!training || setup.offload)) return false;
       return !(training && "quantised" in change && !BigInt(change.rank ?? rank));
     }));
   }
@@ -89,21 +90,27 @@ function everyByteFit(data, F) {
     }
     const of = (name) => (Object.hasOwn(config, name) ? config[name] : null);
     const empty = (value) => !value || (typeof value === "object" && !Object.keys(value).length);
-    for (const name of known.required[kind]) if (of(name) === null) refuse(name, null, lacks);
+    const latent = (data.traits[kind] ?? []).includes("latent") ? known.latent : [];
+    for (const name of [...known.required[kind], ...latent]) if (of(name) === null) refuse(name, null, lacks);
     for (const name of known.without) {
-      if (!empty(of(name))) refuse(name, shown(of(name)), "none, for the formulas do not describe it");
+      const usual = known.biased.includes(kind) && name === "attention_bias";
+      if (!empty(of(name)) && !usual) refuse(name, shown(of(name)), "none, for the formulas do not describe it");
     }
     if ((of("decoder_sparse_step") ?? 1) !== 1) {
       refuse("decoder_sparse_step", shown(of("decoder_sparse_step")), "1, experts in every layer");
     }
     const acts = known.activations[kind] ?? known.gated;
-    const act = of(kind === "gpt2" ? "activation_function" : "hidden_act") ?? acts[0];
+    const act = of(known.names[kind] ?? "hidden_act") ?? acts[0];
     if (!acts.includes(act)) refuse("hidden_act", shown(act), `${acts[0]}, which the formulas describe`);
     const given = { ...config };
     if (kind === "qwen3_moe") {
       given.num_local_experts = of("num_local_experts") ?? of("num_experts");
       given.intermediate_size = config.moe_intermediate_size;
-    } else if (kind !== "mixtral") given.num_local_experts = given.num_experts_per_tok = 0;
+    } else if (latent.length) {
+      Object.assign(given, { num_local_experts: of("n_routed_experts"), q_lora_rank: of("q_lora_rank") || 0, head_dim: null });
+    } else if (!["mixtral", "gpt_oss"].includes(kind)) given.num_local_experts = given.num_experts_per_tok = 0;
+    given.sliding_layers = slidingLayers(of, kind);
+    if (!given.sliding_layers) given.sliding_window = 0;
     const tied = given.tie_word_embeddings ?? known.tied.includes(kind);
     if (typeof tied !== "boolean") refuse("tie_word_embeddings", shown(tied), "True or False");
     const sizes = { model_type: known.same[kind] ?? kind, tie_word_embeddings: tied };
@@ -118,6 +125,18 @@ function everyByteFit(data, F) {
     return F.dimensions(sizes);
   }
 
+  function slidingLayers(of, kind) {
+    const types = of("layer_types"), layers = of("num_hidden_layers"), [full, sliding] = data.config.layers;
+    if (Array.isArray(types) && types.length) {
+      const other = types.find((one) => one !== full && one !== sliding);
+      if (other !== undefined) refuse("layer_types", String(other), `${full} or ${sliding}`);
+      return of("sliding_window") ? types.filter((one) => one === sliding).length : 0;
+    }
+    if (!(kind in data.config.sliding) || !of("sliding_window") || !Number.isSafeInteger(layers)) return 0;
+    const pattern = of("sliding_window_pattern") || data.config.sliding[kind];
+    return layers - (pattern ? Math.floor(layers / pattern) : 0);
+  }
+
   // Serving: a port of every_byte/estimate/serving.py
 
   const ceil = (n, d) => (n + d - 1n) / d, max = (a, b) => (a > b ? a : b);
@@ -126,7 +145,7 @@ function everyByteFit(data, F) {
   function keyValueHeads(s, gpus) {
     const heads = s.num_attention_heads, keys = s.num_key_value_heads;
     if (heads % gpus) refuse("gpus", gpus, `a divisor of the ${heads} attention heads`);
-    if (keys % gpus && gpus % keys) {
+    if (keys % gpus && gpus % keys && !F.has(s, "latent")) {
       refuse("gpus", gpus, `a divisor or a multiple of the ${keys} key-value heads`);
     }
     return max(1n, keys / gpus);
@@ -134,7 +153,7 @@ function everyByteFit(data, F) {
 
   // One GPU's part of a parameter.
   function partOf(gpus, s, shape, part) {
-    if (part === "norm" || part === "router" || gpus === 1n) return shape;
+    if (part === "norm" || part === "router" || part === "latent" || gpus === 1n) return shape;
     if (part === "embedding" || part === "head") {
       const multiple = BigInt(data.serving.multiple);
       const padded = ceil(s.vocab_size, multiple) * multiple;
@@ -150,7 +169,8 @@ function everyByteFit(data, F) {
     let all = F.has(s, "learned positions") ? 0n : ceil(s.max_position_embeddings * s.head_dim * n, d);
     for (const [part, shape, count] of F.tensors(s)) {
       let own = partOf(gpus, s, shape, part);
-      if (part === "attention" && shape[shape.length - 1] === keys && s.model_type !== "gpt2" && !square) {
+      const separate = s.model_type !== "gpt2" && !F.has(s, "joined") && !F.has(s, "latent");
+      if (part === "attention" && shape[shape.length - 1] === keys && separate && !square) {
         own = [...shape.slice(0, -1), keyValueHeads(s, gpus) * s.head_dim];
       }
       const matrix = shape.length === 2 && part === "mlp";
@@ -167,7 +187,7 @@ function everyByteFit(data, F) {
     const [usable, workspace, sequences, batched] = card.map(BigInt), known = data.serving;
     const gpus = BigInt(asked.gpus), length = BigInt(asked.length), utilization = BigInt(asked.utilization);
     F.width(asked.dtype);
-    const [n, d] = F.bytes(asked.cache_dtype ?? asked.dtype);
+    const [n, d] = F.cacheBytes(asked.cache_dtype ?? asked.dtype);
     for (const [what, value] of Object.entries({ length, gpus, utilization })) {
       if (value < 1n) refuse(what, value, "a whole number from 1 up");
     }
@@ -177,13 +197,14 @@ function everyByteFit(data, F) {
     }
     const heads = keyValueHeads(s, gpus), b = F.width(asked.dtype), h = s.hidden_size;
     const weights = servedWeights(s, asked, gpus);
-    const inner = ceil((s.num_experts_per_tok || 1n) * s.intermediate_size, gpus);
+    const inner = ceil(F.innerNumbers(s), gpus);
     const sampling = sequences * s.vocab_size * BigInt(known.logit_bytes) + (batched + sequences) * h * b;
     const activations = max(batched * b * (4n * h + 3n * inner), sampling) + workspace;
     const outside = BigInt(known.non_torch[gpus > 1n ? 1 : 0]), graphs = BigInt(known.graphs);
     const allowed = usable * utilization / 100n, block = BigInt(known.block_size);
     const left = max(0n, allowed - weights - activations - outside - graphs);
-    const token = ceil(2n * s.num_hidden_layers * heads * s.head_dim * n, d);
+    const numbers = F.has(s, "latent") ? s.kv_lora_rank + s.qk_rope_head_dim : 2n * heads * s.head_dim;
+    const token = ceil(s.num_hidden_layers * numbers * n, d);
     const blocks = token ? left / (block * token) : 0n, fit = blocks / ceil(length, block);
     return { weights, activations, non_torch: outside, graphs, allowed,
       kv_cache: blocks * block * token, token, tokens: blocks * block, sequences,

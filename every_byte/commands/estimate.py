@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import urllib.request
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -44,12 +45,16 @@ def add(subparsers: Subparsers) -> None:
         "1 GB is 10^9 B. With a card it exits with 0 only where the model fits for certain: "
         "1 where it does not fit, or may not, which is for the allocator's fragmentation to tell.",
     )
-    parser.add_argument("model", nargs="?", help=f"one of {', '.join(catalogue())}")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="a name of the list; or the path of a config.json, or of a folder that holds one; or "
+        "org/name, whose config.json is fetched from the Hugging Face hub. The list: "
+        + ", ".join(catalogue()),
+    )
     parser.add_argument("--config", type=Path, help="a config.json of your own, instead of a name")
     parser.add_argument(
-        "--hub",
-        action="store_true",
-        help="the model is a name such as org/name on the Hugging Face hub: fetch its config.json",
+        "--hub", action="store_true", help="org/name is one of the hub, whatever lies at that path"
     )
     parser.add_argument("--card", help="a card by name, such as 'RTX 4090': does it fit?")
     parser.add_argument("--gib", type=int, help="GiB that a card without a name here is sold with")
@@ -138,6 +143,7 @@ def run(options: argparse.Namespace) -> int:
                 "fits": {"fits": True, "does not fit": False}.get(verdict or ""),
                 "most_sequences": most,
                 "combinations": [{"names": w.names, "needed": w.needed} for w in ways],
+                "host": found.host,
                 "levers": [{"name": lever.name, "saved": lever.saved} for lever in helps],
             }
         )
@@ -149,6 +155,8 @@ def run(options: argparse.Namespace) -> int:
     print(_line(f"peak, {found.peak_at}", found.peak))
     print(_line("least, with CUDA context", found.least))
     print(_line("enough, with fragmentation", found.needed))
+    if found.host:
+        print(_line("on the host, for each GPU", found.host))
     if capacity is not None:
         print(f"\n{name}: {_room(found, capacity)}")
         if kind := kind_of(name or ""):
@@ -225,28 +233,48 @@ def _parts(found: Memory) -> dict[str, Any]:
 
 
 def _sizes(options: argparse.Namespace) -> Dimensions:
-    """Of a name, of a file, or, if asked for, of what the hub has.
+    """Of a name, of a file, or of what the hub has.
+
+    A name of the list comes first, then a path that is there, then the hub.
 
     Raises:
         Refused: none of them or two are given, or it cannot be read.
     """
-    if (options.model is None) == (options.config is None):
+    name, path = options.model, options.config
+    if (name is None) == (path is None):
         raise Refused("model: expected a name, or --config with a file")
-    if options.config is None and not options.hub:
-        return dimensions(options.model)
-    if options.hub and (options.model is None or not re.fullmatch(HUB_NAME, options.model)):
-        raise Refused(f"model is {options.model!r}: expected org/name, as the hub has it")
-    address = f"https://huggingface.co/{options.model}/resolve/main/config.json"
+    if path is None and not options.hub:
+        if name in catalogue():
+            return dimensions(name)
+        path = Path(name) if Path(name).exists() else None
+    if path is not None:
+        path = path / "config.json" if path.is_dir() else path
+        return from_config(_read(str(path), path.read_bytes))
+    if not re.fullmatch(HUB_NAME, name):
+        if not options.hub:
+            return dimensions(name)  # which refuses it, and lists what there is
+        raise Refused(f"model is {name!r}: expected org/name, as the hub has it")
+    address = f"https://huggingface.co/{name}/resolve/main/config.json"
+
+    def fetched() -> bytes:
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            found: bytes = answer.read()
+        return found
+
+    return from_config(_read(address, fetched))
+
+
+def _read(where: str, reader: Callable[[], bytes]) -> Any:
+    """What a ``config.json`` holds.
+
+    Raises:
+        Refused: it cannot be read; without a network a path does.
+    """
     try:
-        if options.config is not None:
-            text = options.config.read_bytes()
-        else:
-            with urllib.request.urlopen(address, timeout=30) as answer:
-                text = answer.read()
-        config = json.loads(text)
+        return json.loads(reader())
     except (OSError, ValueError) as error:
-        raise Refused(f"{options.config or address}: cannot be read: {error}") from None
-    return from_config(config)
+        hub = ": give the path of its config.json" if where.startswith("https:") else ""
+        raise Refused(f"{where}: cannot be read: {error}{hub}") from None
 
 
 def _card(options: argparse.Namespace) -> tuple[str | None, Card | None]:

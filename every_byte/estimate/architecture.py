@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,6 +18,18 @@ TRAITS: dict[str, frozenset[str]] = {
     "mixtral": frozenset({"gated"}),
     "qwen2": frozenset({"gated", "query, key and value biases"}),
     "qwen3": frozenset({"gated", "query and key norms"}),
+    "gemma": frozenset({"gated", "inference only"}),
+    "gemma2": frozenset({"gated", "four norms", "inference only"}),
+    "gemma3_text": frozenset({"gated", "four norms", "query and key norms", "inference only"}),
+    "phi3": frozenset({"gated", "joined", "inference only"}),
+    "granite": frozenset({"gated", "inference only"}),
+    "olmo2": frozenset({"gated", "wide query and key norms", "inference only"}),
+    "cohere": frozenset({"gated", "one norm", "inference only"}),
+    "cohere2": frozenset({"gated", "one norm", "inference only"}),
+    "gpt_oss": frozenset({"gated", "biases", "sinks", "inference only"}),
+    "falcon": frozenset({"layer norm", "one norm", "joined", "inference only"}),
+    "deepseek_v2": frozenset({"gated", "latent", "inference only"}),
+    "deepseek_v3": frozenset({"gated", "latent", "inference only"}),
 }
 
 
@@ -29,6 +41,11 @@ class Dimensions:
     ``4 * hidden_size`` (GPT-2), `num_key_value_heads` from `num_attention_heads`
     (no grouped-query attention), `head_dim` from ``hidden_size // heads``;
     without `num_local_experts` the model is dense.
+
+    `sliding_layers` of the layers look back over `sliding_window` tokens only. With
+    DeepSeek's latent attention (arXiv 2405.04434) `kv_lora_rank` and what follows are its
+    sizes; its first `first_k_dense_replace` layers have no experts, the others
+    `n_shared_experts` beside those that are chosen, all of `moe_intermediate_size`.
 
     Raises:
         ValueError: a size is negative, no whole number, or does not fit the others.
@@ -46,6 +63,16 @@ class Dimensions:
     head_dim: int = 0
     num_local_experts: int = 0
     num_experts_per_tok: int = 0
+    sliding_window: int = 0
+    sliding_layers: int = 0
+    kv_lora_rank: int = 0
+    q_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
+    moe_intermediate_size: int = 0
+    n_shared_experts: int = 0
+    first_k_dense_replace: int = 0
 
     def __post_init__(self) -> None:
         if self.model_type not in TRAITS:
@@ -73,10 +100,24 @@ class Dimensions:
         if self.num_experts_per_tok > self.num_local_experts:
             experts = f"at most num_local_experts {self.num_local_experts}"
             raise refuse("num_experts_per_tok", self.num_experts_per_tok, experts)
+        for name in ("sliding_layers", "first_k_dense_replace"):
+            if getattr(self, name) > self.num_hidden_layers:
+                layers = f"at most num_hidden_layers {self.num_hidden_layers}"
+                raise refuse(name, getattr(self, name), layers)
 
     def has(self, trait: str) -> bool:
         """Whether the architecture has a trait of `TRAITS`."""
         return trait in TRAITS[self.model_type]
+
+
+def with_layers(sizes: Dimensions, layers: int) -> Dimensions:
+    """The same model with so many layers, of which no more slide or are dense."""
+    return replace(
+        sizes,
+        num_hidden_layers=layers,
+        sliding_layers=min(layers, sizes.sliding_layers),
+        first_k_dense_replace=min(layers, sizes.first_k_dense_replace),
+    )
 
 
 # GPT-2's own names of its sizes (transformers' GPT2Config.attribute_map).
@@ -146,7 +187,8 @@ class ParameterShape(NamedTuple):
 def shapes(sizes: Dimensions) -> Iterator[ParameterShape]:
     """Each parameter tensor of the model: its part, and its shape.
 
-    Parts: embedding, attention, mlp, router, norm, head. A tied head has no
+    Parts: embedding, attention, mlp, router, norm, head; of DeepSeek also shared (experts
+    that all tokens use, and MLPs of layers without any) and latent. A tied head has no
     tensor of its own. Source: transformers' ``models/*/modeling_*.py``.
 
     Raises:
@@ -156,9 +198,9 @@ def shapes(sizes: Dimensions) -> Iterator[ParameterShape]:
     yield ParameterShape("embedding", (sizes.vocab_size, sizes.hidden_size))
     if sizes.has("learned positions"):
         yield ParameterShape("embedding", (sizes.max_position_embeddings, sizes.hidden_size))
-    layer = list(_layer(sizes))
-    for _ in range(sizes.num_hidden_layers):
-        yield from layer
+    dense, layer = list(_layer(sizes, True)), list(_layer(sizes, False))
+    for index in range(sizes.num_hidden_layers):
+        yield from dense if index < sizes.first_k_dense_replace else layer
     yield from _norm(sizes)
     if not sizes.tie_word_embeddings:
         yield ParameterShape("head", (sizes.hidden_size, sizes.vocab_size))
@@ -169,34 +211,80 @@ def _norm(sizes: Dimensions) -> Iterator[ParameterShape]:
         yield ParameterShape("norm", (sizes.hidden_size,))
 
 
-def _layer(sizes: Dimensions) -> Iterator[ParameterShape]:
+def _linear(part: str, n: int, m: int, bias: bool = False) -> Iterator[ParameterShape]:
+    yield ParameterShape(part, (n, m))
+    if bias:
+        yield ParameterShape(part, (m,))
+
+
+def _layer(sizes: Dimensions, dense: bool) -> Iterator[ParameterShape]:
+    """One layer, of which some models have a `dense` MLP in the first ones."""
     h, i = sizes.hidden_size, sizes.intermediate_size
+    biases, norms = sizes.has("biases"), 1 if sizes.has("one norm") else 2
+    for _ in range(4 if sizes.has("four norms") else norms):
+        yield from _norm(sizes)
+    if sizes.has("latent"):
+        yield from _latent_attention(sizes)
+    else:
+        yield from _attention(sizes)
+    gated = range(1 + sizes.has("gated"))
+    experts = 0 if dense else sizes.num_local_experts
+    if not experts:
+        part = "shared" if sizes.num_local_experts else "mlp"
+        if sizes.has("joined") and sizes.has("gated"):
+            yield from _linear(part, h, 2 * i)
+        else:
+            for _ in gated:
+                yield from _linear(part, h, i, biases)
+        yield from _linear(part, i, h, biases)
+        return
+    yield from _linear("router", h, experts, sizes.has("sinks"))
+    inner = sizes.moe_intermediate_size or i
+    for number in range(experts + 1):
+        part, width = "mlp", inner
+        if number == experts:
+            part, width = "shared", inner * sizes.n_shared_experts
+        if width:
+            for _ in gated:
+                yield from _linear(part, h, width, biases)
+            yield from _linear(part, width, h, biases)
+
+
+def _attention(sizes: Dimensions) -> Iterator[ParameterShape]:
+    h = sizes.hidden_size
     queries = sizes.num_attention_heads * sizes.head_dim
     keys = sizes.num_key_value_heads * sizes.head_dim
     biases = sizes.has("biases")
     qkv_biases = biases or sizes.has("query, key and value biases")
-
-    def linear(part: str, n: int, m: int, bias: bool) -> Iterator[ParameterShape]:
-        yield ParameterShape(part, (n, m))
-        if bias:
-            yield ParameterShape(part, (m,))
-
-    yield from _norm(sizes)
     if sizes.model_type == "gpt2":  # one matrix for all three
-        yield from linear("attention", h, 3 * h, biases)
+        yield from _linear("attention", h, 3 * h, biases)
+    elif sizes.has("joined"):
+        yield from _linear("attention", h, queries + 2 * keys)
     else:
         for width in (queries, keys, keys):
-            yield from linear("attention", h, width, qkv_biases)
+            yield from _linear("attention", h, width, qkv_biases)
     if sizes.has("query and key norms"):
         yield from (ParameterShape("norm", (sizes.head_dim,)) for _ in range(2))
-    yield from linear("attention", queries, h, biases)
-    yield from _norm(sizes)
-    if sizes.num_local_experts:
-        yield from linear("router", h, sizes.num_local_experts, False)
-    for _ in range(max(1, sizes.num_local_experts)):
-        for _ in range(1 + sizes.has("gated")):
-            yield from linear("mlp", h, i, biases)
-        yield from linear("mlp", i, h, biases)
+    if sizes.has("wide query and key norms"):
+        yield from (ParameterShape("norm", (width,)) for width in (queries, keys))
+    yield from _linear("attention", queries, h, biases)
+    if sizes.has("sinks"):
+        yield ParameterShape("attention", (sizes.num_attention_heads,))
+
+
+def _latent_attention(sizes: Dimensions) -> Iterator[ParameterShape]:
+    """DeepSeek's (transformers, ``models/deepseek_v3/modeling_deepseek_v3.py``)."""
+    h, heads = sizes.hidden_size, sizes.num_attention_heads
+    queries = heads * (sizes.qk_nope_head_dim + sizes.qk_rope_head_dim)
+    if sizes.q_lora_rank:
+        yield from _linear("latent", h, sizes.q_lora_rank)
+        yield ParameterShape("norm", (sizes.q_lora_rank,))
+    yield from _linear("attention", sizes.q_lora_rank or h, queries)
+    yield from _linear("latent", h, sizes.kv_lora_rank + sizes.qk_rope_head_dim)
+    yield ParameterShape("norm", (sizes.kv_lora_rank,))
+    keys_and_values = heads * (sizes.qk_nope_head_dim + sizes.v_head_dim)
+    yield from _linear("attention", sizes.kv_lora_rank, keys_and_values)
+    yield from _linear("attention", heads * sizes.v_head_dim, h)
 
 
 def is_matrix(sizes: Dimensions, part: str, shape: tuple[int, ...]) -> bool:
@@ -207,7 +295,7 @@ def is_matrix(sizes: Dimensions, part: str, shape: tuple[int, ...]) -> bool:
     bitsandbytes (``replace_with_bnb_linear`` looks for nn.Linear) and PEFT leave.
     """
     return len(shape) == 2 and (
-        part == "attention" or (part == "mlp" and not sizes.num_local_experts)
+        part in ("attention", "latent", "shared") or (part == "mlp" and not sizes.num_local_experts)
     )
 
 
@@ -230,7 +318,7 @@ def parameters(sizes: Dimensions) -> dict[str, int]:
     """The number of parameters by part; see `shapes`."""
     parts = dict.fromkeys(("embedding", "attention", "mlp", "router", "norm", "head"), 0)
     for (part, shape), count in tensor_counts(sizes).items():
-        parts[part] += count * math.prod(shape)
+        parts[part] = parts.get(part, 0) + count * math.prod(shape)
     return parts
 
 

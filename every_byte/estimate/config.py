@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from every_byte.estimate.architecture import Dimensions, dimensions
+from every_byte.estimate.architecture import TRAITS, Dimensions, dimensions
 from every_byte.estimate.checks import refuse
 
 SAME = {"qwen3_moe": "qwen3", "smollm3": "llama"}
@@ -20,12 +20,43 @@ REQUIRED = {
     "qwen3": ("intermediate_size", "num_key_value_heads", "head_dim"),
     "qwen3_moe": ("moe_intermediate_size", "num_key_value_heads", "num_experts_per_tok"),
     "smollm3": ("intermediate_size", "num_key_value_heads"),
+    "gemma": ("intermediate_size", "num_key_value_heads", "head_dim"),
+    "gemma2": ("intermediate_size", "num_key_value_heads", "head_dim", "sliding_window"),
+    "gemma3_text": ("intermediate_size", "num_key_value_heads", "head_dim", "sliding_window"),
+    "phi3": ("intermediate_size",),
+    "granite": ("intermediate_size",),
+    "olmo2": ("intermediate_size",),
+    "cohere": ("intermediate_size",),
+    "cohere2": ("intermediate_size", "sliding_window"),
+    "gpt_oss": ("intermediate_size", "head_dim", "num_local_experts", "sliding_window"),
+    "deepseek_v2": ("intermediate_size", "n_routed_experts", "moe_intermediate_size"),
+    "deepseek_v3": ("intermediate_size", "n_routed_experts", "moe_intermediate_size"),
 }
+LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_shared_experts")
+"""What DeepSeek's must say, too. Their ``q_lora_rank`` may be null."""
+
+SLIDING = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2, "mistral": 0, "phi3": 0}
+"""Of how many layers one sees all, where ``layer_types`` does not say it; 0: none does
+(transformers 5.23, ``models/*/configuration_*.py``, and ``cache_utils.py``, DynamicCache)."""
 # What changes layers in a way that the formulas do not describe.
-WITHOUT = ("attention_bias", "mlp_bias", "add_cross_attention", "mlp_only_layers")
-ACTIVATIONS = {"gpt2": ("gelu_new",)}
+WITHOUT = (
+    "attention_bias",
+    "mlp_bias",
+    "add_cross_attention",
+    "mlp_only_layers",
+    "use_sliding_window",
+    "use_qk_norm",
+)
+BIASED = ("gpt_oss",)  # whose attention has biases, as the formulas know
+GELU = ("gelu_pytorch_tanh", "gelu")
+ACTIVATIONS = {"gpt2": ("gelu_new",), "gemma": GELU, "gemma2": GELU, "gemma3_text": GELU}
+ACTIVATION_NAMES = {
+    "gpt2": "activation_function",
+    "gemma2": "hidden_activation",
+    "gemma3_text": "hidden_activation",
+}
 GATED = ("silu", "swish")
-TIED = ("gpt2", "smollm3")  # by default
+TIED = ("gpt2", "smollm3", "gemma", "gemma2", "gemma3_text", "cohere", "cohere2")  # by default
 
 
 def from_config(config: Mapping[str, Any]) -> Dimensions:
@@ -43,27 +74,55 @@ def from_config(config: Mapping[str, Any]) -> Dimensions:
     if not isinstance(kind, str) or kind not in REQUIRED:
         known = ", ".join(REQUIRED)
         raise refuse("model_type", kind, f"one that the formulas describe: {known}")
-    for name in REQUIRED[kind]:
+    latent = LATENT if "latent" in TRAITS.get(kind, ()) else ()
+    for name in REQUIRED[kind] + latent:
         if config.get(name) is None:
             raise refuse(name, None, "the model's, as its config.json has it")
     for name in WITHOUT:
-        if config.get(name):
+        if config.get(name) and not (kind in BIASED and name == "attention_bias"):
             raise refuse(name, config[name], "none, for the formulas do not describe it")
     if config.get("decoder_sparse_step", 1) != 1:
         step = config["decoder_sparse_step"]
         raise refuse("decoder_sparse_step", step, "1, experts in every layer")
     acts = ACTIVATIONS.get(kind, GATED)
-    act = config.get("activation_function" if kind == "gpt2" else "hidden_act", acts[0])
+    act = config.get(ACTIVATION_NAMES.get(kind, "hidden_act"), acts[0])
     if act not in acts:
         raise refuse("hidden_act", act, f"{acts[0]}, which the formulas describe")
     given = {**config, "model_type": SAME.get(kind, kind)}
     if kind == "qwen3_moe":
         given.setdefault("num_local_experts", config.get("num_experts"))
         given["intermediate_size"] = config["moe_intermediate_size"]
-    elif kind != "mixtral":
+    elif latent:
+        given["num_local_experts"] = config["n_routed_experts"]
+        given["q_lora_rank"] = config.get("q_lora_rank") or 0
+        given["head_dim"] = None  # of the part that is rotated, which has a name of its own
+    elif kind not in ("mixtral", "gpt_oss"):
         given["num_local_experts"] = given["num_experts_per_tok"] = 0
+    given["sliding_layers"] = _sliding_layers(config, kind)
+    if not given["sliding_layers"]:
+        given["sliding_window"] = 0
     if given.get("tie_word_embeddings") is None:
         given["tie_word_embeddings"] = kind in TIED
     if type(given["tie_word_embeddings"]) is not bool:
         raise refuse("tie_word_embeddings", given["tie_word_embeddings"], "True or False")
     return dimensions(given)
+
+
+def _sliding_layers(config: Mapping[str, Any], kind: str) -> int:
+    """How many layers have a sliding window.
+
+    Raises:
+        ValueError: ``layer_types`` has others than full and sliding attention.
+    """
+    types, layers = config.get("layer_types"), config.get("num_hidden_layers")
+    if isinstance(types, list) and types:
+        if other := [one for one in types if one not in KINDS_OF_LAYERS]:
+            raise refuse("layer_types", other[0], " or ".join(KINDS_OF_LAYERS))
+        return types.count(KINDS_OF_LAYERS[1]) if config.get("sliding_window") else 0
+    if kind not in SLIDING or not config.get("sliding_window") or type(layers) is not int:
+        return 0
+    pattern = config.get("sliding_window_pattern") or SLIDING[kind]
+    return layers - (layers // pattern if pattern else 0)
+
+
+KINDS_OF_LAYERS = ("full_attention", "sliding_attention")

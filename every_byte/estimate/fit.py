@@ -66,6 +66,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "weights in NF4, double quantised": {"quantised": "nf4 double"},
     "KV cache in FP8": {"cache_dtype": "fp8"},
     "device_map instead of .to()": {"load": "device_map"},
+    "optimizer on the host": {"offload": "optimizer"},
 }
 # Fields of a `Setup` that are halved, and the number of GPUs, which is doubled.
 HALVES = {"half the batch": "batch", "half the length": "length"}
@@ -90,6 +91,7 @@ ORDER = (
     "weights in NF4, double quantised",
     "Adafactor",
     "SGD without momentum",
+    "optimizer on the host",
     *HALVES,
     MORE_GPUS,
 )
@@ -126,6 +128,8 @@ def _applies(setup: Setup, change: dict[str, Any]) -> bool:
     training = setup.task == "training"
     if "rank" in change and (not training or setup.rank):
         return False  # LoRA is a way to train, and there already
+    if "offload" in change and (not training or setup.offload):
+        return False
     if "attention" in change and setup.attention != "eager":
         return False  # it is fused already
     # Weights that are trained are not quantised.

@@ -1,6 +1,7 @@
 """What a forward pass leaves: activations for backward, logits, keys and values."""
 
 import math
+from fractions import Fraction
 
 from every_byte.estimate.architecture import Dimensions, check_dimensions
 from every_byte.estimate.checks import check_batch, check_choice, check_flag, check_whole, refuse
@@ -228,5 +229,42 @@ def kv_cache(sizes: Dimensions, batch: int, length: int, dtype: str = "bf16") ->
     """
     check_dimensions(sizes)
     check_batch(batch, length)
-    position = 2 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim
-    return math.ceil(batch * length * position * bytes_per_parameter(dtype))
+    return math.ceil(batch * cached_numbers(sizes, length) * cache_bytes(dtype))
+
+
+def cached_numbers(sizes: Dimensions, length: int) -> int:
+    """How many numbers one sequence of `length` tokens has in the caches of all layers.
+
+    A layer with a sliding window keeps the window's tokens but one; one with latent
+    attention the compressed keys and values, and the part of the key that is rotated
+    (transformers 5.23, ``cache_utils.py``, DynamicSlidingWindowLayer, and
+    ``models/deepseek_v3/modeling_deepseek_v3.py``).
+    """
+    if sizes.has("latent"):
+        return sizes.num_hidden_layers * length * (sizes.kv_lora_rank + sizes.qk_rope_head_dim)
+    sliding = sizes.sliding_layers if sizes.sliding_window else 0
+    seen = min(length, max(0, sizes.sliding_window - 1))
+    tokens = (sizes.num_hidden_layers - sliding) * length + sliding * seen
+    return 2 * tokens * sizes.num_key_value_heads * sizes.head_dim
+
+
+def inner_numbers(sizes: Dimensions) -> int:
+    """How many numbers a token has between an MLP's matrices, of all experts that it uses."""
+    experts = max(1, sizes.num_experts_per_tok) + sizes.n_shared_experts
+    chosen = experts * (sizes.moe_intermediate_size or sizes.intermediate_size)
+    return max(chosen, sizes.intermediate_size * (sizes.first_k_dense_replace > 0))
+
+
+SCALES = {"int8": Fraction(4, 64), "int4": Fraction(4, 64)}
+"""Bytes of scales for each number of a quantised cache: a scale and a shift of 2 B for each
+64 (transformers 5.23, ``cache_utils.py``, QuantizedLayer, ``q_group_size``). FP8 has one
+for a whole layer (vLLM, ``--kv-cache-dtype fp8``), which is not counted."""
+
+
+def cache_bytes(dtype: str) -> Fraction:
+    """Bytes of one number in a cache, its share of scales included.
+
+    Raises:
+        ValueError: the dtype is unknown.
+    """
+    return bytes_per_parameter(dtype) + SCALES.get(dtype, 0)

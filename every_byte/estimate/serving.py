@@ -20,6 +20,7 @@ from every_byte.data import Card
 from every_byte.data.others import OtherCard
 from every_byte.estimate.architecture import Dimensions, check_dimensions, tensor_counts
 from every_byte.estimate.checks import check_choice, check_flag, check_whole, refuse
+from every_byte.estimate.forward import cache_bytes, inner_numbers
 from every_byte.estimate.weights import (
     QUANTISED,
     bytes_per_parameter,
@@ -144,7 +145,7 @@ def part_of(gpus: int, sizes: Dimensions, shape: tuple[int, ...], part: str) -> 
     that follow by inputs; embedding and head by words, up to a multiple of 64; norms,
     routers and what each head shares are whole (``vllm/model_executor/layers/linear.py``).
     """
-    if part in ("norm", "router") or gpus == 1:
+    if part in ("norm", "router", "latent") or gpus == 1:
         return shape
     if part in ("embedding", "head"):
         words = sizes.vocab_size
@@ -168,7 +169,8 @@ def weights(sizes: Dimensions, serving: Serving) -> int:
     keys = sizes.num_key_value_heads * sizes.head_dim
     for (part, shape), count in tensor_counts(sizes).items():
         own = part_of(serving.gpus, sizes, shape, part)
-        if part == "attention" and keys in shape[-1:] and sizes.model_type != "gpt2":
+        separate = not (sizes.model_type == "gpt2" or sizes.has("joined") or sizes.has("latent"))
+        if part == "attention" and keys in shape[-1:] and separate:
             # Key-value heads are at least one on each GPU, copied if need be.
             heads = key_value_heads(sizes, serving.gpus)
             square = sizes.num_attention_heads == sizes.num_key_value_heads
@@ -199,7 +201,7 @@ def key_value_heads(sizes: Dimensions, gpus: int) -> int:
     heads, keys = sizes.num_attention_heads, sizes.num_key_value_heads
     if heads % gpus:
         raise refuse("gpus", gpus, f"a divisor of the {heads} attention heads")
-    if keys % gpus and gpus % keys:
+    if keys % gpus and gpus % keys and not sizes.has("latent"):
         raise refuse("gpus", gpus, f"a divisor or a multiple of the {keys} key-value heads")
     return max(1, keys // gpus)
 
@@ -231,20 +233,18 @@ def serve(sizes: Dimensions, serving: Serving, card: Card) -> Served:
     heads = key_value_heads(sizes, serving.gpus)
     held, b, h = weights(sizes, serving), computed_width(serving.dtype), sizes.hidden_size
     # Reading prompts: hidden states and residuals, the gate, up, and their product.
-    inner = -(-max(1, sizes.num_experts_per_tok) * sizes.intermediate_size // serving.gpus)
+    inner = -(-inner_numbers(sizes) // serving.gpus)
     reading = batched * b * (4 * h + 3 * inner)
     sampling = sequences * sizes.vocab_size * LOGIT_BYTES + (batched + sequences) * h * b
     activations = max(reading, sampling) + card.cublas_workspace
     outside, graphs = NON_TORCH[serving.gpus > 1], GRAPHS * serving.graphs
     allowed = card.usable * serving.utilization // 100
     left = max(0, allowed - held - activations - outside - graphs)
-    token = math.ceil(
-        2
-        * sizes.num_hidden_layers
-        * heads
-        * sizes.head_dim
-        * bytes_per_parameter(serving.cache_dtype or serving.dtype)
-    )
+    numbers = 2 * heads * sizes.head_dim
+    if sizes.has("latent"):  # whole on each GPU
+        numbers = sizes.kv_lora_rank + sizes.qk_rope_head_dim
+    width = cache_bytes(serving.cache_dtype or serving.dtype)
+    token = math.ceil(sizes.num_hidden_layers * numbers * width)
     blocks = left // (serving.block_size * token) if token else 0
     needed = -(-serving.length // serving.block_size)
     return Served(

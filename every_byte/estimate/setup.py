@@ -12,18 +12,21 @@ from every_byte.allocator.config import (
 )
 from every_byte.data import CONTEXT
 from every_byte.estimate.architecture import (
+    TRAITS,
     Dimensions,
     check_dimensions,
     is_matrix,
     parameters,
     shape_counts,
     tensor_counts,
+    with_layers,
 )
 from every_byte.estimate.checks import check_batch, check_choice, check_flag, check_whole, refuse
 from every_byte.estimate.forward import (
     ATTENTION,
     activations,
     attention_kernel,
+    inner_numbers,
     kv_cache,
     layer_activations,
     logits,
@@ -85,7 +88,16 @@ SHARDING = {
     "ZeRO 1": ("optimizer_states",),
     "ZeRO 2": ("optimizer_states", "gradients"),
     "ZeRO 3": ("optimizer_states", "gradients", "parameters"),
+    "FSDP": ("optimizer_states", "gradients", "parameters"),
 }
+OFFLOADED = {
+    None: (),
+    "optimizer": ("optimizer_states",),
+    "all": ("optimizer_states", "gradients", "parameters"),
+}
+"""What lies on the host. ``optimizer``: DeepSpeed's ZeRO-Offload, whose step runs there; it
+moves gradients as well, bucket by bucket, which are counted whole here: a bound. ``all``: what
+FSDP's ``CPUOffloadPolicy`` moves (``torch/distributed/fsdp/_fully_shard/_fsdp_api.py``)."""
 
 
 def shard(nbytes: int, gpus: int) -> int:
@@ -108,7 +120,8 @@ class Memory:
     allocator's, of parameters, gradients, optimizer states and KV cache.
     Moments: what is allocated at each, in bytes, without the CUDA context; the
     largest is the peak. Margin: what else of its segments the allocator may have to
-    keep at the peak, see `shared_segments` and `fragments`.
+    keep at the peak, see `shared_segments` and `fragments`. Host: what is offloaded,
+    for each GPU, not in the total.
     """
 
     parameters: int = 0
@@ -122,6 +135,7 @@ class Memory:
     context: int = 0
     moments: tuple[tuple[str, int], ...] = field(default=(), kw_only=True)
     margin: int = field(default=0, kw_only=True)
+    host: int = field(default=0, kw_only=True)
 
     @property
     def total(self) -> int:
@@ -178,6 +192,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "adapters": (None, "fp32", "fp16", "bf16"),
     "sharding": tuple(SHARDING),
     "load": ("to", "device_map"),
+    "offload": tuple(OFFLOADED),
 }
 """What there is to choose from for a `Setup`, beside dtypes and numbers."""
 
@@ -225,6 +240,7 @@ class Setup:
         cache_dtype: the KV cache's; the weights' if None.
         gpus: how many, each with a batch of its own.
         sharding: what is split over them, by `SHARDING`.
+        offload: what lies on the host, by `OFFLOADED`; of training only.
         load: how the weights got onto the GPU. ``to``: tensor by tensor, each from
             10 MiB up into a segment of its own; ``device_map``: from one block of
             the size of all (transformers' ``caching_allocator_warmup``).
@@ -257,6 +273,7 @@ class Setup:
     lora_dropout: bool = False
     accumulation: bool = False
     all_logits: bool = False
+    offload: str | None = None
 
     def __post_init__(self) -> None:
         for what, known in CHOICES.items():
@@ -295,6 +312,7 @@ def training_moments(
     kept: int,
     again: int,
     one: int,
+    outer: int,
     step: int,
     cast: int,
 ) -> tuple[tuple[str, int], ...]:
@@ -311,6 +329,7 @@ def training_moments(
         kept: for backward, but the log-probabilities.
         again: activations that a checkpoint makes again in backward.
         one: activations of one layer, and autocast's copies of its weights.
+        outer: what is kept for backward outside of the layers.
         step: what the optimizer takes for the moment.
         cast: copies of layers' weights that autocast keeps until the forward pass
             ends, and no longer, for checkpoints make them again.
@@ -321,55 +340,78 @@ def training_moments(
     scores = block(tokens * sizes.vocab_size * b, own_segment=True)
     upcast = block(tokens * sizes.vocab_size * max(4, b), own_segment=True)
     forward = at_rest + kept + gradients * setup.accumulation
-    forward += gathered(sizes, setup)
+    whole_gradients = computed_width(setup.gradients or setup.dtype)
+    root, unit = gathered(sizes, setup)
     # The embedding's own gradient is dense (aten/src/ATen/native/cuda/Embedding.cu).
     # Tied, the head's is there as well, and their sum is a third tensor
     # (torch/csrc/autograd/input_buffer.cpp).
-    gradient_width = computed_width(setup.gradients or setup.dtype)
     embedding = (
         0
         if setup.rank
-        else block(sizes.vocab_size * sizes.hidden_size * gradient_width, own_segment=True)
+        else block(sizes.vocab_size * sizes.hidden_size * whole_gradients, own_segment=True)
     )
     extra = 2 * sizes.tie_word_embeddings + setup.accumulation
     head = 0 if setup.rank else sizes.vocab_size * sizes.hidden_size * b
     width = tokens * sizes.hidden_size * b
     layer = layer_temporaries(sizes, setup, b)
     # Of the first layer and of the embedding there are none yet, but of a tied head.
-    outside = sum(parameters(replace(sizes, num_hidden_layers=0)).values())
+    outside = sum(parameters(with_layers(sizes, 0)).values())
     whole = sum(parameters(sizes).values())
     of_layers = gradients * (whole - outside) // whole
     done = gradients - of_layers // max(1, sizes.num_hidden_layers)
     done -= 0 if sizes.tie_word_embeddings else embedding
+    last = forward - cast + again + head * (not setup.accumulation) + layer
+    first, ending = at_rest + done + one + layer, gradients
+    if root:  # gradients of layers are parts, the root's are whole until backward ends
+        trained = 0 if setup.rank else 1
+        ending = of_layers + root + (root + unit) * trained
+        last = forward - cast + root + head
+        kept_on = 0 if setup.checkpointing else one
+        last += max(
+            again - outer + 2 * unit + layer,
+            # A layer on, whose gradients wait to be sent while this one's are made.
+            again - outer - kept_on + (2 + trained) * unit + layer,
+            -outer - 2 * kept_on + (2 + 2 * trained) * unit + 3 * width,
+        )
+        layers = sizes.num_hidden_layers
+        parts = of_layers * max(0, layers - 2) // max(1, layers)
+        first = at_rest + parts + root + head + (2 + 2 * trained) * unit
+        first += kept_on + 3 * width
     return (
         ("at rest", at_rest),
-        ("end of forward: the loss", forward + 2 * upcast + (scores if b < 4 else 0)),
-        ("start of backward: the loss", forward - cast + 3 * upcast),
-        ("backward: the head", forward - cast + head + max(scores + width, head * autocast)),
         (
-            "backward: the last layer",
-            forward - cast + again + head * (not setup.accumulation) + layer,
+            "end of forward: the loss",
+            forward + root + unit + 2 * upcast + (scores if b < 4 else 0),
         ),
-        ("backward: the first layer", at_rest + done + one + layer),
-        ("end of backward: the embedding", at_rest + gradients + extra * embedding + 3 * width),
+        ("start of backward: the loss", forward - cast + root + unit + 3 * upcast),
+        (
+            "backward: the head",
+            forward - cast + root + 2 * unit + head + max(scores + width, head * autocast),
+        ),
+        ("backward: the last layer", last),
+        ("backward: the first layer", first),
+        ("end of backward: the embedding", at_rest + ending + extra * embedding + 3 * width),
         ("optimizer step", at_rest + gradients + step),
     )
 
 
-def gathered(sizes: Dimensions, setup: Setup) -> int:
-    """Bytes of the parameters that ZeRO 3 has gathered at a time, in the weights' dtype.
+def gathered(sizes: Dimensions, setup: Setup) -> tuple[int, int]:
+    """Bytes of what a sharded model has whole while it computes, in the weights' dtype.
 
-    Two layers, one that computes and one that is fetched ahead; and what stands
-    outside of the layers, which FSDP's root keeps
-    (``torch/distributed/fsdp/_fully_shard``, ``reshard_after_forward``).
+    What stands outside of the layers, which FSDP's root keeps until backward ends; and one
+    layer. A layer that computes stands beside the next one, which is fetched ahead: as it
+    arrives, and as the parameters made of it. In backward a layer's gradient is whole until
+    it is reduced, and that of the layer after waits for it to be sent
+    (``torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py``, replayed with torch 2.14).
     """
-    if setup.gpus == 1 or "parameters" not in SHARDING[setup.sharding]:
-        return 0
-    none = replace(sizes, num_hidden_layers=0)
+    sharded = setup.gpus > 1 and "parameters" in SHARDING[setup.sharding]
+    if not (sharded or setup.offload == "all"):
+        return 0, 0
+    none = with_layers(sizes, 0)
     width = computed_width(setup.dtype)
     outside = sum(parameters(none).values())
-    layer = sum(parameters(replace(sizes, num_hidden_layers=1)).values()) - outside
-    return width * (outside + min(2, sizes.num_hidden_layers) * layer)
+    layer = sum(parameters(with_layers(sizes, 1)).values()) - outside
+    return width * outside, width * layer * (sizes.num_hidden_layers > 0)
 
 
 def layer_temporaries(sizes: Dimensions, setup: Setup, b: int) -> int:
@@ -388,7 +430,8 @@ def layer_temporaries(sizes: Dimensions, setup: Setup, b: int) -> int:
     gated = sizes.has("gated")
     powers = 4 * (autocast and not gated)  # of GPT-2's GELU, in FP32
     own = 0 if setup.rank else computed_width(setup.gradients or setup.dtype)
-    own *= 1 if setup.gpus == 1 or "gradients" not in SHARDING[setup.sharding] else 0
+    root, _ = gathered(sizes, setup)
+    own *= 1 if root or setup.gpus == 1 or "gradients" not in SHARDING[setup.sharding] else 0
     matrix = own * sizes.hidden_size * sizes.intermediate_size * max(1, sizes.num_local_experts)
     taken = tokens * (3 * b + powers) * experts * sizes.intermediate_size + matrix
     if kernel in ("eager", "math"):
@@ -446,8 +489,10 @@ def prefill_temporaries(sizes: Dimensions, setup: Setup, b: int) -> int:
     kernel = attention_kernel(sizes, setup.dtype, setup.attention)
     repeated = sizes.num_key_value_heads < heads
     # Gate, up and their product. GPT-2's: the input, and three of its GELU's.
-    experts = max(1, sizes.num_experts_per_tok)
-    most = (3 + gpt2) * block(tokens * b * experts * sizes.intermediate_size, own_segment=True)
+    inner = tokens * b * inner_numbers(sizes)
+    most = (3 + gpt2) * block(inner, own_segment=True)
+    if kSmallSize < inner < kMinLargeAlloc:
+        most += kSmallSize  # what one of them may keep of its segment, see `shared_segments`
     most += tokens * (1 + gpt2) * b * h  # the sum after attention, and GPT-2's attention itself
     if kernel == "eager":
         most += tokens * b * heads * setup.length  # returned, and held until the layer ends
@@ -476,6 +521,13 @@ def check_together(sizes: Dimensions, setup: Setup) -> None:
         most = f"at most the {sizes.max_position_embeddings} positions that the model has learned"
         raise refuse("length", setup.length, most)
     if setup.task == "training":
+        if sizes.has("inference only"):
+            trained = ", ".join(name for name in TRAITS if "inference only" not in TRAITS[name])
+            raise refuse(
+                "model_type",
+                sizes.model_type,
+                f"for training one whose activations the formulas describe: {trained}",
+            )
         narrow = sizes.hidden_size
         if setup.rank > narrow:
             raise refuse("rank", setup.rank, f"at most hidden_size {narrow}")
@@ -506,7 +558,7 @@ def fragments(sizes: Dimensions, setup: Setup) -> int:
     scored = (tokens if training or setup.all_logits else setup.batch) * sizes.vocab_size
     large = [
         scored * (max(4, b) if training else b),
-        tokens * max(1, sizes.num_experts_per_tok) * sizes.intermediate_size * b,
+        tokens * inner_numbers(sizes) * b,
     ]
     if training and not setup.rank:
         large.append(sizes.vocab_size * h * computed_width(setup.gradients or setup.dtype))
@@ -582,7 +634,7 @@ def assemble(
     dtype, work = setup.dtype, (setup.batch, setup.length)
     tensors = {"parameters": stored_weights(sizes, dtype, setup.quantised)}
     held, margin = {"context": context, "rounding": 0}, fragments(sizes, setup)
-    cast = copy = 0
+    cast = copy = host = 0
     if setup.task == "training":
         matrices, others = trained_tensors(sizes, setup.rank)
         trained = matrices + others
@@ -631,11 +683,20 @@ def assemble(
             lora_dropout=setup.lora_dropout,
         )
         again = min(groups, sizes.num_hidden_layers) * layer
+        outer = activations(
+            with_layers(sizes, 0),
+            *work,
+            dtype=computed,
+            attention=setup.attention,
+            rank=setup.rank,
+            autocast=autocast,
+            dropout=setup.dropout,
+        )
         held["logits"] = 2 * logits(sizes, *work, computed)
         if autocast:
             held["logits"] += logits(sizes, *work, "fp32")
             held["cast_weights"] = total_bytes(_cast_weights(sizes, setup, computed))
-            none, layers = replace(sizes, num_hidden_layers=0), sizes.num_hidden_layers
+            none, layers = with_layers(sizes, 0), sizes.num_hidden_layers
             copies = held["cast_weights"] - total_bytes(_cast_weights(none, setup, computed))
             copy = copies // max(1, layers)
             cast = copies - copy * groups if groups and layers > groups else 0
@@ -648,6 +709,9 @@ def assemble(
     rounded, shared = {}, {}
     for kind, some in tensors.items():
         nbytes, own = total_bytes(some), kind == "parameters" and setup.load == "to"
+        if setup.task == "training" and kind in OFFLOADED[setup.offload]:
+            host += shard(nbytes, setup.gpus if kind in SHARDING[setup.sharding] else 1)
+            nbytes, some = 0, Counter()
         if setup.gpus > 1 and kind in SHARDING[setup.sharding]:
             nbytes = shard(nbytes, setup.gpus)
             some, own = Counter({nbytes: 1}), False
@@ -664,6 +728,17 @@ def assemble(
         rest += rounded["parameters"] + shared["parameters"] + held["kv_cache"]
         moments = inference_moments(sizes, setup, rest)
     else:
+        following = 0 if setup.rank else sizes.hidden_size * sizes.num_attention_heads
+        step = step_temporaries(
+            matrices,
+            others,
+            setup.optimizer,
+            states,
+            setup.implementation,
+            following * sizes.head_dim,
+        )
+        split = "optimizer_states" in SHARDING[setup.sharding]
+        step = 0 if setup.offload else shard(step, setup.gpus if split else 1)
         moments = training_moments(
             sizes,
             setup,
@@ -674,18 +749,11 @@ def assemble(
             kept=kept + held.get("cast_weights", 0) - again,
             again=again,
             one=layer + copy if sizes.num_hidden_layers else 0,
-            step=step_temporaries(
-                matrices,
-                others,
-                setup.optimizer,
-                states,
-                setup.implementation,
-                0 if setup.rank else sizes.hidden_size * sizes.num_attention_heads * sizes.head_dim,
-            )
-            + shared["gradients"],
+            outer=outer,
+            step=step + shared["gradients"],
             cast=cast,
         )
-    return Memory(**held, moments=moments, margin=margin + sum(shared.values()))
+    return Memory(**held, moments=moments, margin=margin + sum(shared.values()), host=host)
 
 
 def _cast_weights(sizes: Dimensions, setup: Setup, dtype: str) -> Counter[int]:
