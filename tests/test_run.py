@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from every_byte.cli import main
+from every_byte.data import cards
 from every_byte.gpu import VirtualGPU
 from every_byte.ranks import one_of
 from every_byte.tracker import untracked
@@ -422,6 +423,20 @@ def test_the_first_of_several_gpus(tmp_path: Path, capsys: pytest.CaptureFixture
         assert told["by_kind"]["parameters"] == weights
         assert told["by_kind"]["gradients"] == gradients * weights
     assert "RANK" not in os.environ
+
+
+def test_other_cards_are_judged_by_what_programs_can_have_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An RTX 4090's driver keeps some of its 24 GB for itself."""
+    other = cards()["RTX 4090"]
+    room = (other.usable - other.context) // 2**21 * 2**21
+    assert room + 2**21 + other.context < other.memory
+    text = "import sys, torch\nx = torch.empty(int(sys.argv[1]), dtype=torch.uint8, device='cuda')"
+    path = script(tmp_path, text)
+    for size, answer in ((room, True), (room + 2**21, False)):
+        assert main(["run", path, str(size), "--card", "H100", "--torch", "2.14", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["others"]["RTX 4090"] is answer
 
 
 SHARDED = """
