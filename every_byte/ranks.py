@@ -18,11 +18,12 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d, fsdp
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -108,9 +109,21 @@ def first_of(gpus: int) -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, lambda *_, answer=answer: answer))
         changed: tuple[tuple[Any, str, Any], ...] = (
             (DistributedDataParallel, "__init__", _replica(open_gpu())),
-            (DistributedDataParallel, "register_comm_hook", _refused("register_comm_hook")),
-            (FullyShardedDataParallel, "__init__", _refused("FullyShardedDataParallel")),
-            (fsdp, "fully_shard", _refused("fully_shard")),
+            (
+                DistributedDataParallel,
+                "register_comm_hook",
+                _refused("register_comm_hook", "leave it out, or run the script with --gpus 1"),
+            ),
+            (
+                FullyShardedDataParallel,
+                "__init__",
+                _refused("FullyShardedDataParallel", "take fully_shard, its newer form"),
+            ),
+            *(
+                (FSDPState, name, _as_the_script(getattr(FSDPState, name)))
+                for name in ("_pre_backward", "_root_post_backward_final_callback")
+            ),
+            (FSDPParamGroup, "post_backward", _as_the_script(FSDPParamGroup.post_backward)),
         )
         for owner, name, patch in changed:
             stack.enter_context(mock.patch.object(owner, name, patch))
@@ -138,14 +151,27 @@ def _replica(gpu: GPU) -> Callable[..., None]:
     return made
 
 
-def _refused(name: str) -> Callable[..., None]:
+def _refused(name: str, instead: str) -> Callable[..., None]:
     def refuse(*_: object, **__: object) -> None:
-        raise NotImplementedError(
-            f"{name} of a script is not replayed: replay it in Python with every_byte.one_of "
-            "(chapter Beyond one GPU), or run the script with --gpus 1"
-        )
+        raise NotImplementedError(f"{name} of a script is not replayed: {instead}")
 
     return refuse
+
+
+def _as_the_script(work: Callable[..., Any]) -> Callable[..., Any]:
+    """The same in autograd's callbacks, too, where PyTorch has put away the modes of now."""
+    modes = list(torch.overrides._get_current_function_mode_stack())
+
+    @wraps(work)
+    def working(*args: Any, **kwargs: Any) -> Any:
+        present = torch.overrides._get_current_function_mode_stack()
+        with ExitStack() as stack:
+            for mode in modes:
+                if not any(mode is other for other in present):
+                    stack.enter_context(mode)
+            return work(*args, **kwargs)
+
+    return working
 
 
 _OF_BACKENDS = frozenset(("backend", "pg_options", "device_id", "use_local_synchronization"))

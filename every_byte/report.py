@@ -141,18 +141,19 @@ class Report:
         )
 
     def others(self) -> dict[str, bool | None]:
-        """Other cards: whether what was reserved here, and a context, fits there.
+        """Other cards: whether what was reserved here, and a context, fits what is usable there.
 
         None where only what was allocated fits: the allocator may get along with less in
         reserve, or not. Empty if the program did not fit here, and nobody asked what it needs.
         """
         if not self.fits and self.needed is None:
             return {}
-        needed = (self.reserved if self.needed is None else self.needed) + CONTEXT
-        least = (self.needed_allocated or self.peak) + CONTEXT
+        needed = self.reserved if self.needed is None else self.needed
+        least = self.needed_allocated or self.peak
+        rooms = {name: card.usable - card.context for name, card in cards().items()}
         return {
-            name: True if needed <= card.memory else None if least <= card.memory else False
-            for name, card in cards().items()
+            name: True if needed <= room else None if least <= room else False
+            for name, room in rooms.items()
             if name != self.card
         }
 

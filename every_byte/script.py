@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext, _device_constructors
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from every_byte.estimate import CONTEXT
@@ -53,9 +54,15 @@ def _is_meta(device: Any) -> bool:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """The tensor of which ``torch.func.vmap`` shows a part, or ``grad`` a copy; itself for most."""
+    """The tensor that has the memory; itself for most.
+
+    Of ``torch.func.vmap``, which shows a part of it, or ``grad``, a copy; of a ``DTensor``,
+    this GPU's part.
+    """
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
+    if is_traceable_wrapper_subclass(tensor):
+        return _whole(getattr(tensor, tensor.__tensor_flatten__()[0][0]))
     return tensor
 
 

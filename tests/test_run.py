@@ -13,8 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from every_byte.cli import main
+from every_byte.data import cards
+from every_byte.gpu import VirtualGPU
+from every_byte.ranks import one_of
+from every_byte.tracker import untracked
 
 CARD = ("--card", "RTX 4090", "--torch", "2.14")  # whose rules say where the peak is
 TRAIN = """
@@ -418,13 +425,78 @@ def test_the_first_of_several_gpus(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "RANK" not in os.environ
 
 
+def test_other_cards_are_judged_by_what_programs_can_have_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An RTX 4090's driver keeps some of its 24 GB for itself."""
+    other = cards()["RTX 4090"]
+    room = (other.usable - other.context) // 2**21 * 2**21
+    assert room + 2**21 + other.context < other.memory
+    text = "import sys, torch\nx = torch.empty(int(sys.argv[1]), dtype=torch.uint8, device='cuda')"
+    path = script(tmp_path, text)
+    for size, answer in ((room, True), (room + 2**21, False)):
+        assert main(["run", path, str(size), "--card", "H100", "--torch", "2.14", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["others"]["RTX 4090"] is answer
+
+
+SHARDED = """
+import os
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+dist.init_process_group("nccl")
+torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+with torch.device("meta"):
+    model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4)))
+for layer in model:
+    fully_shard(layer)
+fully_shard(model)
+model.to_empty(device="cuda")
+opt = torch.optim.AdamW(model.parameters())
+for _ in range(3):
+    model(torch.zeros(8, 1024, device="cuda")).mean().backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    opt.step()
+    opt.zero_grad()
+print(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+"""
+
+
+def test_a_script_that_shards_takes_what_fully_shard_takes_in_python(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with VirtualGPU("T4", torch="2.14") as gpu, one_of(4) as mesh:
+        with untracked():
+            model = nn.Sequential(*(nn.Linear(1024, 1024, device="meta") for _ in range(4)))
+            for part in (*model, model):
+                fully_shard(part, mesh=mesh)
+        model.to_empty(device=gpu.device)
+        opt = torch.optim.AdamW(model.parameters())
+        for _ in range(3):
+            model(torch.zeros(8, 1024, device=gpu.device)).mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            opt.step()
+            opt.zero_grad()
+        expected = f"{gpu.max_memory_allocated()} {gpu.max_memory_reserved()}"
+    path = script(tmp_path, SHARDED)
+    command = ["run", path, "--card", "T4", "--torch", "2.14", "--gpus", "4", "--steps", "0"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(expected + "\n")
+    quarter = 4 * 4 * (1024 * 1024 + 1024) // 4
+    assert f"  optimizer states {2 * quarter:19,} B" in said
+
+
 def test_what_one_of_several_cannot_be_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = MANY.replace("DistributedDataParallel(model, device_ids=[rank])", "wrap(model)")
-    path = script(tmp_path, "from torch.distributed.fsdp import fully_shard as wrap\n" + text)
+    begin = "from torch.distributed.fsdp import FullyShardedDataParallel as wrap\n"
+    path = script(tmp_path, begin + text)
     assert main(["run", path, "--card", "T4", "--torch", "2.14", "--gpus", "2"]) == 1
-    assert "NotImplementedError: fully_shard of a script is not replayed" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "FullyShardedDataParallel of a script is not replayed: take fully_shard" in said
 
 
 def test_a_snapshot_replaces_no_file_of_another_kind(

@@ -15,7 +15,7 @@ _EXTENSIONS = {
     "xformers": "take torch.nn.functional.scaled_dot_product_attention, which is replayed",
     "triton": "take the plain PyTorch that the kernel stands for here",
     "apex": "take torch.optim and torch.nn's own, such as AdamW(fused=True)",
-    "deepspeed": "take FullyShardedDataParallel or fully_shard",
+    "deepspeed": "take fully_shard",
     "transformer_engine": _PLAIN,
     "mamba_ssm": _PLAIN,
     "causal_conv1d": _PLAIN,
