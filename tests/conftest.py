@@ -23,6 +23,14 @@ PAGES = [
 ]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """The notebooks' kernels share their imports."""
+    if config.getoption("nbval", False):
+        from tools.kernels import fork_kernels
+
+        fork_kernels()
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that asks for a `page` is run for every page of the book."""
     if "page" in metafunc.fixturenames:
