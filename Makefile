@@ -3,6 +3,8 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PORT ?= 8000
 export REPOSITORY
+# PyTorch's threads sleep while they wait. Else those of one process keep the cores from another's.
+export OMP_WAIT_POLICY := passive
 
 .PHONY: help env book serve test check faults test-versions gpu-test notebooks proof lint bench lock clean
 
