@@ -26,7 +26,8 @@ CHECKPOINTS := gpt2-large Qwen2-0.5B
 
 test: env ## prove it: the helpers, every notebook again, the built book
 	@$(PY) -m helpers.models $(CHECKPOINTS) >/dev/null
-	@$(PY) -m pytest -n 2 --dist loadfile --nbval --nbval-current-env
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval --nbval-current-env \
+		notebooks tests
 
 # No page, no notebook, no model of full size: what tells most of an edit in a minute.
 QUICK := allocator autocast catalogue cli cluster edges environment explain files fit imports \
