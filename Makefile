@@ -3,6 +3,8 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PORT ?= 8000
 export REPOSITORY
+# PyTorch's threads sleep while they wait. Else those of one process keep the cores from another's.
+export OMP_WAIT_POLICY := passive
 
 .PHONY: help env book serve test check faults test-versions gpu-test notebooks proof lint bench lock clean
 
@@ -24,7 +26,8 @@ CHECKPOINTS := gpt2-large Qwen2-0.5B
 
 test: env ## prove it: the helpers, every notebook again, the built book
 	@$(PY) -m helpers.models $(CHECKPOINTS) >/dev/null
-	@$(PY) -m pytest -n 2 --dist loadfile --nbval --nbval-current-env
+	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --nbval --nbval-current-env \
+		notebooks tests
 
 # No page, no notebook, no model of full size: what tells most of an edit in a minute.
 QUICK := allocator autocast catalogue cli cluster edges environment explain files fit imports \

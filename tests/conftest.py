@@ -10,6 +10,8 @@ import pytest
 
 if TYPE_CHECKING:  # what not every test needs; the engine's run where the book's is missing
     from playwright.sync_api import Browser
+    from xdist.remote import Producer
+    from xdist.scheduler import LoadFileScheduling
 
     from every_byte.gpu import VirtualGPU
 
@@ -21,6 +23,35 @@ PAGES = [
     "search.html",
     "404.html",
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The notebooks' kernels share their imports."""
+    if config.getoption("nbval", False):
+        from tools.kernels import fork_kernels
+
+        fork_kernels()
+
+
+# Several GB of RAM each: one after the other.
+LARGE = ("07_gpt2_large", "08_qwen2", "09_quality_vs_precision")
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(
+    config: pytest.Config, log: "Producer"
+) -> "LoadFileScheduling | None":
+    """Files are spread over the processes, the large notebooks to the same one."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "large" if Path(file).stem in LARGE else file
+
+    return Scheduling(config, log)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
