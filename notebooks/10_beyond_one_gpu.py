@@ -1,6 +1,8 @@
 # %% [markdown]
 # # Beyond one GPU: what each of many holds
 #
+# **If one GPU is too small, do eight need an eighth each?** With DDP each of them still needs everything. ZeRO and FSDP divide parameters, gradients and optimizer states. But the peak does not shrink with them: each GPU gathers whole layers to compute with, and nobody divides its activations.
+#
 # After this chapter you can say what each GPU of a cluster holds with DDP, ZeRO and FSDP, where its peak falls, and measure it with one GPU or with none.
 #
 # - **Time:** 30 minutes to read, two minutes to run.
@@ -58,25 +60,29 @@ print(gpu)
 print(versions("torch", "accelerate", "transformers"))
 
 # %% [markdown]
+# {numref}`one-of-eight` is one GPU of eight that train a small model with FSDP. The flat part at the bottom is its eighth. The towers are what it borrows from the other seven to compute one layer.
+
+# %% [markdown]
 # ## Many GPUs, one model
 #
-# The plainest way to train on many GPUs gives each a copy of the model and a batch of its own. After backward they average their gradients. That is *data parallelism*, in PyTorch `DistributedDataParallel` or DDP. It makes training faster, and saves no byte: each GPU holds what one alone would hold.
+# The plainest way to train on many GPUs gives each a copy of the model and a batch of its own. After backward they average their gradients. That is *data parallelism*, in PyTorch `DistributedDataParallel` or DDP. Training gets faster, but no GPU holds less than it would alone.
 #
-# ZeRO {cite}`rajbhandari2020` begins with a question: if all hold the same, why should each hold all? Its three stages divide, one after the other, what does not depend on the batch.
+# ZeRO {cite}`rajbhandari2020` begins with a question: if all hold the same, why should each hold all? It divides what does not depend on the batch, in three stages. The third is also how FSDP works.
+#
+# ```{ranks}
+# In the book a diagram stands here. What lasts on each of N GPUs:
+#
+#                parameters   gradients   optimizer states
+#   DDP             all          all           all
+#   ZeRO 1          all          all           1/N
+#   ZeRO 2          all          1/N           1/N
+#   ZeRO 3, FSDP    1/N          1/N           1/N
+# ```
 
 # %% [markdown]
 # ## Predict: the formula
 #
-# With $N$ GPUs, each holds this of parameters, gradients and optimizer states:
-#
-# | | parameters | gradients | states |
-# | --- | --- | --- | --- |
-# | DDP | all | all | all |
-# | ZeRO 1 | all | all | $1/N$ |
-# | ZeRO 2 | all | $1/N$ | $1/N$ |
-# | ZeRO 3, FSDP | $1/N$ | $1/N$ | $1/N$ |
-#
-# The paper prints an example: a model of 7.5 billion parameters on 64 GPUs, trained with Adam in FP16. Each parameter takes 2 bytes, its gradient 2, and the states 12: two averages and a copy of the weight, all in FP32.
+# What is divided takes $1/N$ of its bytes on each of $N$ GPUs. The paper prints an example: a model of 7.5 billion parameters on 64 GPUs, trained with Adam in FP16. Each parameter takes 2 bytes, its gradient 2, and the states 12: two averages and a copy of the weight, all in FP32.
 
 # %%
 BYTES = {"parameters": 2, "gradients": 2, "optimizer_states": 12}
@@ -90,6 +96,7 @@ def each_holds(stage, parameters, gpus):
     )
 
 
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 table(
     ["divided", "by formula (GB)", "in the paper (GB)"],
     [
@@ -99,16 +106,16 @@ table(
 )
 
 # %% [markdown]
-# The formula is right, and it is not the whole truth. It says nothing of activations, which nobody divides. It says nothing of what a GPU has to gather from the others before it can compute. And it divides bytes, where programs divide tensors. We measure all three.
+# The formula is right, but it leaves out three things. Nobody divides the activations. A GPU has to gather parameters from the others before it can compute. And the formula divides bytes, while programs divide tensors. We measure all three.
 
 # %% [markdown]
 # ## One of eight, without the other seven
 #
-# What a GPU allocates depends on shapes, not on values. So for memory the other GPUs need not be there. `one_of(8)` opens a process group in which this process is the first of eight and nobody answers: PyTorch has such a *fake* group for its own tests. DDP, ZeRO and FSDP below are PyTorch's own. With a CUDA device this page measures that device. Without one it replays, and each CUDA stream has its own blocks, as in PyTorch's allocator.
+# What a GPU allocates depends on shapes, not on values. So the other GPUs don't have to be there. `one_of(8)` opens a process group in which this process is the first of eight and nobody answers: PyTorch has such a *fake* group for its own tests. DDP, ZeRO and FSDP below are PyTorch's own. With a CUDA device this page measures that device. Without one it replays, and each CUDA stream has its own blocks, as in PyTorch's allocator.
 #
-# The model is that of [Adam against SGD](04_mlp_adam_vs_sgd.ipynb), with Adam and 64 digits on each GPU.
+# The model is that of [One training step](04_mlp_adam_vs_sgd.ipynb), with Adam and 64 digits on each GPU.
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how a step is recorded", "code_prompt_hide": "Hide how a step is recorded"}
 GPUS, BATCH = 8, 64
 
 
@@ -140,7 +147,7 @@ def step(model, optimizer, states=None):
 
 
 # %% [markdown]
-# First alone, as the measure of the others.
+# First one GPU alone, to compare the others with.
 
 
 # %%
@@ -180,21 +187,22 @@ def replicated(mesh, **options):
     return step(replica, optim.Adam(model.parameters()))[1]
 
 
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 with one_of(GPUS) as mesh:
     copied = replicated(mesh)
     viewed = replicated(mesh, gradient_as_bucket_view=True)
 table(
-    ["bytes of each GPU", "alone", "DDP", "DDP, gradients as views"],
+    ["each GPU (B)", "alone", "DDP", "DDP, gradients as views"],
     [(kind, alone[kind], copied[kind], viewed[kind]) for kind in LASTING],
 )
 
 # %% [markdown]
-# A copy: by default each gradient exists twice. With `gradient_as_bucket_view=True` the gradients lie inside the buckets, and one of the two is gone: a fifth of what lasts here, for one word. The price: `detach_()` cannot be called on such a gradient {cite}`pytorch-ddp`.
+# A copy: by default each gradient exists twice. With `gradient_as_bucket_view=True` the gradients lie inside the buckets, and one of the two is gone. One argument saves a fifth of what lasts here. In exchange you can't call `detach_()` on such a gradient {cite}`pytorch-ddp`.
 
 # %% [markdown]
 # ## ZeRO 1: states, and whole tensors
 #
-# PyTorch's `ZeroRedundancyOptimizer` gives each GPU some of the parameters to update, with their states. Afterwards each sends what it has updated to all. The formula promises an eighth of Adam's states.
+# PyTorch's `ZeroRedundancyOptimizer` gives each GPU some of the parameters to update, with their states. Then each GPU sends what it has updated to all others. By the formula each holds an eighth of Adam's states.
 
 
 # %%
@@ -214,7 +222,7 @@ print(f"on the first GPU:    {states:12,} B")
 print(f"2 x largest tensor:  {2 * largest:12,} B")
 
 # %% [markdown]
-# More than five times as much. This optimizer divides the list of parameters and not the parameters: a tensor belongs to one GPU as a whole. Two thirds of this model are one matrix, and the first GPU has it. For a transformer, whose layers are alike, the division is nearly even. Here it is a reminder that $1/N$ is a promise about tensors of a certain kind.
+# More than five times as much. This optimizer divides the list of parameters, not the parameters: a tensor belongs to one GPU as a whole. Two thirds of this model are one matrix, and the first GPU has it. A transformer's layers are alike, so there the division is nearly even.
 
 # %% [markdown]
 # ## FSDP: a part of every tensor
@@ -234,6 +242,7 @@ def predicted_part(gpus):
     return sum(part(p, gpus) for p in SHAPES.parameters())
 
 
+# %%
 def sharded(mesh, **options):
     model = new_model()
     for layer in model.layers:
@@ -242,6 +251,7 @@ def sharded(mesh, **options):
     return fully_shard(model, mesh=mesh, **options)
 
 
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 def second_step(gpus, build=sharded, **options):
     """The second training step on the first of so many GPUs."""
     with one_of(gpus) as mesh:
@@ -254,8 +264,9 @@ def second_step(gpus, build=sharded, **options):
 
 
 on = {gpus: second_step(gpus) for gpus in (1, 2, 8, 64, 512)}
+short = ("parameters (B)", "gradients (B)", "states (B)")
 table(
-    ["GPUs", "predicted (B)", *(f"{kind} (B)" for kind in LASTING), "P / N"],
+    ["GPUs", "predicted (B)", *short, "P / N (B)"],
     [
         (n, predicted_part(n), *(row[kind] for kind in LASTING), P // n)
         for n, (_, row) in on.items()
@@ -263,25 +274,25 @@ table(
 )
 
 # %% [markdown]
-# To the byte, for any number of GPUs. What it holds more than $P / N$ is the price of whole rows: nothing at 2, a little at 8, and at 512 it shows. The model has 10 output rows, and most of the 512 GPUs hold none of them but room for one.
+# To the byte, for any number of GPUs. A GPU holds more than $P / N$ because it holds whole rows: nothing more at 2, a little at 8, and 0.5 % at 512. The model has 10 output rows. Most of the 512 GPUs hold none of them, but keep room for one.
 
 # %% [markdown]
 # ## The peak: somebody's layer is here
 #
-# A part of a matrix cannot be multiplied with. Before a layer runs, its GPU *gathers* the parts of all others. After the layer has run it gives them back. In backward it gathers them once more, computes the whole gradient, sends the parts of it to their owners, adding up, and keeps its own.
+# You can't multiply with a part of a matrix. Before a layer runs, the GPU *gathers* the parts of all others, and after the layer it frees them. In backward it gathers them again and computes the whole gradient. Then all GPUs add up their gradients, and each keeps its own part of the sum.
 #
-# We look at the second step on one of eight, when states exist.
+# {numref}`one-of-eight`, at the top of this page, is the second step on one of eight, when the states exist.
 
-# %% mystnb={"image": {"alt": "Allocated memory of one of eight GPUs during a training step with FSDP, stacked by kind. Parameters and states lie flat at about 76 MB. On top, gathered parameters rise and fall layer by layer in forward and again in backward, where whole gradients as large as the layer join them: the peak, about 433 MB, is in backward."}}
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "figure": {"name": "one-of-eight", "classes": "first", "caption": "Allocated memory of one of eight GPUs during a training step with FSDP, by kind."}, "image": {"alt": "Allocated memory of one of eight GPUs during a training step with FSDP, stacked by kind. Parameters and states lie flat at about 76 MB. On top, gathered parameters rise and fall layer by layer in forward and again in backward, where whole gradients as large as the layer join them: the peak, about 433 MB, is in backward."}}
 recorded, _ = on[GPUS]
 figure = timeline(recorded)
 
 # %% [markdown]
-# The flat part at the bottom is what the formula speaks of. The towers are one layer, the largest. FSDP also gathers the next layer while one is computing, so that nobody waits. Can we name what stands at the peak?
+# The formula describes the flat part at the bottom. The towers are the largest layer. While one layer computes, FSDP already gathers the next, so that no GPU waits.
 #
-# The peak falls into backward, when the largest layer has its gradient. Then there are: this layer's parameters and those of the next one to be needed, its gradient, the gradient of the layer before, which is being sent, and two gradients of activations.
+# The peak falls into backward, when the largest layer has its gradient. What is alive then? The parameters of this layer and of the next one to be needed, this layer's gradient, the gradient of the layer before, which is being sent, and two gradients of activations:
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 at_peak = recorded.steps[recorded.peak]
 linear = [layer for layer in SHAPES.layers if isinstance(layer, nn.Linear)]
 first, largest, after = (
@@ -299,15 +310,15 @@ rows = [
 seen = at_peak["gathered"] + at_peak["temporaries"]
 named = sum(row[-1] for row in rows)
 table(
-    ["kind", "what", "bytes"],
+    ["kind", "what", "at the peak (B)"],
     [*rows, ("", "together", named), ("", "replayed", seen)],
 )
 
 # %% [markdown]
-# Nothing of that depends on $N$. So the peak has a floor that no number of GPUs gets below: here about $2.5$ times the largest layer, with equal layers four times one of them.
+# None of this depends on $N$. So the peak has a floor that no number of GPUs gets below. Here it is about 2.5 times the largest layer. With equal layers it is four times one of them.
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 def peak(recorded):
     return recorded.steps[recorded.peak].total
 
@@ -326,13 +337,13 @@ table(
 )
 
 # %% [markdown]
-# From 1 GPU to 8, what lasts falls to a seventh, the peak to less than half. From 8 to 512 the peak hardly moves: it stands on its floor. A transformer's floor is lower. One of 32 layers of the same size is small; here one layer is two thirds of the model.
+# From 1 GPU to 8, what lasts falls to a seventh, but the peak only to 42 %. From 8 to 512 the peak hardly moves: it stands on its floor. A transformer's floor is lower, since one of 32 equal layers is small. Here one layer is two thirds of the model.
 
 # %% [markdown]
 # ## Levers
 #
-# - **Units.** What is wrapped by one `fully_shard` is gathered together. Without a call for each layer, the whole model is.
-# - **`reshard_after_forward=False`** keeps what was gathered until backward: less traffic, more memory. Gathered once instead of twice, it comes close to ZeRO 2.
+# - **Units.** Whatever you wrap with one `fully_shard` is gathered together. If you don't call it for each layer, the whole model is gathered.
+# - **`reshard_after_forward=False`** keeps what was gathered until backward. That is less traffic and more memory, close to ZeRO 2.
 # - **Precision.** `MixedPrecisionPolicy(param_dtype=torch.bfloat16)` gathers and computes in 16 bits. The parts stay in FP32.
 
 
@@ -348,6 +359,8 @@ LEVERS = {
     "kept until backward": second_step(GPUS, reshard_after_forward=False),
     "gathered in BF16": second_step(GPUS, mp_policy=IN_BF16),
 }
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 table(
     ["on each of 8", "lasting (B)", "gathered at most (B)", "peak (B)"],
     [
@@ -362,14 +375,14 @@ table(
 )
 
 # %% [markdown]
-# What lasts is the same in all four. One unit for all gathers the whole model twice: the parts as they arrive, and the parameters made of them. So call `fully_shard` on each layer first, then on the model. BF16 halves what is gathered, and less of the peak: gradients are added up in FP32, so the largest one exists in both.
+# What lasts is the same in all four. One unit for all gathers the whole model twice: the parts as they arrive, and the parameters made of them. So call `fully_shard` on each layer first, then on the model. BF16 halves what is gathered, but not the peak: gradients are added up in FP32, so the largest one exists in both types.
 
 # %% [markdown]
 # ## Measure: two real processes
 #
-# So far one process played its part alone. Here are two real ones, started by `torchrun`, on the CPU: they hold real tensors, exchange real gradients of real digits, and each trains on half of the batch. This is the whole program.
+# So far one process played its part alone. Now `torchrun` starts two real ones on the CPU. They hold real tensors, exchange real gradients of real digits, and each trains on half of the batch.
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the program", "code_prompt_hide": "Hide the program"}
 PROGRAM = """
 import sys
 import torch
@@ -443,19 +456,19 @@ def run(program, processes):
     return [words for words in lines if words]
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 ran = {processes: run(PROGRAM, processes) for processes in (1, 2)}
 held = [line[1:] for line in sorted(ran[2]) if line[0] == "bytes"]
 table(
-    ["process", *(f"{kind} (B)" for kind in LASTING)],
+    ["process", *short],
     [(rank, *map(int, nbytes)) for rank, *nbytes in held]
     + [("replayed", *(on[2][1][kind] for kind in LASTING))],
 )
 
 # %% [markdown]
-# The two processes hold what the replay says, to the byte. And do they learn what one process learns from the whole batch?
+# The two processes hold what the replay says, to the byte. Do they also learn what one process learns from the whole batch?
 
-# %% tags=["nbval-ignore-output"]
+# %% tags=["nbval-ignore-output", "hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 losses = {
     n: [float(line[1]) for line in lines if line[0] == "loss"]
     for n, lines in ran.items()
@@ -466,12 +479,12 @@ off = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
 assert len(losses[2]) == 3 and off < 1e-4
 
 # %% [markdown]
-# The same losses, but for the order in which numbers are added. The last digits depend on the machine, so the test of this page asks for agreement to four decimals.
+# The same losses, except that numbers are added in another order. The last digits depend on the machine, so this page's test asks for four equal decimals.
 
 # %% [markdown]
 # ## Accelerate: the same, from a configuration
 #
-# Accelerate calls `fully_shard` for you, on what its plugin says {cite}`accelerate-fsdp`. The names differ a little:
+# Accelerate calls `fully_shard` for you, as its plugin says {cite}`accelerate-fsdp`. Some names differ:
 #
 # | `fully_shard` | `FullyShardedDataParallelPlugin(fsdp_version=2, ...)` |
 # | --- | --- |
@@ -480,15 +493,10 @@ assert len(losses[2]) == 3 and off < 1e-4
 # | `mp_policy` | `mixed_precision_policy` |
 # | `offload_policy` | `cpu_offload` |
 #
-# On the command line: `accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8 train.py`. One trap is worth two processes. Where there is no GPU, what does the same program do?
+# On the command line it is `accelerate launch --use_fsdp --fsdp_version 2 --num_processes 8 train.py`. One trap is worth trying with two processes: what does this program do where there is no GPU?
 
 # %%
 WITH_ACCELERATE = """
-import sys
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from torch import optim
-from helpers.mlp import SimpleMLP
-
 plugin = FullyShardedDataParallelPlugin(
     fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=1,
 )
@@ -499,17 +507,25 @@ nbytes = sum(p.nbytes for p in model.parameters())
 sys.stdout.write(f"holds {nbytes} {type(model).__name__}\\n")
 accelerator.end_training()
 """
-for line in run(WITH_ACCELERATE, 2):
+
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
+IMPORTS = """
+import sys
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from torch import optim
+from helpers.mlp import SimpleMLP
+"""
+for line in run(IMPORTS + WITH_ACCELERATE, 2):
     if line[0] == "holds":
         print(f"{line[2]}: {int(line[1]):,} B of parameters in this process")
 
 # %% [markdown]
-# It falls back to DDP, without a word: every process holds everything. So look at what you hold, and not at what you asked for.
+# It falls back to DDP without a word, and every process holds everything. So check what you hold, and don't rely on what you asked for.
 
 # %% [markdown]
 # ## Llama-3.1-8B on 1 to 64 GPUs
 #
-# Eight billion parameters in FP32 with Adam take 128 GB before the first activation. We train with the recipe of many: each layer a unit, gathered in BF16, activation checkpointing in each layer, one text of 4,096 tokens on each GPU, fused attention. The cards are replayed: this machine needs neither eight nor one of them.
+# Eight billion parameters in FP32 with Adam take 128 GB before the first activation. We train them with a common recipe: each layer is a unit, gathered in BF16, with activation checkpointing and fused attention, and each GPU has one text of 4,096 tokens. All cards are replayed, so you need neither eight of them nor one.
 
 # %%
 NAME, LENGTH = "Llama-3.1-8B", 4096
@@ -528,6 +544,7 @@ def llama(mesh):
     return fully_shard(model, mesh=mesh, mp_policy=IN_BF16)
 
 
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the training step", "code_prompt_hide": "Hide the training step"}
 def train(card, model, optimizer):
     ids = torch.zeros(1, LENGTH, dtype=torch.int64).to(card.device)
     positions = torch.arange(LENGTH)[None].to(card.device)
@@ -560,7 +577,7 @@ def one_card(gpus, capacity=None):
 clusters = {n: one_card(n) for n in (1, 2, 4, 8, 64)}
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 def phase(recorded):
     begun = [n for n, i in recorded.marks.items() if i <= recorded.peak]
     return begun[-1]
@@ -581,15 +598,15 @@ table(
 )
 
 # %% [markdown]
-# Up to 4 GPUs the peak is in the optimizer's step and follows $1/N$: there is Adam's temporary, once more as large as the parameters' part. From 8 on it is in backward, and what does not follow takes over: one layer of the model, and the activations of this GPU's own text.
+# Up to 4 GPUs the peak is in the optimizer's step and follows $1/N$: Adam makes a temporary as large as this GPU's part of the parameters. From 8 GPUs on, the peak is in backward. There the things that nobody divides take over: one layer of the model, and the activations of this GPU's own text.
 #
-# There is one more column: what PyTorch has *reserved*. FSDP gathers on a CUDA stream of its own, beside the computation, and a block freed on one stream is not given to another {cite}`pytorch-allocator`. So here the cache is larger than the memory in use by gigabytes. Is that lost?
+# The last column is what PyTorch has *reserved*. FSDP gathers on a CUDA stream of its own, beside the computation, and a block freed on one stream is not given to another {cite}`pytorch-allocator`. So the cache grows beyond the memory in use by gigabytes. Is that lost?
 
 # %% [markdown]
 # ### Does it fit eight cards of 24 GiB?
 
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 def as_a_whole(capacity):
     with VirtualGPU(capacity=capacity) as card:
         models.build(CONFIG, card.device, torch.float32)
@@ -618,9 +635,9 @@ table(
 )
 
 # %% [markdown]
-# Two lessons. A model that is made whole before it is divided needs a card for the whole of it. Make it on PyTorch's `meta` device, without storage, divide it, and give storage to the parts: `to_empty`, then load or initialise them.
+# Two lessons. If you make the whole model before you divide it, you need a card that holds the whole model. Make it on PyTorch's `meta` device instead, without storage, divide it, and give storage to the parts: `to_empty`, then load or initialise them.
 #
-# And what was reserved beyond need is not lost. When the card is full, PyTorch gives back free segments before it gives up. So it fits into less than it reserves where there is room.
+# And what PyTorch reserved beyond need is not lost. When the card is full, it gives back free segments before it gives up. So the training fits into less than PyTorch would reserve on a larger card.
 
 # %% [markdown]
 # ## Compare: what TorchTitan measured
@@ -755,6 +772,7 @@ def titan(mesh):
     return fully_shard(model, **how)
 
 
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the training step", "code_prompt_hide": "Hide the training step"}
 def train_titan(card, model, optimizer):
     with card.record(model, optimizer) as recorded:
         ids, labels = torch.zeros(2, 2, TOKENS, dtype=torch.int64).unbind()
@@ -795,7 +813,7 @@ with mock.patch.dict(os.environ, CUBLAS_WORKSPACE_CONFIG=":4096:8"):
         for conf in ("", EXPANDABLE)
     }
 
-# %%
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 table(
     ["GPUs", "allocator", "published", "replayed (GiB)", "off (%)", "in use"],
     [
@@ -834,11 +852,11 @@ print(f"one FP32 tensor like the logits: {logits / GiB:.2f} GiB")
 # %% [markdown]
 # ## What nobody divides
 #
-# - **Activations and logits** belong to a GPU's own batch. More GPUs allow a smaller batch on each; [activation checkpointing](05_activations_and_peaks.ipynb) does the rest. To divide one long text takes other kinds of parallelism: tensor, sequence, context.
+# - **Activations and logits** belong to a GPU's own batch. With more GPUs you can give each a smaller batch, and [activation checkpointing](05_activations_and_peaks.ipynb) does the rest. To divide one long text you need other kinds of parallelism: tensor, sequence or context.
 # - **Workspaces and the CUDA context** exist on each GPU.
-# - **What NCCL takes**, through which the GPUs speak, lies outside of PyTorch's allocator. `memory_allocated()` does not count it, `nvidia-smi` does. This page does not replay it.
+# - **NCCL**, the library that the GPUs talk through, takes memory outside PyTorch's allocator. `nvidia-smi` counts it, `memory_allocated()` does not, and this page does not replay it.
 #
-# One GPU can play the first of eight as well: the group answers as little there. An H200 did:
+# A real GPU can play the first of eight, too. An H200 did:
 
 # %%
 print(CARD)
@@ -846,15 +864,15 @@ FIGURE = "max_memory_allocated"
 table(COLUMNS, beside_replay("fsdp-fp32", "fsdp-bf16", figure=FIGURE))
 
 # %% [markdown]
-# These are peaks since the checkpoint before. At rest 512 B are off, a constant that an import had left on the card; the rest of what the peaks are off by, up to 66,048 B, we have not traced. `python -m helpers.record --only 'fsdp-*'` measures it on a card of yours.
+# Each row is the peak since the row above it. At rest the replay is 512 B too low: an import had left a constant on the card. We have not traced the rest of what the peaks are off by, up to 66,048 B. `python -m helpers.record --only 'fsdp-*'` measures it on a card of yours.
 
 
 # %% [markdown]
 # ## What to remember
 #
-# - DDP divides nothing, and by default it holds the gradients twice: `gradient_as_bucket_view=True`.
+# - DDP divides nothing. By default it even holds the gradients twice; `gradient_as_bucket_view=True` saves the copy.
 # - FSDP divides what lasts by $N$, row by row, to the byte. The peak does not follow: it has a floor of a few times the largest unit, and your own activations.
-# - Wrap each layer, build the model without storage, and look at what a process holds.
+# - Wrap each layer, build the model without storage, and check what a process holds.
 
 # %% [markdown]
 # ## Exercises
@@ -885,11 +903,11 @@ print(f"{peak(recorded):,} B, {peak(recorded) - peak(on[GPUS][0]):+,} B")
 # %% [markdown]
 # <details><summary>Why nothing?</summary>
 #
-# It saves gathering this layer twice. At the peak, in this layer's backward, the layer had to be there anyway, and nothing else is.
+# You no longer gather this layer twice. But at the peak, in this layer's backward, the layer had to be there anyway, and nothing else has changed.
 #
 # </details>
 
 # %% [markdown]
 # ## Where to go next
 #
-# [Troubleshooting](11_troubleshooting.ipynb) is for the day when it does not fit. The [estimator](../book/estimator.md) divides by ZeRO's formulas, for any model and number of GPUs. [Activations and peaks](05_activations_and_peaks.ipynb) has the levers against what nobody divides. The [references](../book/references.md) list the papers and PyTorch's documentation.
+# [Troubleshooting](11_troubleshooting.ipynb) is for the day when it does not fit. The [estimator](../book/estimator.md) divides by ZeRO's formulas, for any model and number of GPUs. [Activations and peaks](05_activations_and_peaks.ipynb) has the levers against what nobody divides. [How the virtual GPU works](../book/virtual_gpu.md) opens the machine that this page used.

@@ -1,6 +1,8 @@
 # %% [markdown]
 # # Troubleshooting: out of memory, and what to do
 #
+# **Why is your GPU out of memory, and what do you do about it?** Either the card is simply full, or memory that should be free is still held, or it is free only in pieces. The message tells these three apart. Paste it below, or find your question in the list.
+#
 # After this chapter you can read an out-of-memory message, find what holds the memory, and cure it.
 #
 # - **Time:** a minute for your message, 40 for all entries; about a minute to run.
@@ -15,16 +17,14 @@
 #
 # Or find your question:
 #
-# <ul>
-# <li>The message: <a href="#oom">CUDA out of memory</a> · <a href="#fragmentation">while gigabytes are free</a> · <a href="#snapshot">which line holds the memory</a></li>
-# <li>It grows each step: <a href="#grows">total += loss</a> · <a href="#outputs">kept outputs</a> · <a href="#hooks">hooks</a> · <a href="#cycles">cycles</a> · <a href="#graph">retain_graph</a> · <a href="#lengths">growing lengths</a></li>
-# <li>Where it is: <a href="#del">it stays after <code>del</code></a> · <a href="#smi">nvidia-smi shows more</a> · <a href="#worker">workers and kernels</a> · <a href="#workspace">the last 8 or 32 MiB</a> · <a href="#adam">Adam's peak</a> · <a href="#units">GB or GiB</a></li>
-# <li>It saved nothing: <a href="#saves">AMP</a> · <a href="#quarter">INT8 and 4 bits</a> · <a href="#fp8">FP8</a> · <a href="#recompute">checkpointing</a> · <a href="#gpus">two GPUs</a></li>
-# <li>It runs out somewhere else: <a href="#evaluation">in evaluation</a> · <a href="#loading">while loading</a> · <a href="#resume">after load_state_dict</a></li>
-# <li>Arguments that have changed: <a href="#amp">torch.cuda.amp</a> · <a href="#fp16">Accelerator(fp16=True)</a> · <a href="#dtype">torch_dtype</a> · <a href="#bits">load_in_8bit</a> · <a href="#silent">those that say nothing</a></li>
-# <li>Precision: <a href="#which">which dtype was loaded</a> · <a href="#int8">moving an int8 model</a> · <a href="#half">not implemented for 'Half'</a> · <a href="#nan">NaN losses</a></li>
-# <li>Of 2023: <a href="#import">Failed to import transformers…</a> · <a href="#offload">unexpected keyword argument 'offload_index'</a></li>
-# </ul>
+# - **The message:** <a href="#oom">CUDA out of memory</a> · <a href="#fragmentation">while gigabytes are free</a> · <a href="#snapshot">which line holds the memory</a>
+# - **It grows each step:** <a href="#grows">total += loss</a> · <a href="#outputs">kept outputs</a> · <a href="#hooks">hooks</a> · <a href="#cycles">cycles</a> · <a href="#graph">retain_graph</a> · <a href="#lengths">growing lengths</a>
+# - **Where it is:** <a href="#del">it stays after <code>del</code></a> · <a href="#smi">nvidia-smi shows more</a> · <a href="#worker">workers and kernels</a> · <a href="#workspace">the last 8 or 32 MiB</a> · <a href="#adam">Adam's peak</a> · <a href="#units">GB or GiB</a>
+# - **It saved nothing:** <a href="#saves">AMP</a> · <a href="#quarter">INT8 and 4 bits</a> · <a href="#fp8">FP8</a> · <a href="#recompute">checkpointing</a> · <a href="#gpus">two GPUs</a>
+# - **It runs out somewhere else:** <a href="#evaluation">in evaluation</a> · <a href="#loading">while loading</a> · <a href="#resume">after load_state_dict</a>
+# - **Arguments that have changed:** <a href="#amp">torch.cuda.amp</a> · <a href="#fp16">Accelerator(fp16=True)</a> · <a href="#dtype">torch_dtype</a> · <a href="#bits">load_in_8bit</a> · <a href="#silent">those that say nothing</a>
+# - **Precision:** <a href="#which">which dtype was loaded</a> · <a href="#int8">moving an int8 model</a> · <a href="#half">not implemented for 'Half'</a> · <a href="#nan">NaN losses</a>
+# - **Of 2023:** <a href="#import">Failed to import transformers…</a> · <a href="#offload">unexpected keyword argument 'offload_index'</a>
 
 # %% tags=["hide-input", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the set-up", "code_prompt_hide": "Hide the set-up"}
 # set-up with bitsandbytes
@@ -80,7 +80,7 @@ print(gpu)
 print(versions("torch", "transformers", "accelerate", "bitsandbytes"))
 
 # %% [markdown]
-# Every entry **causes** its problem with a few lines, says why, and shows the **cure** at work. Messages are word for word those of the versions above, only wrapped to fit the page. The cards are virtual, so you see the same on any machine.
+# Every entry **causes** its problem with a few lines, explains it, and shows the **cure** at work. Messages are word for word those of the versions above, only wrapped to fit the page. The cards are virtual, so you see the same on any machine.
 
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how messages are caught", "code_prompt_hide": "Hide how messages are caught"}
@@ -135,9 +135,9 @@ folder = tempfile.TemporaryDirectory()  # for files of this chapter
 # <a id="oom"></a>
 # ### `torch.OutOfMemoryError: CUDA out of memory. Tried to allocate … GPU 0 has a total capacity of …`
 #
-# The card is a laptop's, with 6 GiB. A part of it is never PyTorch's: the {term}`CUDA context`, with the driver's and the libraries' code. One published measurement found 0.47 GiB of it on an A100 {cite}`ml-engineering`. We give our card as much; yours differs.
+# Our card is a laptop's, with 6 GiB. PyTorch never gets all of it: the CUDA context, with the code of the driver and the libraries, takes its part. One published measurement found 0.47 GiB on an A100 {cite}`ml-engineering`. Our card's context takes as much; yours will differ.
 #
-# On it we fine-tune gpt2-large: batch 1, 512 tokens, dropout off.
+# On this card we fine-tune gpt2-large {cite}`radford2019`, with batch 1, 512 tokens and no dropout.
 
 # %%
 CONTEXT = round(0.47 * GiB)
@@ -152,6 +152,7 @@ def new_card(alloc_conf="", context=CONTEXT):
     )
 
 
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the batch", "code_prompt_hide": "Hide the batch"}
 def inputs(dtype, length=512):
     ids = torch.zeros(1, length, dtype=torch.int64)
     return {
@@ -206,9 +207,9 @@ print(f"stopped in: {stage}\n")
 show(message)
 
 # %% [markdown]
-# Here is what filled the card up to that moment:
+# {numref}`until-it-is-full`, at the top of this page, shows what filled the card up to that moment.
 
-# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "image": {"alt": "Allocated memory of the card up to the error, stacked by kind. Parameters fill half of it from the start, and forward adds a slope of activations up to the dashed line of the card, where the program stops."}}
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "figure": {"name": "until-it-is-full", "classes": "first", "caption": "Fine-tuning gpt2-large on a card of 6 GiB, up to the error: allocated memory by kind. Dashed: what the card has for PyTorch."}, "image": {"alt": "Allocated memory of the card up to the error, stacked by kind. Parameters fill half of it from the start, and forward adds a slope of activations up to the dashed line of the card, where the program stops."}}
 with new_card() as card:
     fine_tune(card, torch.float32, optim.AdamW, recordings := [])
 figure = timeline(recordings[0])
@@ -216,9 +217,9 @@ limit = 6 * GiB - CONTEXT
 line = figure.axes[0].axhline(limit / MB, color="black", linestyle="--")
 
 # %% [markdown]
-# Parameters take half of the card. Layer by layer the activations of forward come on top, until nothing is left (dashed: what the card has for PyTorch). Gradients and optimizer states have not even begun.
+# The parameters take half of the card. Then forward adds activations, layer by layer, until nothing is left. There are no gradients and no optimizer states yet.
 #
-# Now word by word. The right column is what the functions said at that moment, written as PyTorch writes it.
+# Now the message, word by word. The right column is what PyTorch's functions said at that moment.
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 WORDS = [
@@ -240,7 +241,7 @@ for words, meaning, key in WORDS:
 table(["the message", "what it is", "says", "this GPU"], rows)
 
 # %% [markdown]
-# **Why.** *Tried to allocate* is small: it is the drop that spills the glass. What matters is *allocated by PyTorch*, nearly the whole card. Compare it with the formula: FP32 parameters, gradients and AdamW's states want 16 bytes per parameter before any activation.
+# **Why.** *Tried to allocate* is small: it is the last straw. What matters is *allocated by PyTorch*, which is nearly the whole card. Compare it with the formula: in FP32, parameters, gradients and AdamW's states need 16 bytes for each parameter before any activation.
 
 # %%
 sizes = estimate.dimensions("gpt2-large")
@@ -249,7 +250,7 @@ print(f"estimated: {wanted.total / GB:.2f} GB without activations")
 print(f"the card:  {(6 * GiB - CONTEXT) / GB:.2f} GB for PyTorch")
 
 # %% [markdown]
-# **Cure.** Want less. We try again with fewer bytes for each parameter.
+# **Cure.** Need less. We try again with fewer bytes for each parameter.
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 ADAMW8 = bitsandbytes.optim.AdamW8bit
@@ -268,17 +269,17 @@ for name, (dtype, make_optimizer) in TRIES.items():
 table(["6 GiB card", "one step", "peak, this GPU (B)"], rows)
 
 # %% [markdown]
-# BF16 with AdamW comes as far as the optimizer: its states are made at the first step, so that is where it ends. Eight-bit states make room for it. More ways: a smaller batch or length, activation checkpointing, LoRA; [Activations and peaks](05_activations_and_peaks.ipynb) measures each.
+# BF16 with AdamW gets as far as the optimizer. AdamW makes its states at the first step, and they don't fit. Eight-bit states do. You can also take a smaller batch or length, activation checkpointing, or LoRA: [Activations and peaks](05_activations_and_peaks.ipynb) measures each, and [Fine-tune an 8B model](14_fine_tune_8b.ipynb) puts them together.
 #
-# **Prevent.** Estimate first: `estimate.training(...)`, then replay the step on a `VirtualGPU` of your card's size, as above.
+# **Prevent.** Ask the [estimator](../book/estimator.md) first. Then run your script on a virtual card of your card's size: [Your own script](13_your_own_script.ipynb).
 
 # %% [markdown]
 # <a id="fragmentation"></a>
 # ### `CUDA out of memory`, while gigabytes are free
 #
-# Sometimes the message says that much *is reserved by PyTorch but unallocated*, and the request would fit into what is free in all. Then memory is there, but in pieces.
+# Sometimes the message says that a lot of memory *is reserved by PyTorch but unallocated*, and the request is smaller than that. Then the memory is there, but in pieces.
 #
-# A program that does it: large **activations** come and go; then an optimizer makes its **states**, which stay; then a longer batch wants one **large** tensor.
+# Here is a program that does it. Large **activations** come and go. Then an optimizer makes its **states**, which stay. Then a longer batch needs one **large** tensor.
 
 
 # %%
@@ -317,13 +318,13 @@ with new_card(context=0) as card:
         pieces = card.memory_snapshot()
 print(f"\nwanted: 3.50 GiB    not allocated: {binary(free)}")
 
-# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "image": {"alt": "Four segments of the large pool, 768 MiB each. In every one the first 400 MiB are in use by a state and the remaining 368 MiB are free. No free piece is larger than that."}}
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "figure": {"name": "in-pieces", "caption": "The segments of the card when the request fails. Each state keeps a segment of its own."}, "image": {"alt": "Four segments of the large pool, 768 MiB each. In every one the first 400 MiB are in use by a state and the remaining 368 MiB are free. No free piece is larger than that."}}
 figure = segments(pieces)
 
 # %% [markdown]
-# **Why.** This is {term}`fragmentation`. Each of the four segments once held an activation. The first state was cut from the first of them; what remained, 368 MiB, was too small for the second state, which cut the next, and so on. No segment can be given back, because a state lives in each. Outside are 3 GiB, too few as well. Memory cannot be moved: tensors hold addresses.
+# **Why.** This is fragmentation, drawn in {numref}`in-pieces`. Each of the four segments once held an activation. The first state was cut from the first segment. The 368 MiB that remained were too small for the second state, so it cut the next segment, and so on. PyTorch can't give any segment back, because a state lives in each. The 3 GiB outside are too few as well. And memory can't be moved, because tensors hold addresses.
 #
-# **Cures.** Each is the same program, and one thing changed.
+# **Cures.** Each row is the same program with one thing changed.
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 CURES = {
@@ -351,20 +352,20 @@ table(
 )
 
 # %% [markdown]
-# - **`empty_cache()` after the error** changes nothing. PyTorch did it before it gave up. It gives whole segments back to *other* programs, and here none is whole.
-# - **`empty_cache()` between** the two phases works: the emptied segments are gone before a state can settle in them. It costs time, so once, not at every step.
-# - **What stays first, what goes later**: then states lie in segments of their own.
-# - **`max_split_size_mb:256`** forbids that a free block of 256 MiB or more be cut for a smaller request.
-# - **`expandable_segments:True`** has one segment for all, which grows by pages {cite}`pytorch-cuda-notes`. Free pieces side by side become one, as the figure shows.
+# - **`empty_cache()` after the error** changes nothing. PyTorch did it before it gave up. It gives whole segments back, and here none is whole.
+# - **`empty_cache()` between** the two phases works: the empty segments are gone before a state can settle in them. It costs time, so call it once, not at every step.
+# - **The states first:** allocate what stays before what goes. Then the states share segments of their own.
+# - **`max_split_size_mb:256`** keeps PyTorch from cutting a free block of 256 MiB or more for a smaller request.
+# - **`expandable_segments:True`** has one segment for all, which grows by pages {cite}`pytorch-cuda-notes`. Free pieces side by side become one, as in {numref}`expandable`.
 
-# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "image": {"alt": "One expandable segment of the large pool. Four states of 400 MiB lie side by side at its beginning, then the tensor of 3584 MiB. Next to nothing is free."}}
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "figure": {"name": "expandable", "caption": "The same requests in one expandable segment: the large tensor fits."}, "image": {"alt": "One expandable segment of the large pool. Four states of 400 MiB lie side by side at its beginning, then the tensor of 3584 MiB. Next to nothing is free."}}
 with new_card("expandable_segments:True", context=0) as card:
     kept = program(card)
     figure = segments(card.memory_snapshot())
     del kept
 
 # %% [markdown]
-# **Prevent.** Set it before Python starts, for it is read once: `PYTORCH_ALLOC_CONF=expandable_segments:True python train.py`. `garbage_collection_threshold` is replayed as well; PyTorch heeds it only where `torch.cuda.set_per_process_memory_fraction` set a limit. What the virtual GPU does not replay it refuses:
+# **Prevent.** PyTorch reads the setting once, so set it before Python starts: `PYTORCH_ALLOC_CONF=expandable_segments:True python train.py`. The virtual GPU also replays `garbage_collection_threshold`, which PyTorch only heeds if `torch.cuda.set_per_process_memory_fraction` has set a limit. It refuses what it does not replay:
 
 # %%
 told(lambda: new_card("roundup_power2_divisions:[256:1]"))
@@ -373,7 +374,7 @@ told(lambda: new_card("roundup_power2_divisions:[256:1]"))
 # <a id="snapshot"></a>
 # ### Which line holds the memory? A snapshot
 #
-# PyTorch can note every allocation with the line of Python that made it {cite}`pytorch-memory-snapshot`. On CUDA it is `torch.cuda.memory._record_memory_history()`; `gpu.record_memory_history()` does the same on either GPU, and writes the same file. We look for a leak: a validation without `torch.no_grad()`, whose outputs keep all activations.
+# PyTorch can note every allocation with the line of Python that made it {cite}`pytorch-memory-snapshot`. On CUDA you call `torch.cuda.memory._record_memory_history()`. `gpu.record_memory_history()` does the same on a real or a virtual GPU, and writes the same file. We look for a leak: a validation without `torch.no_grad()`, whose outputs keep all activations.
 
 
 # %%
@@ -387,6 +388,7 @@ def validate(model):
     return [model(torch.empty(8192, 1024, device="meta")) for _ in range(2)]
 
 
+# %%
 card = VirtualGPU(capacity=6 * GiB, name="laptop").open()
 card.record_memory_history()
 model = make_model()
@@ -396,14 +398,14 @@ card.dump_snapshot(snapshot_file)
 print(f"allocated: {card.memory_allocated():,} B")
 
 # %% [markdown]
-# PyTorch reads the file at the command line. Each line is a segment of 20 MiB or more, each character in brackets 20 MiB of it: a letter for one block, a digit for several, which fill so many tenths.
+# PyTorch reads the file at the command line. Each line is a segment of 20 MiB or more, and each character in brackets stands for 20 MiB of it. A letter is one block. A digit is several blocks that fill so many tenths.
 
 # %%
 viz = ["-m", "torch.cuda._memory_viz", "stats", str(snapshot_file)]
 show(run(viz, "").stdout.partition("\nLegend")[0])
 
 # %% [markdown]
-# In the browser: drop the file on [pytorch.org/memory_viz](https://pytorch.org/memory_viz); it stays on your machine. *Active Memory Timeline* shows what is alive when, a click on a band the lines that made it. *Allocator State History* shows segments and blocks.
+# In the browser, drop the file on [pytorch.org/memory_viz](https://pytorch.org/memory_viz); it stays on your machine. *Active Memory Timeline* shows what is alive when: click on a band to see the lines that made it. *Allocator State History* shows segments and blocks.
 #
 # Or ask the snapshot in Python. A block's `frames` begin with the innermost line:
 
@@ -419,7 +421,7 @@ for maker, nbytes in held.most_common():
     print(f"{maker:12}{nbytes:14,} B")
 
 # %% [markdown]
-# `validate` holds the input and the outputs of four layers, and that twice; cuBLAS's workspace came to life there too. **Cure:**
+# `validate` holds the input and the outputs of four layers, twice. cuBLAS's workspace was made there, too. **Cure:**
 
 # %%
 del outputs
@@ -432,7 +434,7 @@ card.close()
 # %% [markdown]
 # ## It grows each step
 #
-# If the first steps run and a later one fails, something of each step stays. Look at `torch.cuda.memory_allocated()` after each step: it should repeat itself. Six scripts follow in which it doesn't. In each, `yield` is the end of a step, where we read it; "cuda" is a virtual card of 6 GiB.
+# If the first steps run and a later one fails, each step leaves something behind. Look at `torch.cuda.memory_allocated()` after each step: it should repeat itself. In the six scripts that follow it doesn't. In each, `yield` is the end of a step, where we read it, and "cuda" is a virtual card of 6 GiB. {numref}`five-leaks` shows them side by side.
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how steps are watched", "code_prompt_hide": "Hide how steps are watched"}
 seen = {}
@@ -497,7 +499,7 @@ after_each(with_item)
 # %% [markdown]
 # **Why.** `total` is a tensor with a graph, and the graph holds what a backward would need: every activation of every batch. **Cure:** `loss.item()`, a plain number.
 #
-# A loss that is kept *after* `loss.backward()` does little harm, since backward lets go of the activations. The loss itself stays, 512 B a step:
+# If you keep a loss *after* `loss.backward()`, it does little harm, because backward frees the activations. The loss itself stays, 512 B a step:
 
 
 # %%
@@ -530,7 +532,7 @@ def outputs():
 after_each(outputs)
 
 # %% [markdown]
-# **Why.** Backward freed the activations, but an output in a list lives on, 32 MiB each time. `detach()` alone does not help here: it drops the graph and shares the memory. **Cure:** keep on the host what you keep, `output.detach().cpu()`, or keep the number that you want of it.
+# **Why.** Backward freed the activations, but an output in a list lives on, 32 MiB each time. `detach()` alone does not help here: it drops the graph and shares the memory. **Cure:** keep it on the host, with `output.detach().cpu()`, or keep only the number that you want from it.
 
 # %% [markdown]
 # <a id="hooks"></a>
@@ -549,7 +551,7 @@ def hooks():
 after_each(hooks)
 
 # %% [markdown]
-# **Why.** A hook is a list with another name. It outlives the step, and so does what it collects. **Cure:** clear the list each step, and `handle.remove()` when you are done: hooks that are registered again and again pile up as well.
+# **Why.** This is the same list in another place. The hook outlives the step, and so does what it collects. **Cure:** clear the list at each step, and call `handle.remove()` when you are done. If you register hooks again and again, they pile up as well.
 
 # %% [markdown]
 # <a id="cycles"></a>
@@ -581,7 +583,7 @@ with as_cuda() as card:
     print(f"after gc.collect(): {card.memory_allocated() / MiB} MiB")
 
 # %% [markdown]
-# **Why.** Python frees an object when nobody refers to it. Here the object refers to itself, through a method of its own, so it waits for the garbage collector, which counts objects, not gigabytes. **Cure:** break the cycle (`weakref`, or no callback of one's own); a `gc.collect()` each step is the crutch. `torch.utils.viz._cycles.warn_tensor_cycles()` finds such cycles on a GPU.
+# **Why.** Python frees an object when nothing refers to it. Here the object refers to itself, through one of its own methods. So it waits for the garbage collector, which counts objects, not gigabytes. **Cure:** break the cycle, with a `weakref` or without the callback. A `gc.collect()` at each step is a crutch. `torch.utils.viz._cycles.warn_tensor_cycles()` finds such cycles on a GPU.
 
 # %% [markdown]
 # <a id="graph"></a>
@@ -601,7 +603,7 @@ def graph():
 after_each(graph)
 
 # %% [markdown]
-# **Why.** It tells backward to keep the activations, for another backward. Each loss then holds its whole step, as in a validation. It is often added to silence *Trying to backward through the graph a second time*. **Cure:** `detach()` what goes from one step into the next, such as a hidden state, and leave it out.
+# **Why.** It tells backward to keep the activations for another backward. Each loss then holds its whole step, as in the validation above. People often add it to silence *Trying to backward through the graph a second time*. **Cure:** remove it, and `detach()` what goes from one step into the next, such as a hidden state.
 
 # %% [markdown]
 # <a id="lengths"></a>
@@ -629,11 +631,9 @@ after_each(lengths, 6, reserved=True, alloc_conf="expandable_segments:True")
 after_each(longest_first, 6, reserved=True)
 
 # %% [markdown]
-# **Why.** Nothing leaks: *allocated* stays. But each batch is longer than any free block, so PyTorch takes new segments, and *reserved* grows. **Cure:** run the longest batch first, so that all later ones fit into its blocks; or pad to a few lengths; or `expandable_segments:True` (second line).
-#
-# The five leaks side by side:
+# **Why.** Nothing leaks: *allocated* stays the same. But each batch is longer than any free block, so PyTorch takes new segments, and *reserved* grows. **Cure:** run the longest batch first, so that all later ones fit into its blocks (third line). Or pad to a few lengths. Or set `expandable_segments:True` (second line).
 
-# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "image": {"alt": "Allocated memory after each of six steps, a line for each of five scripts. retain_graph and the validation with total += loss climb steeply and side by side, cycles and kept outputs and hooks climb a quarter as fast, and the cured validation stays level."}}
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "figure": {"name": "five-leaks", "caption": "Allocated memory after each of six steps: four scripts that leak, and the validation that is cured."}, "image": {"alt": "Allocated memory after each of six steps, a line for each of five scripts. retain_graph and the validation with total += loss climb steeply and side by side, cycles and kept outputs and hooks climb a quarter as fast, and the cured validation stays level."}}
 LEAKS = (validation, graph, outputs, cycles, with_item)
 with contextlib.redirect_stdout(None):
     for script in LEAKS:
@@ -652,7 +652,7 @@ plt.show()
 # <a id="del"></a>
 # ### Why does memory stay after `del model`?
 #
-# `del` removes a name. Memory goes when the **last** reference goes. Three hide well. First, a **traceback**: an error keeps every local variable of every function that it passed through.
+# `del` removes a name. The memory is freed when the **last** reference goes, and three kinds of reference hide well. First, a **traceback**: an error keeps every local variable of every function that it passed through.
 
 # %%
 card = VirtualGPU(capacity=6 * GiB, name="laptop").open()
@@ -705,13 +705,15 @@ print(f"and the prompt: {card.memory_allocated():,} B")
 card.close()
 
 # %% [markdown]
-# `%xdel name` deletes a variable with all that Jupyter keeps of it; `%reset -f out` leaves the last one. In plain Python `_ = None` does it. **Prevent.** Do the work in a function: its variables end with it. Show numbers, not tensors: `model.shape`. After an error in a notebook, `sys.last_exc = None` or a new kernel. Reference cycles wait for `gc.collect()`.
+# `%xdel name` deletes a variable with everything that Jupyter keeps of it; `%reset -f out` leaves the last one. In plain Python, `_ = None` is enough.
+#
+# **Prevent.** Do the work in a function: its variables end with it. Show numbers such as `model.shape`, not tensors. After an error in a notebook, set `sys.last_exc = None` or restart the kernel. Reference cycles wait for `gc.collect()`.
 
 # %% [markdown]
 # <a id="smi"></a>
 # ### Why does `nvidia-smi` show more than `memory_allocated()`?
 #
-# Because it shows what the process took from the card, and PyTorch takes in advance.
+# Because it shows what the process took from the card, and PyTorch takes more than it needs at the moment.
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 with new_card() as card:
@@ -731,13 +733,13 @@ with new_card() as card:
 table(["who says it", "what it counts", "this GPU (B)"], rows)
 
 # %% [markdown]
-# Kept memory serves the next tensor without asking the driver. `empty_cache()` returns it; the context stays as long as the process. Other programs on the card come on top.
+# PyTorch gives the free blocks to the next tensors without asking the driver. `empty_cache()` returns them. The context stays as long as the process. Other programs on the card come on top.
 
 # %% [markdown]
 # <a id="worker"></a>
 # ### Nothing runs, and the card is full: workers and kernels
 #
-# Memory ends with its process. A notebook's kernel runs until it is shut down, even with its tab closed. Workers of a `DataLoader` live as long as its iterator, and `persistent_workers=True` keeps them between epochs:
+# Memory is freed when its process ends. A notebook's kernel runs until you shut it down, even if you close its tab. Workers of a `DataLoader` live as long as its iterator, and `persistent_workers=True` keeps them between epochs:
 
 # %%
 loader = DataLoader(range(8), num_workers=2, persistent_workers=True)
@@ -748,13 +750,13 @@ gc.collect()
 print("loader deleted: ", len(multiprocessing.active_children()), "workers")
 
 # %% [markdown]
-# Workers should make CPU tensors and leave CUDA to the main process; then they hold no card. To find who does: `nvidia-smi --query-compute-apps=pid,used_memory --format=csv`. PyTorch's own message says it too, with a sentence *Process … has … memory in use* for every other process. The virtual GPU knows one process, so that sentence is not replayed.
+# Let workers make CPU tensors and leave CUDA to the main process. Then they hold nothing on the card. To find out who does, run `nvidia-smi --query-compute-apps=pid,used_memory --format=csv`. PyTorch's own message names them too: *Process … has … memory in use*, for every other process. The virtual GPU knows only one process and does not replay that sentence.
 
 # %% [markdown]
 # <a id="workspace"></a>
 # ### Everything is deleted. What are the last 8.125 MiB?
 #
-# cuBLAS's {term}`workspace`, taken at the first matrix product. The question was asked with a model of two numbers, and `memory_allocated()` printed 8519680 on an A10G {cite}`pytorch-issue-95668`.
+# cuBLAS's workspace, taken at the first matrix product. Someone asked this about a model of two numbers, for which `memory_allocated()` printed 8519680 on an A10G {cite}`pytorch-issue-95668`.
 
 # %%
 with VirtualGPU(capacity=6 * GiB, name="laptop") as card:
@@ -770,13 +772,13 @@ with VirtualGPU(capacity=6 * GiB, name="laptop") as card:
     print(f"workspaces cleared: {card.memory_allocated()} B")
 
 # %% [markdown]
-# On CUDA: `torch._C._cuda_clearCublasWorkspaces()`. It is taken again at the next product, so leave it. Hopper takes 32 MiB; `CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8` makes it 8.125 MiB everywhere, as this book does.
+# On CUDA, `torch._C._cuda_clearCublasWorkspaces()` frees it. But the next product takes it again, so leave it alone. From Hopper on it is 32 MiB. `CUBLAS_WORKSPACE_CONFIG=:4096:2:16:8` makes it 8.125 MiB everywhere, as this book does.
 
 # %% [markdown]
 # <a id="adam"></a>
 # ### Why is Adam's peak higher than 4P?
 #
-# Four copies are what stays. During its step Adam holds a fifth for a moment, because it updates all tensors at once. [Adam against SGD](04_mlp_adam_vs_sgd.ipynb) shows it as a timeline.
+# Four copies are what stays. During its step Adam holds a fifth for a moment, because it updates all tensors at once. `fused=True` avoids it. [One training step](04_mlp_adam_vs_sgd.ipynb) shows it as a timeline.
 
 # %%
 with VirtualGPU(capacity=6 * GiB, name="laptop") as card:
@@ -794,7 +796,7 @@ with VirtualGPU(capacity=6 * GiB, name="laptop") as card:
 # <a id="units"></a>
 # ### GB or GiB?
 #
-# Both, and often under the same name. Parameters times bytes is naturally in GB; cards, `nvidia-smi` (MiB) and PyTorch's messages count in powers of two. The gap is 7 % at this size:
+# Both, and often under the same name. Parameters times bytes gives GB. Cards, `nvidia-smi` (in MiB) and PyTorch's messages count in powers of two. At this size the gap is 7 %:
 
 # %%
 print(f"a card of 24 GiB:         {24 * GiB:,} B = {24 * GiB / GB:.2f} GB")
@@ -806,7 +808,7 @@ print(f"a model of 24 GB takes:   {24 * GB / GiB:.2f} GiB of it")
 # <a id="saves"></a>
 # ### Why does AMP not save memory?
 #
-# Because it is made for speed and keeps its parameters in FP32. Autocast converts on the way: what matrix products give becomes half as large, and parameters get a copy in 16 bits for as long as the context lasts.
+# Because it is made for speed, and keeps its parameters in FP32. Autocast converts on the way. The results of matrix products become half as large, but parameters get a second copy in 16 bits for as long as the context lasts.
 
 # %%
 model = nn.Linear(64, 64)
@@ -821,7 +823,7 @@ print("gradient:       ", model.weight.grad.dtype)
 print("optimizer state:", adam.state[model.weight]["exp_avg"].dtype)
 
 # %% [markdown]
-# So the 16 bytes per parameter stay 16, and the casts come on top. It saves where activations outweigh them: large batches, long sequences.
+# So the 16 bytes for each parameter stay 16, and the copies come on top. It only saves memory where activations outweigh them, with large batches or long sequences.
 
 
 # %%
@@ -844,13 +846,13 @@ for tokens in (64, 4096, 16384):
 table(["rows in a batch", "FP32, peak (B)", "autocast, peak (B)"], rows)
 
 # %% [markdown]
-# [Mixed precision](06_mixed_precision.ipynb) counts both sides.
+# [Mixed precision](06_mixed_precision.ipynb) counts what it adds and what it saves.
 
 # %% [markdown]
 # <a id="quarter"></a>
 # ### Why do int8 and 4 bits save less than half and a quarter?
 #
-# Three reasons. Only matrices of linear layers are quantised, not embeddings, norms and biases. Each block carries a scale. And activations and caches stay as they are. [gpt2-large](07_gpt2_large.ipynb) takes it apart, byte by byte. By formula:
+# For three reasons. Only the matrices of linear layers are quantised, not embeddings, norms and biases. Each block of weights carries a scale. And activations and caches stay as they are. [gpt2-large](07_gpt2_large.ipynb) takes it apart, byte by byte. By formula:
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 fp16 = estimate.parameter_bytes(sizes, "fp16")
@@ -916,13 +918,13 @@ table(
 )
 
 # %% [markdown]
-# At 64 rows what is less are cuBLAS's workspaces: this product takes none here. **Cure.** None: it is made for speed. FP8 saves memory where it *stores*: weights for inference, a KV cache, an optimizer's states, or what backward keeps.
+# At 64 rows FP8 needs a little less, because this product takes no cuBLAS workspace here. **Cure.** None: it is made for speed. FP8 saves memory where it *stores*: weights for inference, a KV cache, an optimizer's states, or what backward keeps.
 
 # %% [markdown]
 # <a id="recompute"></a>
 # ### Why did checkpointing save nothing?
 #
-# Three reasons. You put **one** checkpoint around the whole model, so that backward makes all activations again at once. Or the **peak is elsewhere**: at the optimizer's step or at the logits. Or it was **not on**: transformers skips it in `model.eval()`.
+# There are three usual reasons. You put **one** checkpoint around the whole model, so backward makes all activations again at once. Or the **peak is elsewhere**, in the optimizer's step or at the logits. Or it was **not on**: transformers skips it in `model.eval()`.
 
 
 # %%
@@ -958,13 +960,13 @@ for name, width, batch in (
 table(["peak (B)", "none", "around the model", "around each layer"], rows)
 
 # %% [markdown]
-# **Cure.** A checkpoint around each layer, as `gradient_checkpointing_enable()` sets it, where activations are what is large. Where the optimizer is, `fused=True`, 8-bit states or LoRA help instead; where the logits are, see [the logits](16_logits.ipynb).
+# **Cure.** If activations are what is large, put a checkpoint around each layer, as `gradient_checkpointing_enable()` does. If the optimizer is, take `fused=True`, 8-bit states or LoRA. If the logits are, see [the logits](16_logits.ipynb).
 
 # %% [markdown]
 # <a id="gpus"></a>
 # ### Why did two GPUs not help?
 #
-# Because data parallelism gives each GPU the whole model, and buckets for the gradients on top. The same step, alone and as the first of two:
+# Because data parallelism gives each GPU the whole model, and buckets for the gradients on top. Here is the same step, alone and as the first of two:
 
 
 # %%
@@ -980,13 +982,14 @@ def of_two(model):
     return DistributedDataParallel(model)
 
 
+# %%
 print(f"alone:  {peak_of(one_step, nn.Sequential):,} B")
 with as_cuda() as card, first_of(2):
     one_step(of_two)
     print(f"of two: {card.max_memory_allocated():,} B on each")
 
 # %% [markdown]
-# **Cure.** Two GPUs halve the time, or let you double the batch. To halve the *model*, share it out: FSDP or ZeRO, as in [Beyond one GPU](10_beyond_one_gpu.ipynb). `device_map="auto"` puts half of the layers on each, and one of them waits while the other works.
+# **Cure.** Two GPUs halve the time, or let you double the batch. To halve the *model*, divide it with FSDP or ZeRO, as in [Beyond one GPU](10_beyond_one_gpu.ipynb). `device_map="auto"` puts half of the layers on each GPU, but one of them waits while the other works.
 
 # %% [markdown]
 # ## It runs out somewhere else
@@ -994,7 +997,7 @@ with as_cuda() as card, first_of(2):
 # <a id="evaluation"></a>
 # ### Why does evaluation run out where training did not?
 #
-# Training frees its activations in backward. An evaluation has no backward: without `no_grad` it keeps them, and if you collect the logits to score them later, those too.
+# Training frees its activations in backward. An evaluation has no backward. Without `no_grad` it keeps them as long as you keep its outputs, for example to score them later.
 
 
 # %%
@@ -1012,13 +1015,13 @@ after_each(lambda: evaluation(True, False), name="inference_mode")
 after_each(lambda: evaluation(True, True), name="and .cpu()")
 
 # %% [markdown]
-# **Cure.** `torch.inference_mode()` around it, and off the card with what you keep, or with a metric of it. A Trainer collects logits on the GPU as well; `eval_accumulation_steps` moves them to the host, `preprocess_logits_for_metrics` makes them small first.
+# **Cure.** Put `torch.inference_mode()` around it, and move what you keep to the host, or keep only a metric. A Trainer also collects logits on the GPU. `eval_accumulation_steps` moves them to the host, and `preprocess_logits_for_metrics` makes them small first.
 
 # %% [markdown]
 # <a id="loading"></a>
 # ### Why does loading take twice the model?
 #
-# Because two copies are there: the model, and the dictionary that it is loaded from. We save a small one, to try.
+# Because there are two copies: the model, and the dictionary that it is loaded from. We save a small model and load it in four ways.
 
 
 # %%
@@ -1054,13 +1057,13 @@ for action in (to_the_card, by_the_host, assigned, half_on_the_card):
     print(f"{action.__name__:17} peak {peak_of(action) / MiB:6.2f} MiB")
 
 # %% [markdown]
-# **Cure.** `map_location="cpu"`, or `assign=True`, which makes the dictionary's tensors the model's own. And convert first: `model.half().cuda()` takes half of what `model.cuda().half()` takes at its peak. `from_pretrained(..., dtype=..., device_map=...)` does both.
+# **Cure.** Use `map_location="cpu"`, or `assign=True`, which makes the dictionary's tensors the model's own. And convert first: `model.half().cuda()` takes half of what `model.cuda().half()` takes at its peak. `from_pretrained(..., dtype=..., device_map=...)` does both.
 
 # %% [markdown]
 # <a id="resume"></a>
 # ### Why does it run out after `load_state_dict`, and ran before?
 #
-# A first run has no optimizer states until its first step is done. A resumed one has them from the start, and often the checkpoint as well.
+# A first run has no optimizer states until its first step. A resumed run has them from the start, and often the checkpoint as well.
 
 # %%
 model = small("cpu")
@@ -1092,12 +1095,12 @@ for place in ("cuda", "cpu"):
         del model, optimizer
 
 # %% [markdown]
-# **Why.** From a checkpoint on the card the optimizer takes the tensors over as they are, and the model copies them: so the weights exist twice, until the last name of the checkpoint is gone. **Cure:** `map_location="cpu"`, and `del` the checkpoint before the first step. And count the states from the start: what fits in the first step may fail in the second.
+# **Why.** If the checkpoint is on the card, the optimizer takes its tensors as they are, but the model copies them. So the weights exist twice until you delete the checkpoint. **Cure:** `map_location="cpu"`, and `del` the checkpoint before the first step. And count the states from the start: what fits in the first step may fail in the second.
 
 # %% [markdown]
 # ## Arguments that have changed
 #
-# What the source articles wrote, and what the same line does today. A checkpoint of two tiny layers, made here in BF16, is enough to see it.
+# This is what the source articles wrote, and what the same line does today. A checkpoint of two tiny layers, made here in BF16, is enough to see it.
 
 # %%
 saved = Path(folder.name, "tiny")
@@ -1154,7 +1157,7 @@ model = told(lambda: load(torch_dtype=torch.float16))
 print(model.dtype)
 
 # %% [markdown]
-# **Cure:** `dtype=`. And without either, beware: transformers 5 takes the checkpoint's own type, where it once took FP32.
+# **Cure:** `dtype=`. If you give neither, beware: transformers 5 takes the checkpoint's own type, where it once took FP32.
 
 # %%
 print("dtype=torch.float16:", told(lambda: load(dtype=torch.float16)).dtype)
@@ -1168,7 +1171,7 @@ print("nothing said:       ", told(load).dtype)
 told(lambda: load(load_in_8bit=True))
 
 # %% [markdown]
-# **Why.** What `from_pretrained` does not know it passes on to the model. **Cure:** a configuration for the quantisation, and a type for the rest. Without the second, what is not quantised keeps the checkpoint's type.
+# **Why.** `from_pretrained` passes on to the model what it does not know. **Cure:** a configuration for the quantisation, and a type for the rest. Without that type, what is not quantised keeps the checkpoint's.
 
 # %%
 EIGHT_BITS = BitsAndBytesConfig(load_in_8bit=True)
@@ -1180,7 +1183,7 @@ for dtype, count in Counter(p.dtype for p in int8.parameters()).items():
 # <a id="silent"></a>
 # ### Those that say nothing, or little
 #
-# `low_cpu_mem_usage=True` is accepted and ignored: loading is frugal anyway. Two old names of `torch.cuda` still work and say what they are called now. `PYTORCH_CUDA_ALLOC_CONF` is still read; its name today is `PYTORCH_ALLOC_CONF`.
+# `low_cpu_mem_usage=True` is accepted and ignored, since loading needs little memory anyway. Two old names of `torch.cuda` still work and say what they are called now. `PYTORCH_CUDA_ALLOC_CONF` is still read; today its name is `PYTORCH_ALLOC_CONF`.
 
 # %%
 told(lambda: load(low_cpu_mem_usage=True))
@@ -1197,7 +1200,7 @@ for old in (torch.cuda.memory_cached, torch.cuda.max_memory_cached):
 # <a id="which"></a>
 # ### Which dtype was loaded?
 #
-# Ask the tensors. A model's `.dtype` is that of its first parameter, and a configuration says what was saved or wished. [Qwen2](08_qwen2.ipynb) loads one model in several ways.
+# Ask the tensors. A model's `.dtype` is that of its first parameter, and its configuration says what was saved or asked for. [Qwen2](08_qwen2.ipynb) loads one model in several ways.
 
 # %%
 mixed = told(lambda: load(dtype=torch.float16))
@@ -1211,20 +1214,20 @@ for dtype, count in Counter(p.dtype for p in mixed.parameters()).items():
 # <a id="int8"></a>
 # ### `` ValueError: Calling `cuda()` is not supported for `8-bit` quantized models ``
 #
-# bitsandbytes puts a quantised model where it belongs while loading. Moving or casting it afterwards would undo that. We use the 8-bit model from above:
+# bitsandbytes puts a quantised model in its place while loading. Moving or casting it afterwards would undo that. We use the 8-bit model from above:
 
 # %%
 for move in (int8.cuda, int8.half, lambda: int8.to(torch.bfloat16)):
     told(move)
 
 # %% [markdown]
-# **Cure.** Say both while loading: `device_map={"": 0}` for the card, `dtype=` for what is not quantised. Older scripts often end with `.to(device)`: leave it out.
+# **Cure.** Say both while loading: `device_map={"": 0}` for the card, and `dtype=` for what is not quantised. Older scripts often end with `.to(device)`: leave it out.
 
 # %% [markdown]
 # <a id="half"></a>
 # ### `NotImplementedError: "…" not implemented for 'Half'`
 #
-# A type can be stored everywhere; computing needs a kernel for this operation, this type and this device. CPUs once lacked FP16's matrix product. They have it today, and still lack others:
+# You can store any type on any device. To compute, you need a kernel for this operation, this type and this device. PyTorch once had no FP16 matrix product for CPUs. It has one today, and still lacks others:
 
 # %%
 half = torch.eye(3).half()
@@ -1234,20 +1237,20 @@ told(lambda: half.to(torch.float8_e4m3fn) + 1)
 told(lambda: nn.Linear(3, 3).half()(torch.eye(3)))
 
 # %% [markdown]
-# **Cure.** Compute that operation in FP32, and convert back. The last message is another matter: model and data of different types. Convert the data, or use autocast.
+# **Cure.** Compute that operation in FP32, and convert back. The last message is another matter: model and data have different types. Convert the data, or use autocast.
 
 # %%
 print(torch.linalg.cholesky(half.float()).half().dtype)
 print(nn.Linear(3, 3).half()(torch.eye(3).half()).dtype)
 
 # %% [markdown]
-# On a GPU ask first. BF16 runs on cards before Ampere by conversion, so `torch.cuda.is_bf16_supported()` is true there; `is_bf16_supported(including_emulation=False)` tells about the hardware. [Number formats](02_precision_formats.ipynb) has the table.
+# On a GPU, ask first. Cards before Ampere run BF16 by conversion, so `torch.cuda.is_bf16_supported()` is true there. `is_bf16_supported(including_emulation=False)` asks about the hardware. [Conversion and hardware](17_conversion_and_hardware.ipynb) has the table.
 
 # %% [markdown]
 # <a id="nan"></a>
 # ### `loss: nan` in FP16
 #
-# FP16 ends at 65,504. A sum of squares passes that soon, infinity minus infinity is not a number, and one such loss ruins every parameter.
+# FP16 ends at 65,504. A sum of squares soon exceeds that and becomes infinity. Infinity minus infinity is not a number, and one such loss ruins every parameter.
 
 # %%
 for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -1257,7 +1260,7 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32):
     print(f"{dtype!s:15} 300 * 300 = {squared[0, 0]:8}  loss {loss:.4f}")
 
 # %% [markdown]
-# At the other end, what is below 6e-8 becomes zero, and training stands still. **Cure.** BF16, where the hardware has it: FP32's range. Or autocast with a `GradScaler`: parameters stay in FP32, gradients are multiplied up, and a step with an infinity is left out, with a smaller scale after it:
+# At the other end, numbers below 6e-8 become zero, and training stands still. **Cure.** BF16, if the hardware has it: its range is FP32's. Or autocast with a `GradScaler`. Then parameters stay in FP32 and gradients are multiplied up. After an infinity the scaler skips the step and lowers the scale:
 
 # %%
 weight = nn.Parameter(torch.ones(1))
@@ -1272,7 +1275,7 @@ for step, factor in enumerate((float("inf"), 1.0)):
     print(f"scale {scaler.get_scale():.0f}")
 
 # %% [markdown]
-# The first step left the weight as it was and halved the scale. The second was taken. **Prevent.** `torch.autograd.set_detect_anomaly(True)` names the operation that made the first NaN; it is slow, so only to search.
+# The first step was skipped, and the scale halved. The second was taken. **Prevent.** `torch.autograd.set_detect_anomaly(True)` names the operation that made the first NaN. It is slow, so use it only to search.
 
 # %% [markdown]
 # ## Two errors of 2023
@@ -1283,10 +1286,8 @@ for step, factor in enumerate((float("inf"), 1.0)):
 # ### `RuntimeError: Failed to import transformers.models.gpt2.modeling_gpt2 because of the following error (look up to see its traceback): module 'wandb.proto.wandb_internal_pb2' has no attribute 'Result'`
 #
 # The source article {cite}`hoperj2024` met this one. It takes an old transformers and a damaged wandb. Neither is installed here, so two stand-ins play them: a few files in a folder of their own, which a new Python process finds first.
-
-
-# %% [markdown]
-# The old transformers imported a model's module when it was first asked for, and put any failure into words of its own. On the way there it imported wandb, if it was installed, whether you used it or not.
+#
+# The old transformers imported a model's module when it was first asked for, and put its own message around any failure. On the way it also imported wandb, if that was installed, whether you used it or not.
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the stand-ins", "code_prompt_hide": "Hide the stand-ins"}
 stand_ins = tempfile.TemporaryDirectory()
@@ -1403,14 +1404,14 @@ print("offload_index" in known)
 # %% [markdown]
 # ## What to remember
 #
-# - In an out-of-memory message, look at *allocated* first. Only if *reserved but unallocated* is large are the settings of the allocator of any use.
-# - Memory is held by **references**, of tracebacks, closures and prompts too. A snapshot names the line.
-# - Read a chained traceback from the **top**: the last error is only where it surfaced. A strange keyword inside a library means versions of different age: `every-byte check`.
+# - In an out-of-memory message, look at *allocated* first. The allocator's settings only help if *reserved but unallocated* is large.
+# - **References** hold memory, also those of tracebacks, closures and prompts. A snapshot names the line.
+# - If the first step fits and a later one fails, look for what a step leaves behind.
 
 # %% [markdown]
 # ## Exercises
 #
-# **1.** The program whose memory is in pieces, above, fails with states of 400 MiB. For which sizes does it fit without any cure? Predict, then replay 300 to 700 MiB.
+# **1.** The program whose memory is in pieces fails with states of 400 MiB. For which sizes does it fit without any cure? Predict, then replay 300 to 700 MiB.
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}
 for size in (300, 380, 390, 500, 700):
@@ -1430,7 +1431,7 @@ for size in (300, 380, 390, 500, 700):
 # %% [markdown]
 # <details><summary>Why?</summary>
 #
-# Up to 384 MiB two states share a segment, so two of the four segments become whole again and PyTorch can give them back. Above, each state pins a segment of its own.
+# Up to 384 MiB, two states share a segment. So two of the four segments stay whole, and PyTorch can give them back. Above that, each state pins a segment of its own.
 #
 # </details>
 
@@ -1447,7 +1448,7 @@ with new_card("per_process_memory_fraction:0.5") as card:
 # %% [markdown]
 # <details><summary>Which one?</summary>
 #
-# *3.00 GiB allowed*: half of the card. More than the request is free, and still it fails. On CUDA, `torch.cuda.set_per_process_memory_fraction(0.5)` does the same.
+# *3.00 GiB allowed*: half of the card. More than the request is free, but it still fails. On CUDA, `torch.cuda.set_per_process_memory_fraction(0.5)` does the same.
 #
 # </details>
 

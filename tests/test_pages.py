@@ -210,7 +210,7 @@ def test_a_chapters_tools(html: Path, browser: Browser) -> None:
     assert tab.locator("div.highlight button.copybtn").count() > 5
     notebook = tab.locator("a.btn-download-source-button").get_attribute("href")
     assert notebook is not None and (html / CHAPTER).parent.joinpath(notebook).is_file()
-    folded = tab.locator("details").last
+    folded = tab.locator("details.hide").last
     assert folded.get_attribute("open") is None
     folded.locator("summary").click()
     assert folded.get_attribute("open") is not None

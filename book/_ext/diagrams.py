@@ -1,4 +1,4 @@
-"""The diagrams of the page on the virtual GPU, drawn at each build.
+"""The diagrams of the page on the virtual GPU, drawn at each build; one of them stands twice.
 
 ``{pipeline}`` is the way of an operation through it, ``{requests}`` the allocator at ten
 requests, each carried out by `every_byte.allocator` itself, and ``{ranks}`` what each of four
@@ -23,6 +23,7 @@ from every_byte.kinds import COLORS
 from every_byte.units import GB, KiB, MiB, grouped
 
 PAGE = "book/virtual_gpu"
+RANKS_PAGE = "notebooks/10_beyond_one_gpu"
 
 # The allocator
 
@@ -283,7 +284,9 @@ class Requests(SphinxDirective):
 
 
 class Ranks(SphinxDirective):
-    """``{ranks}``: what each of four GPUs holds."""
+    """``{ranks}``: what each of four GPUs holds. Its content is for who reads it elsewhere."""
+
+    has_content = True
 
     def run(self) -> list[nodes.Node]:
         """A row for each scheme, a column for each GPU."""
@@ -297,9 +300,10 @@ class Ranks(SphinxDirective):
 
 
 def add_files(app: Sphinx, page: str, *_: object) -> None:
-    """Load the diagrams' style and script on their own page only."""
-    if page == PAGE:
+    """Load the diagrams' style and script only where they stand."""
+    if page in (PAGE, RANKS_PAGE):
         app.add_css_file("diagrams.css")
+    if page == PAGE:
         app.add_js_file("allocator.js", loading_method="defer")
 
 

@@ -14,6 +14,8 @@ from sphinx.util.nodes import make_refnode
 # Terms whose word has other meanings here: linked where one of these stands in the paragraph.
 MEANT_BY = {
     "block": re.compile(r"allocat|segment|split"),  # not the 64 weights that share a scale
+    "buffer": re.compile(r"mask|parameter|tensor|\.half"),  # not what a CUDA graph keeps
+    "measured": re.compile(r"[Ww]e measured|(?:are|were) measured"),  # by us, as its entry says
     "rank": re.compile(r"process|GPUs|cards"),  # not LoRA's
 }
 

@@ -1,0 +1,81 @@
+"""Tables of the book: three digits first, the exact bytes folded under them; and wide ones."""
+
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from playwright.sync_api import Browser
+
+from tools.repository import ROOT
+
+CHAPTER = Path("notebooks", "04_mlp_adam_vs_sgd.html")
+
+
+@pytest.fixture(scope="module")
+def exact() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "book" / "_ext")
+        yield importlib.import_module("exact_bytes")
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "said"),
+    [
+        (0, "0"),
+        (-512, "-512 B"),
+        (999, "999 B"),
+        (1_000, "1.00 kB"),
+        (9_994, "9.99 kB"),
+        (9_996, "10.0 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.00 MB"),
+        (204_032_040, "204 MB"),
+        (999_600_000, "1.00 GB"),
+        (1_037_597_184, "1.04 GB"),
+        (99_960_000_000, "100 GB"),
+        (1_234_567_000_000, "1,235 GB"),
+    ],
+)
+def test_three_digits(exact: ModuleType, nbytes: int, said: str) -> None:
+    assert exact.short(nbytes).replace("\N{NO-BREAK SPACE}", " ") == said
+
+
+def test_a_table_says_the_pattern_and_keeps_its_bytes(html: Path) -> None:
+    text = (html / CHAPTER).read_text("utf-8").replace("\N{NO-BREAK SPACE}", " ")
+    shown, *folds = re.split(r'<details class="exact-bytes">', text)
+    assert len(folds) >= 3
+    before = shown[shown.rindex("<table") :]
+    after = folds[0][: folds[0].index("</details>")]
+    assert ">426 MB<" in before and "425,512,448" not in before and "(B)" not in before
+    assert ">425,512,448<" in after and "(B)" in after
+    assert before.count("<tr") == after.count("<tr")
+
+
+def test_a_number_is_not_said_in_two_units(html: Path) -> None:
+    """The article's table: this GPU's MB beside its own, and bytes only where unfolded."""
+    text = (html / CHAPTER).read_text("utf-8")
+    heads = [re.sub(r"<[^>]+>", "", head) for head in re.findall(r"<thead>.*?</thead>", text, re.S)]
+    shown, folded = (head.split("\n") for head in heads if "article, measured" in head)
+    assert [cell for cell in shown if "this GPU" in cell] == ["this GPU (MB)"]
+    assert [cell for cell in folded if "this GPU" in cell] == ["this GPU (MB)", "this GPU (B)"]
+
+
+def test_what_scrolls_sideways_shows_it(html: Path, browser: Browser) -> None:
+    """Also a table that was folded when the page was loaded; and the keyboard reaches it."""
+    tab = browser.new_page(viewport={"width": 390, "height": 844})
+    tab.goto((html / CHAPTER).as_uri())
+    fold = tab.locator("details.exact-bytes").nth(1)
+    fold.locator("summary").click()
+    wide = fold.locator(".pst-scrollable-table-container")
+    tab.wait_for_function(
+        "place => place.matches('.more-right[tabindex]')", arg=wide.element_handle()
+    )
+    assert wide.evaluate("place => getComputedStyle(place).maskImage") != "none"
+    wide.evaluate("place => { place.scrollLeft = place.scrollWidth; }")
+    tab.wait_for_function(
+        "place => place.matches('.more-left:not(.more-right)')", arg=wide.element_handle()
+    )
+    tab.close()
