@@ -150,8 +150,8 @@ def temporaries(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return [args[0].nbytes]  # between two dimensions: roll_cuda in native/cuda/TensorShape.cu
     if packet is aten.randperm and isinstance(args[0], int):
         return _of_a_permutation(args[0])
-    if packet in (aten.index_put_, aten.index_put) and len(args) > 3 and args[3]:
-        return _accumulated(*args[:3])
+    if packet in (aten.index_put_, aten.index_put, aten._index_put_impl_) and args[3:4] == (True,):
+        return _accumulated(args[0], args[1], args[2], checked=args[4:5] != (True,))
     if packet is aten.histc and all(limit == 0 for limit in args[2:4]):
         # The smallest and the largest number: _histc_cuda_template in native/cuda/SummaryOps.cu.
         return [args[0].element_size(), -args[0].element_size()] * 2
@@ -160,17 +160,20 @@ def temporaries(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return None
 
 
-def _accumulated(tensor: Tensor, indices: list[Tensor | None], values: Tensor) -> list[int]:
+def _accumulated(
+    tensor: Tensor, indices: list[Tensor | None], values: Tensor, checked: bool
+) -> list[int]:
     # index_put_with_sort_kernel in native/cuda/Indexing.cu, for one index of whole numbers in
-    # the first dimension: its limits (staged, if very many); the indices as they lie in
-    # memory; then those and their places are sorted, by as many bits as they need.
+    # the first dimension: its limits (staged, if very many), unless it was checked in forward;
+    # the indices as they lie in memory; then those and their places are sorted, by as many bits
+    # as they need.
     first = indices[0]
     if len(indices) != 1 or first is None or first.dtype is not torch.int64:
         return []
     number = first.numel()
     each = 8 * number
     row = math.prod(tensor.shape[1:])
-    limit = [8, 1, -1, -8]
+    limit = [8, 1, -1, -8] if checked else []
     copy = [] if values.is_contiguous() else [values.numel() * values.element_size()]
     bits = max(1, ((tensor.numel() - 1) // row).bit_length())
     sorting = [each, each, each, sort_storage(number, 8, 8, bits)]
