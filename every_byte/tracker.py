@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_leaves
 
+from every_byte import in_place
 from every_byte.allocator import OutOfMemoryError
 from every_byte.kinds import KINDS as KINDS
 from every_byte.memory import DeviceMemory
@@ -48,11 +49,15 @@ class Breakdown(dict[str, int]):
 
 @dataclass(eq=False, slots=True)
 class _Storage:
-    """A storage on the device: its bytes, the kind it was born as, the allocator's handle."""
+    """A storage on the device: its bytes, the kind it was born as, the allocator's handle.
+
+    And the node of autograd that made it, within backward.
+    """
 
     nbytes: int
     kind: str
     handle: int | None
+    made_by: tuple[int, str] | None = None
 
 
 @dataclass(slots=True)
@@ -394,11 +399,13 @@ class Tracker(TorchDispatchMode):
 
     Args:
         memory: to account for.
+        watched: whether operations may be those of a program that a mode looks at; if not,
+            they are made what they are where nobody does (`every_byte.in_place`).
     """
 
-    def __init__(self, memory: DeviceMemory) -> None:
+    def __init__(self, memory: DeviceMemory, watched: bool = False) -> None:
         super().__init__()
-        self.memory = memory
+        self.memory, self.watched = memory, watched
         self.passes_unseen = False  # whether tensors that nobody saw made are on no GPU
         self._now = _Now()
         self._storages: dict[int, _Storage] = {}  # address of the StorageImpl: what it is
@@ -427,6 +434,7 @@ class Tracker(TorchDispatchMode):
             stack.callback(begins.remove)
             ends = register_optimizer_step_post_hook(partial(stepping, False))
             stack.callback(ends.remove)
+            in_place.prepare()
             if not _running:
                 stack.enter_context(_following_threads())
             for among in (_running, _here.entered):
@@ -476,6 +484,8 @@ class Tracker(TorchDispatchMode):
             if self.passes_unseen and self._are_unseen(func, args):
                 return func(*args, **kwargs)
             self._check_known(func, args, kwargs)
+        if not self.watched and in_place.may_overwrite(func) and in_backward():
+            func, args = self._as_unwatched(func, args, kwargs)
         if (kernel := self.memory.kernel(func, args, kwargs)) is not None:
             self._sample()
             within, self._now.in_kernel = self._now.in_kernel, not func._can_decompose()
@@ -622,6 +632,16 @@ class Tracker(TorchDispatchMode):
             note("gradients", *(p.grad for p in model.parameters()))
             note("parameters", *model.parameters())
         return roles
+
+    def _as_unwatched(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, tuple[Any, ...]]:
+        """The operation that PyTorch calls where no mode looks, and its arguments."""
+        if not isinstance(args[0], torch.Tensor):
+            return func, args
+        known = self._storages.get(args[0].untyped_storage()._cdata)
+        made_by = None if known is None else known.made_by
+        return in_place.overwriting(func, args, kwargs, made_by)
 
     def _are_unseen(self, func: Any, args: tuple[Any, ...]) -> bool:
         """Whether an operation's tensors on the device are none that is accounted for."""
@@ -790,7 +810,8 @@ class Tracker(TorchDispatchMode):
                 "Cannot re-initialize CUDA in forked subprocess. To use CUDA with "
                 "multiprocessing, you must use the 'spawn' start method"
             )
-        known = _Storage(storage.nbytes(), kind, self.memory.malloc(storage.nbytes()))
+        nbytes = storage.nbytes()
+        known = _Storage(nbytes, kind, self.memory.malloc(nbytes), in_place.node())
         self._storages[storage._cdata] = known
         weakref.finalize(storage, self._died, storage._cdata).atexit = False
         self._log(known, +1)

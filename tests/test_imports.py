@@ -26,7 +26,7 @@ FLOORS = {
     "every_byte": [
         {"units", "data", "files", "formats", "kinds"},
         {"environment", "allocator", "explain"},
-        {"estimate", "memory"},
+        {"estimate", "memory", "in_place"},
         {"cuda", "tracker"},
         {"virtual"},
         {"gpu"},

@@ -22,7 +22,7 @@ OPERATIONS = (
     *("aten._scaled_dot_product_efficient_attention_backward.default",),
     *("aten._scaled_dot_product_flash_attention.default",),
     *("aten._scaled_dot_product_flash_attention_backward.default",),
-    *("aten.sort.default", "aten.cumsum.default", "aten._foreach_norm.Scalar"),
+    *("aten.sort.default", "aten.topk.default", "aten.cumsum.default", "aten._foreach_norm.Scalar"),
     *("aten._safe_softmax.default", "aten.nll_loss_forward.default", "aten.mm.default"),
     *("bitsandbytes.gemm_4bit.default", "bitsandbytes.int8_scaled_mm.default"),
     *("bitsandbytes.int8_vectorwise_quant.default", "bitsandbytes.quantize_blockwise.default"),

@@ -120,6 +120,23 @@ PRIVATE_NAMES = (
         "tells whether backward runs in this thread",
         "temporaries count as activations, backward takes no workspace of its own",
     ),
+    # What is done in place where nobody watches
+    PrivateName(
+        "torch._C._current_autograd_node",
+        "tells which node of autograd makes a tensor, with its _sequence_nr and name",
+        "gradients are never added in place: peaks of backward are too high",
+    ),
+    PrivateName(
+        "torch.Tensor._use_count",
+        "tells whether autograd alone holds a gradient",
+        "gradients are never added in place: peaks of backward are too high",
+    ),
+    PrivateName(
+        "torch._prims_common.is_non_overlapping_and_dense_or_false",
+        "tells whether a gradient fills its block",
+        "expanded gradients would be added to in place",
+        checked=("2.14",),
+    ),
     # Autocast
     PrivateName(
         "torch._C._is_autocast_available",

@@ -103,7 +103,7 @@ def temporaries(
     if found is None:
         found = normalisation.temporaries(operation, args, kwargs)
     if found is None:
-        found = indexing.temporaries(operation, args, kwargs)
+        found = indexing.temporaries(operation, args, kwargs, rules)
     return found or []
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from every_byte.virtual.kernels.borrowing import borrow
+from every_byte.virtual.rules import Rules
 
 aten = torch.ops.aten
 
@@ -122,7 +123,9 @@ def _embedding_dense_backward(
     return made
 
 
-def temporaries(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
+def temporaries(
+    operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any], rules: Rules
+) -> list[int] | None:
     """Bytes that an operation takes after its results, in order; None if it is not of these.
 
     A negative number gives back what was taken last.
@@ -136,6 +139,8 @@ def temporaries(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         if tensor.dim() == 1 and tensor.numel() > _SMALL_SORT:
             held.append(sort_storage(tensor.numel(), tensor.element_size(), 8))
         return held
+    if packet is aten.topk:
+        return _of_the_largest(rules, *args, **kwargs)
     if packet is aten.cumsum:
         # cumsum_cuda_kernel in native/cuda/ScanKernels.cpp: a whole tensor by cub, rows not.
         tensor, dim = args[0], args[1]
@@ -150,8 +155,8 @@ def temporaries(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return [args[0].nbytes]  # between two dimensions: roll_cuda in native/cuda/TensorShape.cu
     if packet is aten.randperm and isinstance(args[0], int):
         return _of_a_permutation(args[0])
-    if packet in (aten.index_put_, aten.index_put) and len(args) > 3 and args[3]:
-        return _accumulated(*args[:3])
+    if packet in (aten.index_put_, aten.index_put, aten._index_put_impl_) and args[3:4] == (True,):
+        return _accumulated(args[0], args[1], args[2], checked=args[4:5] != (True,))
     if packet is aten.histc and all(limit == 0 for limit in args[2:4]):
         # The smallest and the largest number: _histc_cuda_template in native/cuda/SummaryOps.cu.
         return [args[0].element_size(), -args[0].element_size()] * 2
@@ -160,17 +165,20 @@ def temporaries(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return None
 
 
-def _accumulated(tensor: Tensor, indices: list[Tensor | None], values: Tensor) -> list[int]:
+def _accumulated(
+    tensor: Tensor, indices: list[Tensor | None], values: Tensor, checked: bool
+) -> list[int]:
     # index_put_with_sort_kernel in native/cuda/Indexing.cu, for one index of whole numbers in
-    # the first dimension: its limits (staged, if very many); the indices as they lie in
-    # memory; then those and their places are sorted, by as many bits as they need.
+    # the first dimension: its limits (staged, if very many), unless it was checked in forward;
+    # the indices as they lie in memory; then those and their places are sorted, by as many bits
+    # as they need.
     first = indices[0]
     if len(indices) != 1 or first is None or first.dtype is not torch.int64:
         return []
     number = first.numel()
     each = 8 * number
     row = math.prod(tensor.shape[1:])
-    limit = [8, 1, -1, -8]
+    limit = [8, 1, -1, -8] if checked else []
     copy = [] if values.is_contiguous() else [values.numel() * values.element_size()]
     bits = max(1, ((tensor.numel() - 1) // row).bit_length())
     sorting = [each, each, each, sort_storage(number, 8, 8, bits)]
@@ -191,6 +199,61 @@ def _logsumexp(tensor: Tensor, dim: list[int], keepdim: bool = False) -> Tensor:
     result = powers.sum(dim, keepdim)
     del powers
     return result
+
+
+# Rows at most, and numbers in a row at least, for several blocks to look for a row's largest.
+_BY_SEVERAL_BLOCKS = (
+    *((20, 20_000), (40, 10_000), (80, 8_000), (199, 5_000), (799, 3_000), (4_000, 800)),
+    *((math.inf, 400),),
+)
+_SEARCH_BLOCK = 256  # threads
+_SEARCH_REGISTERS = 65_536, 40  # of a multiprocessor, and of each thread
+
+
+def _of_the_largest(
+    rules: Rules,
+    tensor: Tensor,
+    k: int,
+    dim: int = -1,
+    largest: bool = True,
+    sorted: bool = True,
+) -> list[int]:
+    # native/cuda/TensorTopK.cu, PyTorch 2.4 to 2.14: a copy of what is not contiguous, then one
+    # block for each row, which borrows nothing, or several (should_use_multiblock). Those count
+    # digits of 8 bits, block by block; each has as many numbers as let the card hold all.
+    # More than 4,096 results of a row are sorted like any tensor (native/cuda/TensorTopK.cpp).
+    if not k or not tensor.numel():
+        return []
+    length = tensor.size(dim) if tensor.dim() else 1
+    rows, size = tensor.numel() // length, tensor.element_size()
+    held = [] if tensor.is_contiguous() else [tensor.numel() * size]
+    least = next(least for most, least in _BY_SEVERAL_BLOCKS if rows <= most)
+    if length >= least:
+        registers, of_each = _SEARCH_REGISTERS
+        at_once = rules.multiprocessors * (registers // (of_each * _SEARCH_BLOCK))
+        of_thread = -(-length * rows // (at_once * _SEARCH_BLOCK))
+        of_block = min(max(of_thread, 4), 64) * _SEARCH_BLOCK
+        blocks = rows * -(-length // of_block)
+        digits = 8 if size == 8 else 4
+        scan = scan_storage(blocks)
+        held += [size * rows, 8 * rows, 2 * digits * rows, blocks * 256 * 2, rows * 256 * 4]
+        held += [4 * blocks, 4 * blocks, scan, -scan, scan, -scan]
+    if sorted and k > _SMALL_SORT:
+        held += [-nbytes for nbytes in reversed(_still_held(held))]
+        found = rows * k
+        held += [8 * found, size * found, 8 * found]
+    return held
+
+
+def _still_held(sizes: list[int]) -> list[int]:
+    """What is taken and not yet given back, in order."""
+    held: list[int] = []
+    for nbytes in sizes:
+        if nbytes > 0:
+            held.append(nbytes)
+        else:
+            held.pop()
+    return held
 
 
 def _of_a_permutation(number: int) -> list[int]:
