@@ -6,7 +6,7 @@ export REPOSITORY
 # PyTorch's threads sleep while they wait. Else those of one process keep the cores from another's.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help env book serve test check faults test-versions gpu-test notebooks proof lint bench lock clean
+.PHONY: help env book serve test check faults mutants audit test-versions gpu-test notebooks proof lint bench lock clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,17 @@ check: env ## what one runs after each edit: style, types and the quick tests, i
 
 faults: env ## kill it, fill the disk, take the network away: what it promises on its worst day
 	@$(PY) -m pytest -m slow tests/faults
+
+# mutmut copies the project into mutants/, and runs there with the packages of .venv.
+MUTMUT := PYTHONPATH=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+	OMP_NUM_THREADS=1 $(PY) -m uv tool run --quiet --python $(PY) mutmut@3.8.1
+mutants: env ## change the allocator in each place: which change does no test notice? (an hour)  [MUTANTS=names]
+	@$(MUTMUT) run --max-children 2 $(MUTANTS)
+	@$(MUTMUT) results
+
+audit: env ## look for known vulnerabilities in what requirements.lock pins; needs PyPI's database
+	@$(PY) -m uv tool run --quiet pip-audit@2.10.1 --strict --progress-spinner off --disable-pip \
+		--require-hashes --requirement requirements.lock
 
 test-versions: env ## the engine's tests with the oldest and the newest PyTorch (6 GB each)
 	@$(PY) -m tools.versions
@@ -75,5 +86,5 @@ lock: env ## bring requirements.lock and its licences up to date with requiremen
 	@$(PY) -m tools.licences
 
 clean: ## remove what was built; the environment, .venv, stays
-	rm -rf _build build dist .hypothesis .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf _build build dist mutants .hypothesis .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

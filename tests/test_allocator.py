@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -520,6 +521,55 @@ def test_the_history_keeps_the_last_entries() -> None:
         allocator.record_memory_history(max_entries=0)
     with pytest.raises(ValueError, match="enabled is 'some': expected 'all' or None"):
         allocator.record_memory_history("some")  # type: ignore[arg-type]
+
+
+def test_a_snapshot_says_its_settings() -> None:
+    plain = CachingAllocator().snapshot()
+    assert plain == {
+        "segments": [],
+        "device_traces": [[]],
+        "allocator_settings": {
+            "PYTORCH_CUDA_ALLOC_CONF": "",
+            "max_split_size": -1,
+            "garbage_collection_threshold": 0.0,
+            "expandable_segments": False,
+        },
+        "external_annotations": [],
+    }
+    conf = "max_split_size_mb:32,garbage_collection_threshold:0.5"
+    told = CachingAllocator(alloc_conf=conf).snapshot()["allocator_settings"]
+    assert told["PYTORCH_CUDA_ALLOC_CONF"] == conf
+    assert told["max_split_size"] == 32 * MiB and told["garbage_collection_threshold"] == 0.5
+
+
+def test_each_entry_of_the_history_has_its_fields() -> None:
+    allocator = CachingAllocator(60 * MiB)
+    allocator.record_memory_history()
+    begin = time.time_ns() // 1000
+    allocator.free(allocator.malloc(1000, stream=3))
+    with pytest.raises(OutOfMemoryError):
+        allocator.malloc(70 * MiB)
+    (trace,) = allocator.snapshot()["device_traces"]
+    taken, *_, oom = trace
+    times = [entry["time_us"] for entry in trace]
+    assert times == sorted(times) and begin <= times[0] <= begin + 60_000_000
+    assert {*oom} == {"action", "device_free", "size", "stream", "time_us", "frames"}
+    assert {*taken} == {"action", "addr", "size", "stream", "time_us", "frames"}
+    assert [entry["stream"] for entry in trace] == [3] * 5 + [0]
+    names = [frame["name"] for frame in taken["frames"]]
+    place = names.index("test_each_entry_of_the_history_has_its_fields")
+    frame = taken["frames"][place]
+    assert Path(frame["filename"]) == Path(__file__)
+    assert frame["line"] == sys._getframe().f_code.co_firstlineno + 4
+    assert len(names) > place + 1  # and those who called it
+
+
+def test_the_history_keeps_one_entry_and_as_many_as_there_can_be() -> None:
+    for entries in (1, sys.maxsize):
+        CachingAllocator().record_memory_history(max_entries=entries)
+    for entries in (0, sys.maxsize + 1):
+        with pytest.raises(ValueError, match=f"max_entries is {entries}: expected 1 to"):
+            CachingAllocator().record_memory_history(max_entries=entries)
 
 
 # A trace: positive numbers ask for so many bytes, others free a live handle or empty the cache.

@@ -17,7 +17,7 @@ from jupyter_book.cli.main import main as jupyter_book
 
 import every_byte
 from every_byte.cli import COMMANDS
-from tools.book import build, is_up_to_date
+from tools.book import build, is_up_to_date, main
 from tools.notebooks import sources
 from tools.repository import ROOT, address, web_address
 
@@ -336,3 +336,13 @@ def test_the_api_page_has_every_public_name(html: Path) -> None:
 def test_the_api_page_names_every_command() -> None:
     page = (ROOT / "book" / "api.md").read_text("utf-8")
     assert re.findall(r"^\| `every-byte (\w+)", page, re.MULTILINE) == list(COMMANDS)
+
+
+def test_a_file_in_the_folders_place_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["--output", str(tmp_path / "file")]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "file/_build cannot be written (Not a directory): name another folder" in said

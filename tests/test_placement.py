@@ -19,6 +19,25 @@ def test_what_is_left_of_a_granule_is_filled_upwards() -> None:
     assert places == [begin, begin + 20 * MiB, begin + 22 * MiB, begin - G]
 
 
+def test_a_segment_is_as_large_as_whole_pages_of_two_mebibytes() -> None:
+    placement = Downwards()
+    begin = placement.TOP - G
+    assert placement.place(31 * MiB) == begin  # and nothing is left of the granule
+    assert placement.place(1) == begin - G
+    assert placement.place(1) == begin - G + 2 * MiB
+    placement.give_back(begin, 31 * MiB)
+    assert placement.place(32 * MiB) == begin - G + 4 * MiB  # in what was left, joined
+    placement.give_back(begin - G, 1)
+    assert [placement.place(2 * MiB) for _ in range(2)] == [begin - G, begin - G + 36 * MiB]
+
+
+def test_a_hole_of_just_the_size_is_filled_whole() -> None:
+    placement = Downwards()
+    begin = placement.place(20 * MiB)
+    assert placement.place(12 * MiB) == begin + 20 * MiB
+    assert placement.place(2 * MiB) == begin - G
+
+
 def test_freed_segments_are_filled_upwards_and_join() -> None:
     placement = Downwards()
     first, second = placement.place(32 * MiB), placement.place(32 * MiB)

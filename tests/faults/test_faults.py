@@ -3,13 +3,16 @@
 Each test has the promise that it checks as its first line: CONTRIBUTING.md lists them.
 """
 
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -130,20 +133,60 @@ NOTEBOOK = """# %%
 # %%
 import os, signal
 print("made")
-if os.environ.get("DIE"):
-    os.kill(os.getpid(), signal.SIGKILL)
+who = {"kernel": os.getpid(), "program": os.getppid()}.get(os.environ.get("DIE"))
+if who:
+    os.kill(who, signal.SIGKILL)
 """
 
 
-def test_a_notebook_whose_kernel_is_killed(tmp_path: Path) -> None:
+def test_a_notebook_whose_kernel_or_program_is_killed(tmp_path: Path) -> None:
     """A notebook that could not be executed is as it was."""
     (tmp_path / "01_small.py").write_text(NOTEBOOK)
     make = ("-m", "tools.notebooks", "--force", "--folder", str(tmp_path))
     assert python(*make).returncode == 0
     before = (tmp_path / "01_small.ipynb").read_bytes()
-    assert python(*make, DIE="1").returncode == 1
-    assert (tmp_path / "01_small.ipynb").read_bytes() == before
-    assert sorted(os.listdir(tmp_path)) == ["01_small.ipynb", "01_small.py"]
+    for who, status in (("kernel", 1), ("program", -signal.SIGKILL)):
+        assert python(*make, DIE=who).returncode == status
+        assert (tmp_path / "01_small.ipynb").read_bytes() == before
+        assert sorted(os.listdir(tmp_path)) == ["01_small.ipynb", "01_small.py"]
+
+
+REPLAY = """
+import os, signal, sys
+from helpers import record
+at, path = sys.argv[1:]
+replay, replace = record.replay, os.replace
+left = [int(at) if at.isdecimal() else 0]
+def replayed(*args):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replay(*args)
+def replaced(*args):
+    if at == "written":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(*args)
+record.replay, os.replace = replayed, replaced
+sys.exit(record.main(["--replay", path]))
+"""
+
+
+def test_a_replay_of_a_record_that_is_killed(tmp_path: Path) -> None:
+    """A killed replay of a record leaves the one of before, and the next one is whole."""
+    (measured,) = (ROOT / "book" / "records").glob("nvidia-h200*.json")
+    record = json.loads(measured.read_text("utf-8"))
+    few = ("mlp-sgd", "mlp-adam")
+    record["experiments"] = {name: record["experiments"][name] for name in few}
+    path, replayed = tmp_path / "card.json", tmp_path / "replayed" / "card.json"
+    path.write_text(json.dumps(record))
+    assert python("-c", REPLAY, "", str(path)).returncode == 0
+    before = replayed.read_bytes()
+    for at in ("1", "2", "written"):
+        assert python("-c", REPLAY, at, str(path)).returncode == -signal.SIGKILL
+        assert replayed.read_bytes() == before
+    assert python("-c", REPLAY, "", str(path)).returncode == 0
+    assert replayed.read_bytes() == before
+    assert os.listdir(replayed.parent) == ["card.json"]
 
 
 def build(folder: Path) -> "subprocess.Popen[bytes]":
@@ -191,6 +234,39 @@ def test_four_gigabytes_of_memory(tmp_path: Path) -> None:
     limit = ("prlimit", f"--as={4 * 2**30}")
     run = ("-m", "every_byte", "run", str(tmp_path / "train.py"), "--card", "RTX 4090")
     assert python(*run, before=limit, OMP_NUM_THREADS="1").returncode == 0
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may enter, as pytest's own may not."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+def test_a_user_who_is_not_root(open_folder: Path) -> None:
+    """Who is not root runs, and is told in a line what cannot be written."""
+    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    if os.getuid() == 0:
+        if shutil.which("setpriv") is None or python("-c", "", before=nobody).returncode:
+            pytest.skip("no other user of this machine may run this Python")
+    else:
+        nobody = ()
+    own, other = open_folder / "own", open_folder / "other"
+    for folder, mode in ((own, 0o777), (other, 0o555)):
+        folder.mkdir()
+        (folder / "train.py").write_text(TRAIN)
+        (folder / "01_small.py").write_text(NOTEBOOK)
+        folder.chmod(mode)
+    here = {"HOME": str(own), "EVERY_BYTE_CACHE": str(own)}
+    run = ("-m", "every_byte", "run", "--card", "RTX 4090", "--snapshot")
+    done = python(*run, str(own / "a"), str(own / "train.py"), before=nobody, **here)
+    assert done.returncode == 0, done.stderr
+    done = python(*run, str(other / "a"), str(other / "train.py"), before=nobody, **here)
+    assert "cannot be written: name another file" in one_line(done.stderr)
+    make = ("-m", "tools.notebooks", "--folder", str(other))
+    done = python(*make, before=nobody, **here)
+    assert "cannot be written: nothing was executed" in one_line(done.stderr)
 
 
 def namespace(*options: str) -> tuple[str, ...]:
