@@ -20,7 +20,7 @@ from benchmarks import estimates
 from every_byte import estimate
 from every_byte.allocator import CachingAllocator
 from every_byte.data import known_models
-from every_byte.estimate import Dimensions, Setup, optimizers
+from every_byte.estimate import Dimensions, Setup, architecture, optimizers
 from every_byte.gpu import VirtualGPU
 from every_byte.kinds import FIELDS
 from helpers import models
@@ -698,6 +698,26 @@ def test_a_replayed_peak_is_as_estimated(seed: int) -> None:
     assert found["fits"], (case, memory.needed)  # on a card of just the bytes that are enough
     assert memory.peak <= (1 + estimates.ABOVE) * peak, (case, memory.moments, peak)
     assert memory.peak >= (1 - estimates.BELOW) * peak, (case, memory.moments, peak)
+
+
+FAMILIES = ["gemma-2b", "phi-4", "aya-expanse-8b", "OLMo-2-1124-7B", "DeepSeek-V2-Lite"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_of_another_family_peaks_as_estimated(name: str) -> None:
+    sizes = architecture.with_layers(estimate.dimensions(name), 2)
+    setup = Setup(task="inference", dtype="bf16", length=700, attention="sdpa", all_logits=True)
+    case = estimates.Case(name, sizes, dataclasses.replace(setup, load="device_map"), "H200")
+    found, memory = estimates.replayed(case), estimates.estimated(case)
+    assert found["fits"]
+    assert -estimates.BELOW <= memory.peak / found["peak"] - 1 <= estimates.ABOVE, memory.moments
+
+
+def test_what_is_not_described_is_not_trained() -> None:
+    expected = "model_type is 'gemma2': expected for training one whose activations the formulas"
+    with pytest.raises(ValueError, match=expected):
+        estimate.memory(estimate.dimensions("gemma-2-2b"), Setup(dtype="bf16"))
 
 
 SHARDED = Dimensions("llama", 65_536, 1024, 3, 8, True, 2048, 4096, 8)
