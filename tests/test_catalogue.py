@@ -14,6 +14,7 @@ from every_byte.estimate import (
     dimensions,
     from_config,
     kv_cache,
+    parameter_bytes,
     parameters,
 )
 
@@ -104,6 +105,13 @@ def test_scales_of_a_quantised_cache_and_windows_of_real_models() -> None:
     assert kv_cache(gemma, 1, 4096) == 2 * 2 * 256 * (4 * 4096 + 22 * 511)
     # "576": DeepSeek-V3 keeps 512 compressed numbers and 64 that are rotated.
     assert kv_cache(dimensions("DeepSeek-V3"), 1, 1) == 2 * 61 * 576
+
+
+def test_gpt_oss_is_stored_as_it_is_published() -> None:
+    """Experts in MXFP4, the rest in BF16: checkpoints of 12.8 and 60.8 GiB (arXiv 2508.10925)."""
+    for name, published in (("gpt-oss-20b", 12.8), ("gpt-oss-120b", 60.8)):
+        size = parameter_bytes(dimensions(name), "bf16", "mxfp4") / 2**30
+        assert size == pytest.approx(published, abs=0.1)
 
 
 @pytest.mark.parametrize(

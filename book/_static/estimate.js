@@ -144,6 +144,7 @@ function everyByteFormulas(data) {
 
   const isStored = (s, part, shape, format) => {
     const known = data.stored[format];
+    if (s.model_type === "gpt_oss" && format === "mxfp4") return shape.length === 2 && part === "mlp";
     return isMatrix(s, part, shape) || (shape.length === 2 && ((part === "mlp" && known.experts)
       || (known.whole && (part === "embedding" || part === "head"))));
   };
