@@ -300,6 +300,7 @@ function everyByteFormulas(data) {
     if (s.num_local_experts) {
       token += 2n * experts * b * h + 4n * s.num_local_experts + 40n * experts + 4n;
       fixed += 4n * s.num_local_experts;
+      if (rank) token -= b * (experts * (h + s.intermediate_size) + h);
     }
     if (rank) token += adaptersKeep(s, rank, b, width(adapters), lora_dropout);
     return batch * length * token + fixed;

@@ -128,6 +128,8 @@ def layer_activations(
         # lists of whole numbers (transformers 5.23, integrations/moe.py, grouped_mm).
         token += 2 * experts * b * h + 4 * known + 2 * 4 * experts + 4 + 4 * 8 * experts
         once += 4 * known
+        if rank:  # frozen: what only gradients of experts and router would need is not kept
+            token -= b * (experts * (h + sizes.intermediate_size) + h)
     if rank:
         token += _adapters_keep(sizes, rank, b, computed_width(adapters or dtype), lora_dropout)
     return batch * length * token + once
