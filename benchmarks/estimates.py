@@ -112,6 +112,9 @@ def build(
         given["n_routed_experts"] = given.pop("num_local_experts")
         given |= {"n_group": 1, "topk_group": 1, "head_dim": sizes.qk_rope_head_dim}
         given |= {"q_lora_rank": sizes.q_lora_rank or None}
+        given["first_k_dense_replace"] = sizes.first_k_dense_replace
+    if sizes.model_type == "falcon":
+        del given["head_dim"], given["intermediate_size"]
     if sizes.model_type == "gpt2":
         del given["intermediate_size"], given["num_key_value_heads"], given["head_dim"]
         given |= dict.fromkeys(("resid_pdrop", "attn_pdrop", "embd_pdrop"), probability)

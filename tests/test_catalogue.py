@@ -8,7 +8,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from every_byte.data import catalogue, known_models
-from every_byte.estimate import Dimensions, config, dimensions, from_config, parameters
+from every_byte.estimate import (
+    Dimensions,
+    config,
+    dimensions,
+    from_config,
+    kv_cache,
+    parameter_bytes,
+    parameters,
+)
 
 
 def test_there_are_a_hundred() -> None:
@@ -77,6 +85,35 @@ def test_a_configuration_is_read_as_transformers_builds_it(kind: str) -> None:
     assert asdict(sizes)["num_hidden_layers"] == 2
 
 
+@pytest.mark.parametrize("kind", [kind for kind in config.REQUIRED if kind != "gpt2"])
+def test_a_cache_is_as_transformers_holds_it(kind: str) -> None:
+    """Also with windows that are full, and compressed."""
+    given = small(kind)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given)).eval()
+    with torch.inference_mode():
+        past = model(torch.zeros(2, 20, dtype=torch.int64), use_cache=True).past_key_values
+    held = sum(t.nbytes for layer in past.layers for t in (layer.keys, layer.values))
+    assert held == kv_cache(from_config(given), 2, 20, "fp32")
+
+
+def test_scales_of_a_quantised_cache_and_windows_of_real_models() -> None:
+    llama, gemma = dimensions("Llama-3.1-8B"), dimensions("gemma-3-1b-it")
+    position = 2 * 32 * 8 * 128
+    assert kv_cache(llama, 1, 64, "int8") == 64 * position * 17 // 16
+    assert kv_cache(llama, 1, 64, "int4") == 64 * position * 9 // 16
+    # 4 layers see all, 22 the last 512 tokens, of which 511 are kept.
+    assert kv_cache(gemma, 1, 4096) == 2 * 2 * 256 * (4 * 4096 + 22 * 511)
+    # "576": DeepSeek-V3 keeps 512 compressed numbers and 64 that are rotated.
+    assert kv_cache(dimensions("DeepSeek-V3"), 1, 1) == 2 * 61 * 576
+
+
+def test_gpt_oss_is_stored_as_it_is_published() -> None:
+    """Experts in MXFP4, the rest in BF16: checkpoints of 12.8 and 60.8 GiB (arXiv 2508.10925)."""
+    for name, published in (("gpt-oss-20b", 12.8), ("gpt-oss-120b", 60.8)):
+        size = parameter_bytes(dimensions(name), "bf16", "mxfp4") / 2**30
+        assert size == pytest.approx(published, abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "what"),
     [
@@ -92,6 +129,9 @@ def test_a_configuration_is_read_as_transformers_builds_it(kind: str) -> None:
         ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
         ("qwen3", {"head_dim": None}, "head_dim is None"),
+        ("gemma2", {"layer_types": ["mamba"]}, "layer_types is 'mamba': expected full_attention"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm is True: expected none"),
+        ("deepseek_v3", {"kv_lora_rank": None}, "kv_lora_rank is None"),
     ],
 )
 def test_what_cannot_be_described_is_named(kind: str, change: dict[str, Any], what: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -166,7 +167,19 @@ def test_a_config_of_ones_own(
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     assert cli.main(["estimate", "me/mine", "--hub", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parts"] == mine["parts"]
-    assert asked == ["https://huggingface.co/me/mine/resolve/main/config.json"]
+    address = "https://huggingface.co/me/mine/resolve/main/config.json"
+    assert asked == [address]
+    # Without an option: a path that is there, or its folder; else the hub.
+    for model in (str(path), str(tmp_path), "me/mine"):
+        assert cli.main(["estimate", model, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["parts"] == mine["parts"]
+    assert asked == [address, address]
+
+    def nothing(address: str, timeout: float) -> BytesIO:
+        raise URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", nothing)
+    assert "give the path of its config.json" in refusal(capsys, "estimate", "me/mine")
     path.write_text(json.dumps(CONFIG | {"mlp_bias": True}))
     assert "mlp_bias is True: expected none" in refusal(capsys, "estimate", "--config", str(path))
     path.write_text("{")
@@ -179,7 +192,7 @@ def test_help_names_the_models(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["estimate", "--help"])
     told = " ".join(capsys.readouterr().out.split())
-    assert f"one of {', '.join(catalogue())}".replace(" ", "") in told.replace(" ", "")
+    assert f"The list: {', '.join(catalogue())}".replace(" ", "") in told.replace(" ", "")
     assert "--amp AMP the dtype that autocast computes in" in told
 
 

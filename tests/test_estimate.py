@@ -20,7 +20,7 @@ from benchmarks import estimates
 from every_byte import estimate
 from every_byte.allocator import CachingAllocator
 from every_byte.data import known_models
-from every_byte.estimate import Dimensions, Setup, optimizers
+from every_byte.estimate import Dimensions, Setup, architecture, optimizers
 from every_byte.gpu import VirtualGPU
 from every_byte.kinds import FIELDS
 from helpers import models
@@ -651,6 +651,41 @@ def test_a_step_with_experts_is_as_estimated(change: dict[str, int]) -> None:
     assert 0 <= held - expected.activations - expected.logits <= 64
 
 
+def test_lora_beside_experts_is_as_estimated() -> None:
+    """PEFT adapts linear layers, and experts are none: weights, states and activations."""
+    setup = Setup(dtype="bf16", optimizer="adamw", rank=8, adapters="bf16", batch=2, length=128)
+    expected = estimate.memory(MIXTURE, setup)
+    with VirtualGPU("H200", capacity=1 << 50, torch="2.11", values="assume") as gpu:
+        rows, held = step(gpu, MIXTURE, "adamw", "bf16", 2, 128, lora=8)
+    assert rows["parameters"] == expected.parameters
+    assert rows["gradients"] == expected.gradients
+    assert rows["optimizer states"] == expected.optimizer_states
+    assert 0 <= held - expected.activations - expected.logits <= 64
+
+
+@pytest.mark.parametrize("quantised", ["int8", "nf4"])
+def test_bitsandbytes_replaces_no_expert(quantised: str) -> None:
+    """The very modules that transformers gives to bitsandbytes, and no more, are in fewer bits."""
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    with torch.device("meta"):
+        model = build(MIXTURE, "bf16")
+        linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        how = BitsAndBytesConfig(
+            **{"load_in_8bit" if quantised == "int8" else "load_in_4bit": True}
+        )
+        model = replace_with_bnb_linear(model, ["lm_head"], how)
+    replaced = [n for n, m in model.named_modules() if n in linear and type(m) is not nn.Linear]
+    assert replaced and all("self_attn" in name for name in replaced)
+    counts = [(*linear[name].weight.shape,) for name in replaced]
+    fewer = sum(2 * n * m for n, m in counts) - sum(
+        n * m + 4 * n if quantised == "int8" else n * m // 2 + 4 * (n * m // 64) for n, m in counts
+    )
+    whole = estimate.parameter_bytes(MIXTURE, "bf16")
+    assert whole - estimate.parameter_bytes(MIXTURE, "bf16", quantised) == fewer
+
+
 # Peaks
 
 MEASURED = tomllib.loads(Path(__file__).with_name("measured_peaks.toml").read_text("utf-8"))
@@ -698,6 +733,26 @@ def test_a_replayed_peak_is_as_estimated(seed: int) -> None:
     assert found["fits"], (case, memory.needed)  # on a card of just the bytes that are enough
     assert memory.peak <= (1 + estimates.ABOVE) * peak, (case, memory.moments, peak)
     assert memory.peak >= (1 - estimates.BELOW) * peak, (case, memory.moments, peak)
+
+
+FAMILIES = ["gemma-2b", "phi-4", "aya-expanse-8b", "OLMo-2-1124-7B", "DeepSeek-V2-Lite"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_of_another_family_peaks_as_estimated(name: str) -> None:
+    sizes = architecture.with_layers(estimate.dimensions(name), 2)
+    setup = Setup(task="inference", dtype="bf16", length=700, attention="sdpa", all_logits=True)
+    case = estimates.Case(name, sizes, dataclasses.replace(setup, load="device_map"), "H200")
+    found, memory = estimates.replayed(case), estimates.estimated(case)
+    assert found["fits"]
+    assert -estimates.BELOW <= memory.peak / found["peak"] - 1 <= estimates.ABOVE, memory.moments
+
+
+def test_what_is_not_described_is_not_trained() -> None:
+    expected = "model_type is 'gemma2': expected for training one whose activations the formulas"
+    with pytest.raises(ValueError, match=expected):
+        estimate.memory(estimate.dimensions("gemma-2-2b"), Setup(dtype="bf16"))
 
 
 SHARDED = Dimensions("llama", 65_536, 1024, 3, 8, True, 2048, 4096, 8)

@@ -144,6 +144,7 @@ function everyByteFormulas(data) {
 
   const isStored = (s, part, shape, format) => {
     const known = data.stored[format];
+    if (s.model_type === "gpt_oss" && format === "mxfp4") return shape.length === 2 && part === "mlp";
     return isMatrix(s, part, shape) || (shape.length === 2 && ((part === "mlp" && known.experts)
       || (known.whole && (part === "embedding" || part === "head"))));
   };
@@ -246,6 +247,7 @@ function everyByteFormulas(data) {
 
   function attentionKernel(s, dtype, attention) {
     if (attention !== "sdpa") return attention;
+    if (has(s, "no sdpa")) return "eager";
     if (width(dtype) === 2n) return "flash";
     return s.num_key_value_heads < s.num_attention_heads || dtype === "fp64" ? "math" : "efficient";
   }
@@ -298,6 +300,7 @@ function everyByteFormulas(data) {
     if (s.num_local_experts) {
       token += 2n * experts * b * h + 4n * s.num_local_experts + 40n * experts + 4n;
       fixed += 4n * s.num_local_experts;
+      if (rank) token -= b * (experts * (h + s.intermediate_size) + h);
     }
     if (rank) token += adaptersKeep(s, rank, b, width(adapters), lora_dropout);
     return batch * length * token + fixed;
@@ -506,14 +509,28 @@ function everyByteFormulas(data) {
     ];
   }
 
+  function ofExperts(s) {
+    const k = s.num_experts_per_tok, read = k * s.hidden_size, given = s.model_type === "deepseek_v3" ? 6n : 4n;
+    const wide = read + 4n * k * (s.moe_intermediate_size || s.intermediate_size);
+    return s.num_local_experts ? most(wide, given * read) + s.hidden_size + 4n * s.num_local_experts : 0n;
+  }
+
+  function ofLatentAttention(s) {
+    const head = 4n * s.qk_nope_head_dim + 3n * s.qk_rope_head_dim + 3n * s.v_head_dim;
+    return has(s, "latent") ? s.num_attention_heads * head + s.kv_lora_rank : 0n;
+  }
+
   function prefillTemporaries(s, setup, b) {
     const h = s.hidden_size, heads = s.num_attention_heads, gpt2 = !has(s, "gated");
     const tokens = setup.batch * setup.length, queries = heads * s.head_dim, layers = s.num_hidden_layers;
     const callers = gpt2 ? 3n : 1n + (layers < 2n ? layers : 2n), more = gpt2 ? 1n : 0n;
     const kernel = attentionKernel(s, setup.dtype, setup.attention);
     const inner = tokens * b * innerNumbers(s);
-    let taken = (3n + more) * block(inner, true) + tokens * (1n + more) * b * h;
+    const joined = has(s, "joined") && !gpt2 ? 1n : 0n, window = s.sliding_window;
+    let taken = (3n + more + joined) * block(inner, true) + tokens * (1n + more) * b * h;
     if (isShared(inner)) taken += KEPT[0];
+    taken = [taken, tokens * b * ofExperts(s), tokens * b * ofLatentAttention(s)].reduce(most);
+    if (s.sliding_layers && window <= setup.length && kernel !== "eager") taken += tokens * setup.length * (1n + b);
     if (kernel === "eager") {
       taken += tokens * b * heads * setup.length;
       const score = gpt2 || b === 4n ? 2n * b : 2n * b + 4n + (setup.dtype === "bf16" ? 2n : 0n);
@@ -530,14 +547,14 @@ function everyByteFormulas(data) {
     const b = width(setup.dtype), h = s.hidden_size, rows = setup.batch;
     const tokens = rows * setup.length;
     const scores = block((setup.all_logits ? tokens : rows) * s.vocab_size * b, true);
-    const mask = setup.attention === "eager" ? tokens * setup.length * b : 0n;
+    const mask = attentionKernel(s, setup.dtype, setup.attention) === "eager" ? tokens * setup.length * b : 0n;
     const positions = has(s, "learned positions") ? setup.length * h * b : 0n;
     const resting = ["at rest", atRest], masked = [`the mask, ${shown(tokens, setup.length, b)} B`, mask];
     return [
       moment("at rest", ["parameters, KV cache, workspaces, all as blocks", atRest]),
       moment("prefill: a layer", resting, masked, ["a layer's temporaries", prefillTemporaries(s, setup, b)],
         ["positions", positions]),
-      moment("prefill: the logits", resting, masked, ["logits", scores], [`hidden states, ${shown(tokens, h, b)} B`, tokens * b * h]),
+      moment("prefill: the logits", resting, masked, ["logits", (has(s, "scaled logits") ? 2n : 1n) * scores], [`hidden states, ${shown(tokens, h, b)} B`, tokens * b * h]),
       moment("decoding", resting, ["a layer's cache, made anew", cache / most(1n, s.num_hidden_layers)], masked,
         [`logits, ${shown(rows, s.vocab_size, b)} B`, rows * s.vocab_size * b]),
     ];

@@ -35,7 +35,15 @@ REQUIRED = {
 LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_shared_experts")
 """What DeepSeek's must say, too. Their ``q_lora_rank`` may be null."""
 
-SLIDING = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2, "mistral": 0, "phi3": 0}
+SLIDING = {
+    "gemma2": 2,
+    "gemma3_text": 6,
+    "cohere2": 4,
+    "gpt_oss": 2,
+    "mistral": 0,
+    "mixtral": 0,
+    "phi3": 0,
+}
 """Of how many layers one sees all, where ``layer_types`` does not say it; 0: none does
 (transformers 5.23, ``models/*/configuration_*.py``, and ``cache_utils.py``, DynamicCache)."""
 # What changes layers in a way that the formulas do not describe.

@@ -18,10 +18,13 @@ def attention_kernel(sizes: Dimensions, dtype: str, attention: str) -> str:
     memory-efficient attention, but with grouped heads PyTorch's plain ``math``: no
     fused kernel takes ``enable_gqa`` in FP32 (torch 2.11,
     ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``; transformers 5.17,
-    ``integrations/sdpa_attention.py``).
+    ``integrations/sdpa_attention.py``). Gemma 2 and gpt-oss have no SDPA
+    (``_supports_sdpa`` of their ``modeling_*.py``): transformers computes the matrix.
     """
     if attention != "sdpa":
         return attention
+    if sizes.has("no sdpa"):
+        return "eager"
     if computed_width(dtype) == 2:
         return "flash"
     grouped = sizes.num_key_value_heads < sizes.num_attention_heads
@@ -125,6 +128,8 @@ def layer_activations(
         # lists of whole numbers (transformers 5.23, integrations/moe.py, grouped_mm).
         token += 2 * experts * b * h + 4 * known + 2 * 4 * experts + 4 + 4 * 8 * experts
         once += 4 * known
+        if rank:  # frozen: what only gradients of experts and router would need is not kept
+            token -= b * (experts * (h + sizes.intermediate_size) + h)
     if rank:
         token += _adapters_keep(sizes, rank, b, computed_width(adapters or dtype), lora_dropout)
     return batch * length * token + once

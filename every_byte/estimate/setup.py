@@ -465,13 +465,15 @@ def inference_moments(sizes: Dimensions, setup: Setup, at_rest: int) -> tuple[tu
     scores = block(scored * sizes.vocab_size * b, own_segment=True)
     cache = kv_cache(sizes, *(setup.batch, setup.length), setup.cache_dtype or setup.dtype)
     grown = cache // max(1, sizes.num_hidden_layers)  # a layer's, made anew with one token more
-    mask = tokens * setup.length * b * (setup.attention == "eager")
+    scaled = 2 if sizes.has("scaled logits") else 1  # before and after
+    kernel = attention_kernel(sizes, setup.dtype, setup.attention)
+    mask = tokens * setup.length * b * (kernel == "eager")
     positions = setup.length * h * b * sizes.has("learned positions")
     layer = prefill_temporaries(sizes, setup, b) + positions
     return (
         ("at rest", at_rest),
         ("prefill: a layer", at_rest + mask + layer),
-        ("prefill: the logits", at_rest + mask + scores + tokens * b * h),
+        ("prefill: the logits", at_rest + mask + scaled * scores + tokens * b * h),
         ("decoding", at_rest + grown + mask + rows * sizes.vocab_size * b),
     )
 
@@ -490,10 +492,15 @@ def prefill_temporaries(sizes: Dimensions, setup: Setup, b: int) -> int:
     repeated = sizes.num_key_value_heads < heads
     # Gate, up and their product. GPT-2's: the input, and three of its GELU's.
     inner = tokens * b * inner_numbers(sizes)
-    most = (3 + gpt2) * block(inner, own_segment=True)
+    joined = sizes.has("joined") and not gpt2  # gate and up are one tensor, which stays
+    most = (3 + gpt2 + joined) * block(inner, own_segment=True)
     if kSmallSize < inner < kMinLargeAlloc:
         most += kSmallSize  # what one of them may keep of its segment, see `shared_segments`
     most += tokens * (1 + gpt2) * b * h  # the sum after attention, and GPT-2's attention itself
+    most = max(most, tokens * b * of_experts(sizes), tokens * b * of_latent_attention(sizes))
+    if sizes.sliding_layers and sizes.sliding_window <= setup.length and kernel != "eager":
+        # A mask of what the window shows, as truth values and as numbers to add.
+        most += tokens * setup.length * (1 + b)
     if kernel == "eager":
         most += tokens * b * heads * setup.length  # returned, and held until the layer ends
         # Scores before and after the softmax, which is in FP32 but GPT-2's: of BF16 with
@@ -508,6 +515,35 @@ def prefill_temporaries(sizes: Dimensions, setup: Setup, b: int) -> int:
     if sizes.has("query and key norms"):
         most = max(most, tokens * (b + 2 * max(4, b)) * queries)
     return tokens * callers * b * h + most
+
+
+def of_experts(sizes: Dimensions) -> int:
+    """Numbers for each token that a layer's experts take for the moment, in the model's dtype.
+
+    What each expert reads; gate and up in one; the activation and the product. Then what
+    they give: in their order, weighted, and in the tokens' order (transformers 5.23,
+    ``integrations/moe.py``, grouped_mm). DeepSeek-V3's weights are FP32, and so are the
+    last two.
+    """
+    if not sizes.num_local_experts:
+        return 0
+    read = sizes.num_experts_per_tok * sizes.hidden_size
+    inner = sizes.num_experts_per_tok * (sizes.moe_intermediate_size or sizes.intermediate_size)
+    given = 6 if sizes.model_type == "deepseek_v3" else 4
+    return max(read + 4 * inner, given * read) + sizes.hidden_size + 4 * sizes.num_local_experts
+
+
+def of_latent_attention(sizes: Dimensions) -> int:
+    """Numbers for each token that DeepSeek's attention takes for the moment.
+
+    Queries as they come and with their rotated part; keys and values as they come, the keys
+    with theirs; the values as a tensor of their own; the result.
+    """
+    if not sizes.has("latent"):
+        return 0
+    query = sizes.qk_nope_head_dim + sizes.qk_rope_head_dim
+    head = 3 * query + sizes.qk_nope_head_dim + 3 * sizes.v_head_dim
+    return sizes.num_attention_heads * head + sizes.kv_lora_rank
 
 
 def check_together(sizes: Dimensions, setup: Setup) -> None:

@@ -124,6 +124,9 @@ def stored_weights(sizes: Dimensions, dtype: str, quantised: str | None) -> Coun
 def is_stored(sizes: Dimensions, part: str, shape: tuple[int, ...], quantised: str) -> bool:
     """Whether a parameter is stored in a format of `STORED`: a matrix, but see `is_matrix`."""
     known = STORED[quantised]
+    if sizes.model_type == "gpt_oss" and quantised == "mxfp4":
+        # As it is published (openai/gpt-oss-20b, config.json, modules_to_not_convert).
+        return len(shape) == 2 and part == "mlp"
     if len(shape) == 2 and part == "mlp" and known.experts:
         return True
     matrix = len(shape) == 2 and known.whole and part in ("embedding", "head")
