@@ -223,6 +223,34 @@ def test_what_is_asked_of_torch_cuda(gpu: every_byte.VirtualGPU) -> None:
     assert x.is_cuda
 
 
+def test_memory_stats_count_segments_retries_and_failures() -> None:
+    """DeviceStats in c10/core/CachingDeviceAllocator.h; CUDACachingAllocator.cpp counts."""
+    with every_byte.as_cuda("T4", 100 * 2**20, context=0, torch_version="2.14"):
+        stats = torch.cuda.memory_stats
+        kept = torch.empty(3 * 2**20, dtype=torch.uint8, device="cuda")  # in a segment of 20 MiB
+        small = torch.empty(1000, dtype=torch.uint8, device="cuda")  # in one of 2 MiB
+        told = stats()
+        assert (told["num_device_alloc"], told["num_device_free"]) == (2, 0)
+        assert (told["num_alloc_retries"], told["num_ooms"], told["max_split_size"]) == (0, 0, -1)
+        assert told["requested_bytes.all.peak"] == 3 * 2**20 + 1000
+        assert told["requested_bytes.small_pool.current"] == 1000
+        assert told["inactive_split_bytes.large_pool.current"] == 17 * 2**20
+        assert told["inactive_split_bytes.small_pool.current"] == 2 * 2**20 - 1024
+        assert told["inactive_split.all.current"] == told["active.all.current"] == 2
+        torch.empty(60 * 2**20, dtype=torch.uint8, device="cuda")  # freed at once, kept in reserve
+        assert stats()["inactive_split_bytes.large_pool.current"] == 17 * 2**20  # it is whole
+        other = torch.empty(70 * 2**20, dtype=torch.uint8, device="cuda")  # needs its place
+        told = stats()
+        assert (told["num_alloc_retries"], told["num_sync_all_streams"]) == (1, 1)
+        assert (told["num_device_alloc"], told["num_device_free"]) == (4, 1)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(70 * 2**20, dtype=torch.uint8, device="cuda")
+        assert (stats()["num_alloc_retries"], stats()["num_ooms"]) == (2, 1)
+        torch.cuda.reset_accumulated_memory_stats()
+        assert (stats()["num_alloc_retries"], stats()["num_device_alloc"]) == (0, 0)
+        del kept, small, other
+
+
 def test_compiled_models_run_eagerly_and_say_so(gpu: every_byte.VirtualGPU) -> None:
     with pytest.warns(UserWarning, match="runs it eagerly"):
         model = torch.compile(nn.Linear(3, 3).cuda())

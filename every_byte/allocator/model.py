@@ -160,6 +160,17 @@ class _Stat:
             self.peak = self.current
 
 
+@dataclass(slots=True)
+class Counts:
+    """How often something happened, under the names of ``torch.cuda.memory_stats()``."""
+
+    num_alloc_retries: int = 0
+    num_ooms: int = 0
+    num_sync_all_streams: int = 0
+    num_device_alloc: int = 0
+    num_device_free: int = 0
+
+
 def _sorted(block: _Block) -> tuple[int, int, _Block]:
     return block.size, block.address, block
 
@@ -236,6 +247,7 @@ class CachingAllocator:
         self.placement = placement or Upwards()
         self._ranges = Upwards()  # of addresses for expandable segments
         self._allocated, self._reserved, self._requested = _Stat(), _Stat(), _Stat()
+        self.counts = Counts()
 
     # The names of torch.cuda
 
@@ -312,6 +324,14 @@ class CachingAllocator:
         """The largest `memory_reserved` since the start or the last reset, in bytes."""
         return self._reserved.peak
 
+    def max_memory_requested(self) -> int:
+        """The largest `memory_requested` since the start or the last reset, in bytes."""
+        return self._requested.peak
+
+    def reset_accumulated_memory_stats(self) -> None:
+        """Let `counts` start again, as ``torch.cuda.reset_accumulated_memory_stats``."""
+        self.counts = Counts()
+
     def reset_peak_memory_stats(self) -> None:
         """Let the peaks start again from the current values."""
         for stat in (self._allocated, self._reserved, self._requested):
@@ -331,6 +351,7 @@ class CachingAllocator:
 
     def empty_cache(self) -> None:
         """Give back every segment, and every page of an expandable one, that is free as a whole."""
+        self.counts.num_sync_all_streams += 1  # release_cached_blocks begins so
         # Large ones first; among them, and among the small, in the streams' order.
         for _, pool in sorted(self._pools.items()):
             pages = []
@@ -436,8 +457,10 @@ class CachingAllocator:
             block = self._new_block(size, pool)
         if block is None:
             self.empty_cache()
+            self.counts.num_alloc_retries += 1
             block = self._new_block(size, pool)
         if block is None:
+            self.counts.num_ooms += 1
             free, capacity = self.mem_get_info()
             if self.history is not None:
                 self.history.record("oom", free, size)
@@ -481,6 +504,10 @@ class CachingAllocator:
     def _take(self, size: int, action: str, address: int, segment: int, pool: _Pool) -> None:
         """Account for memory taken from the card, or given back if `size` is negative."""
         self._reserved.add(size)
+        if size > 0:
+            self.counts.num_device_alloc += 1
+        else:
+            self.counts.num_device_free += 1
         if self.history is not None:
             frames = self.history.record(action, address, abs(size), pool.stream)
             if size > 0:

@@ -6,9 +6,11 @@ are ready at once, and time between events is 0 ms. Which stream memory is taken
 is kept, since the caching allocator asks for it.
 """
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 from unittest import mock
@@ -135,7 +137,11 @@ def _card() -> Card:
 
 
 def memory_stats(card: Card) -> OrderedDict[str, Any]:
-    """As ``torch.cuda.memory_stats``, of what the replay knows; what it does not count is 0."""
+    """As ``torch.cuda.memory_stats``, of what the replay knows; what it does not count is 0.
+
+    Not counted are what was allocated and freed since the start, and peaks but those of all
+    bytes allocated, active, reserved and requested.
+    """
     stats: dict[str, Any] = {}
     for kind in (
         *("allocation", "segment", "active", "inactive_split"),
@@ -148,23 +154,29 @@ def memory_stats(card: Card) -> OrderedDict[str, Any]:
     for kind in ("oversize_allocations", "oversize_segments"):
         for what in ("current", "peak", "allocated", "freed"):
             stats[f"{kind}.{what}"] = 0
-    for name in ("num_alloc_retries", "num_ooms", "num_sync_all_streams"):
-        stats[name] = 0
-    stats["num_device_alloc"] = stats["num_device_free"] = stats["max_split_size"] = 0
+    stats |= asdict(card.memory.counts)
+    largest = card.memory.config.max_split_size
+    stats["max_split_size"] = -1 if largest == sys.maxsize else largest
     for kind in ("allocated_bytes", "active_bytes"):
         stats[f"{kind}.all.current"] = card.memory_allocated()
         stats[f"{kind}.all.peak"] = card.max_memory_allocated()
     stats["reserved_bytes.all.current"] = card.memory_reserved()
     stats["reserved_bytes.all.peak"] = card.max_memory_reserved()
     stats["requested_bytes.all.current"] = card.memory.memory_requested()
+    stats["requested_bytes.all.peak"] = card.memory.max_memory_requested()
     for segment in card.memory_snapshot():
         pool = {"small": "small_pool", "large": "large_pool"}[segment["segment_type"]]
         for of in ("all", pool):
             stats[f"segment.{of}.current"] += 1
             for block in segment["blocks"]:
-                kind = "allocation" if block["state"].startswith("active") else "inactive_split"
-                stats[f"{kind}.{of}.current"] += 1
+                if block["state"].startswith("active"):
+                    stats[f"allocation.{of}.current"] += 1
+                    stats[f"active.{of}.current"] += 1
+                elif len(segment["blocks"]) > 1:  # a part of a segment that is split
+                    stats[f"inactive_split.{of}.current"] += 1
+                    stats[f"inactive_split_bytes.{of}.current"] += block["size"]
         stats[f"reserved_bytes.{pool}.current"] += segment["total_size"]
+        stats[f"requested_bytes.{pool}.current"] += segment["requested_size"]
         stats[f"allocated_bytes.{pool}.current"] += segment["allocated_size"]
         stats[f"active_bytes.{pool}.current"] += segment["allocated_size"]
     return OrderedDict(sorted(stats.items()))
@@ -284,7 +296,7 @@ def _answers(card: Card) -> dict[str, Callable[..., Any] | type]:
         "reset_peak_memory_stats": of_device(card.reset_peak_memory_stats),
         "reset_max_memory_allocated": of_device(card.reset_peak_memory_stats),
         "reset_max_memory_cached": of_device(card.reset_peak_memory_stats),
-        "reset_accumulated_memory_stats": nothing(),
+        "reset_accumulated_memory_stats": of_device(memory.reset_accumulated_memory_stats),
         "empty_cache": card.empty_cache,
         "mem_get_info": of_device(card.mem_get_info),
         "memory_stats": of_device(lambda: memory_stats(card)),
