@@ -162,7 +162,7 @@ head = nn.Linear(32, 500, bias=False)
 target = torch.randint(500, (64,))
 whole = in_fp32(hidden, head, target)
 parts = in_chunks(hidden, head, target, size=16)
-print(f"whole {whole.item():.4f}, in chunks {parts.item():.4f}")
+print(f"whole {whole:.4f}, in chunks {parts:.4f}")
 torch.testing.assert_close(
     torch.autograd.grad(whole, (hidden, head.weight)),
     torch.autograd.grad(parts, (hidden, head.weight)),
@@ -240,7 +240,8 @@ BF16 = torch.bfloat16
 
 
 def randn(device, *shape, **options):
-    return torch.randn(shape, dtype=BF16, device=device, **options)
+    like = {"dtype": BF16, "device": device}
+    return torch.randn(shape, **like, **options)
 
 
 def heads(device, count):
@@ -258,8 +259,9 @@ def alone(device, words):
     return lambda: cross_entropy(logits, target).backward()
 
 
+# %%
 def with_head(device, tokens):
-    head, other = heads(device, 2)  # the other way's lives, too
+    head, other = heads(device, 2)  # the other way's, alive too
     x = randn(device, tokens, 4096, requires_grad=True)
     like = {"device": device}
     target = torch.randint(128_256, (tokens,), **like)
@@ -289,9 +291,8 @@ def divergence(log_q, log_p):
 def distillation(device, tokens):
     student, teacher, *others = heads(device, 4)
     for ours, theirs in zip((student, teacher), others):
-        # The other way's share their weights.
         weight = randn(device, 128_256, 4096)
-        ours.weight.data = theirs.weight.data = weight
+        ours.weight.data = theirs.weight.data = weight  # shared
     given = randn(device, tokens, 4096, requires_grad=True)
     told = randn(device, tokens, 4096)
 
