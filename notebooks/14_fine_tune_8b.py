@@ -243,7 +243,7 @@ note = axes.text(24 * 2**30 / GB + 1, 7, "a card of 24 GB", va="center")
 # %% [markdown]
 # In {numref}`ladder-8b`, the rung that first fits is checkpointing.
 #
-# Read it from the top. A sixth of the first bar is the model. At the fourth rung the weights are small, and what is left is made of **activations**, which no adapter and no quantisation touches. That is why checkpointing is the rung that brings the training onto the card.
+# Read it from the top. A seventh of the first bar is the model. At the fourth rung the weights are small, and what is left is made of **activations**, which no adapter and no quantisation touches. That is why checkpointing is the rung that brings the training onto the card.
 #
 # The lower bars are for those who want to train all weights: no optimizer brings that onto a card of 24 GB.
 
@@ -287,7 +287,7 @@ table(["rung", f"{LLAMA} (GB)", "saves", f"{QWEN} (GB)", "price"], rows)
 #
 # ### SDPA
 #
-# Eager attention writes the scores of all pairs of tokens: 0.27 GB in every layer for each copy, and backward keeps two and a half. PyTorch's `scaled_dot_product_attention` computes them tile by tile, and again in backward ([Dao et al. 2022](https://arxiv.org/abs/2205.14135)). It is transformers' default: leave `attn_implementation` out.
+# Eager attention writes the scores of all pairs of tokens: 0.27 GB in every layer in BF16. Backward keeps these, and the softmax's result in FP32. PyTorch's `scaled_dot_product_attention` computes them tile by tile, and again in backward ([Dao et al. 2022](https://arxiv.org/abs/2205.14135)). It is transformers' default: leave `attn_implementation` out.
 #
 # *The price:* none. It is faster, and exact but for rounding.
 #

@@ -92,8 +92,9 @@ def in_fp32(hidden, head, target):
 
 
 def kept_output(hidden, head, target):
-    with_output.append(logits := head(hidden))  # as outputs.logits is
-    return ForCausalLMLoss(logits[None], target[None], head.out_features)
+    logits = head(hidden)
+    with_output.append(logits)  # as outputs.logits is
+    return ForCausalLMLoss(logits[None], target[None], WORDS)
 
 
 with_output = []
@@ -101,7 +102,7 @@ with_output = []
 
 # %%
 def peak(loss, tokens):
-    """Bytes that a loss and its backward take, beside what was there."""
+    """Bytes that a loss and its backward take on top."""
     with VirtualGPU() as gpu:
         given = ends_of_model(gpu.device, tokens)
         before = gpu.memory_allocated()
@@ -146,7 +147,8 @@ def of_chunk(hidden, head, target):
 def in_chunks(hidden, head, target, size=1024):
     total = 0
     for h, t in zip(hidden.split(size), target.split(size)):
-        total += checkpoint(of_chunk, h, head, t, use_reentrant=False)
+        given = h, head, t
+        total += checkpoint(of_chunk, *given, use_reentrant=False)
     return total / len(target)
 
 
@@ -156,13 +158,15 @@ def in_chunks(hidden, head, target, size=1024):
 # %%
 torch.manual_seed(0)
 hidden = torch.randn(64, 32, requires_grad=True)
-head, target = nn.Linear(32, 500, bias=False), torch.randint(500, (64,))
-found = {}
-for loss in (in_fp32, in_chunks):
-    value = loss(hidden, head, target, *([16] if loss is in_chunks else []))
-    found[loss] = torch.autograd.grad(value, (hidden, head.weight))
-    print(f"{loss.__name__:10} {value.item():.4f}")
-torch.testing.assert_close(found[in_fp32], found[in_chunks])
+head = nn.Linear(32, 500, bias=False)
+target = torch.randint(500, (64,))
+whole = in_fp32(hidden, head, target)
+parts = in_chunks(hidden, head, target, size=16)
+print(f"whole {whole:.4f}, in chunks {parts:.4f}")
+torch.testing.assert_close(
+    torch.autograd.grad(whole, (hidden, head.weight)),
+    torch.autograd.grad(parts, (hidden, head.weight)),
+)
 print("gradients agree")
 
 # %% [markdown]
@@ -232,28 +236,41 @@ table(["loss", "of", "plain (MiB)", "fused (MiB)", "saved"], rows)
 
 
 # %%
-def randn(device, *shape, dtype=torch.bfloat16, **options):
-    return torch.randn(*shape, dtype=dtype, device=device, **options)
+BF16 = torch.bfloat16
+
+
+def randn(device, *shape, **options):
+    like = {"dtype": BF16, "device": device}
+    return torch.randn(shape, **like, **options)
 
 
 def heads(device, count):
-    like = {"bias": False, "dtype": torch.bfloat16, "device": device}
-    return [nn.Linear(4096, 128_256, **like) for _ in range(count)]
+    like = {"bias": False, "dtype": BF16, "device": device}
+    sizes = 4096, 128_256
+    return [nn.Linear(*sizes, **like) for _ in range(count)]
 
 
 # %%
 def alone(device, words):
-    """Cross entropy of FP32 logits that are there already."""
-    logits = torch.randn(16_384, words, device=device, requires_grad=True)
+    """Cross entropy of FP32 logits that are there."""
+    logits = torch.randn(16_384, words, device=device)
+    logits.requires_grad_()
     target = torch.randint(words, (16_384,), device=device)
     return lambda: cross_entropy(logits, target).backward()
 
 
+# %%
 def with_head(device, tokens):
-    head, other = heads(device, 2)  # the other way's, alive as well
+    head, other = heads(device, 2)  # the other way's, alive too
     x = randn(device, tokens, 4096, requires_grad=True)
-    target = torch.randint(128_256, (tokens,), device=device)
-    return lambda: (cross_entropy(head(x), target).backward(), other)
+    like = {"device": device}
+    target = torch.randint(128_256, (tokens,), **like)
+
+    def loss():
+        cross_entropy(head(x), target).backward()
+        return other
+
+    return loss
 
 
 # %% [markdown]
@@ -273,9 +290,9 @@ def divergence(log_q, log_p):
 # %%
 def distillation(device, tokens):
     student, teacher, *others = heads(device, 4)
-    for ours, theirs in zip((student, teacher), others):  # they share
+    for ours, theirs in zip((student, teacher), others):
         weight = randn(device, 128_256, 4096)
-        ours.weight.data = theirs.weight.data = weight
+        ours.weight.data = theirs.weight.data = weight  # shared
     given = randn(device, tokens, 4096, requires_grad=True)
     told = randn(device, tokens, 4096)
 
@@ -292,20 +309,29 @@ def distillation(device, tokens):
 # **GRPO.** The log-probability of each chosen word, under the policy and under the reference:
 
 
-# %%
-def grpo_loss(x, told, policy, reference, chosen, mask, gain):
-    logits = x @ policy.t()
-    log_probs = log_softmax(logits.float(), dim=-1)
-    ours = log_probs.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-    with torch.no_grad():
-        other = told @ reference.t()
-        others = log_softmax(other.float(), dim=-1)
-        theirs = others.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show what is made of them", "code_prompt_hide": "Hide what is made of them"}
+def pick(log_probs, chosen):
+    return log_probs.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+
+
+def clipped_loss(ours, theirs, mask, gain):
     ratio = torch.exp(ours - ours.detach())
     clipped = torch.clamp(ratio, 0.8, 1.2)
     each = -torch.min(ratio * gain, clipped * gain)
     each = each + 0.1 * (torch.exp(theirs - ours) - (theirs - ours) - 1.0)
     return (each * mask).sum() / torch.clamp(mask.sum(), min=1.0)
+
+
+# %%
+def grpo_loss(x, told, policy, reference, chosen, *rest):
+    logits = x @ policy.t()
+    log_probs = log_softmax(logits.float(), dim=-1)
+    ours = pick(log_probs, chosen)
+    with torch.no_grad():
+        other = told @ reference.t()
+        others = log_softmax(other.float(), dim=-1)
+        theirs = pick(others, chosen)
+    return clipped_loss(ours, theirs, *rest)
 
 
 # %% [markdown]
@@ -314,19 +340,15 @@ def grpo_loss(x, told, policy, reference, chosen, mask, gain):
 
 # %%
 def chosen_words(x, weight, chosen):
-    log_probs = log_softmax((x @ weight.t()).float(), dim=-1)
-    return log_probs.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+    logits = (x @ weight.t()).float()
+    return pick(log_softmax(logits, dim=-1), chosen)
 
 
-def tidy_loss(x, told, policy, reference, chosen, mask, gain):
+def tidy_loss(x, told, policy, reference, chosen, *rest):
     ours = chosen_words(x, policy, chosen)
     with torch.no_grad():
         theirs = chosen_words(told, reference, chosen)
-    ratio = torch.exp(ours - ours.detach())
-    clipped = torch.clamp(ratio, 0.8, 1.2)
-    each = -torch.min(ratio * gain, clipped * gain)
-    each = each + 0.1 * (torch.exp(theirs - ours) - (theirs - ours) - 1.0)
-    return (each * mask).sum() / torch.clamp(mask.sum(), min=1.0)
+    return clipped_loss(ours, theirs, *rest)
 
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show what it is given, and DPO", "code_prompt_hide": "Hide what it is given, and DPO"}
@@ -402,7 +424,8 @@ for kernel, (name, program) in PROGRAMS.items():
 table(["loss", "published (MiB)", "replayed (MiB)", "difference"], rows)
 
 # %%
-print(f"{apart.count(0)} of {len(apart)} equal to the last digit")
+equal = apart.count(0)
+print(f"{equal} of {len(apart)} equal to the last digit")
 
 # %% [markdown]
 # The two that are not differ by less than 0.1 %: what the allocator gives for a large request depends on the free blocks of the moment, and so on all that the process did before.
