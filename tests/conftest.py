@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Several GB of RAM each: one after the other.
-LARGE = ("07_gpt2_large", "08_qwen2", "09_quality_vs_precision")
+LARGE = ("05_activations_and_peaks", "07_gpt2_large", "08_qwen2")
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client.provisioning import KernelProvisionerFactory
 from nbformat import NotebookNode
 
+from tools.kernels import fork_kernels
 from tools.notebooks import STAMP, helpers_of, made, main, outputs_digest, problems, sources
 
 ROOT = Path(__file__).parent.parent
@@ -354,3 +356,29 @@ def test_a_folder_without_sources_is_refused(
 ) -> None:
     assert main(["--folder", str(tmp_path / "nosuch")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+SHARED = """# %%
+import os, sys
+print("torch" in sys.modules, os.path.basename(os.getcwd()), os.environ["MINE"])
+import torch
+print(hasattr(torch, "mark"))
+torch.mark = os.environ["MINE"] = "changed"
+os.chdir("/")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing is forked there")
+def test_forked_kernels_share_imports_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factory = KernelProvisionerFactory.instance()
+    monkeypatch.setattr(factory, "default_provisioner_name", factory.default_provisioner_name)
+    fork_kernels()
+    monkeypatch.setenv("MINE", "as it is now")
+    for name in ("01_one", "02_other"):
+        (tmp_path / f"{name}.py").write_text(SHARED)
+    assert main(["--folder", str(tmp_path)]) == 0
+    for name in ("01_one", "02_other"):
+        (output,) = read(tmp_path / name).cells[0].outputs
+        assert output.text == f"True {tmp_path.name} as it is now\nFalse\n"
