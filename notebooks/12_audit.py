@@ -100,6 +100,7 @@ def audit(section, **ours):
         rows.append((*number[:-1], link))
     columns = list(zip([*COLUMNS, ""], *rows))
     shown = [column for column in columns if any(column[1:])]
+    shown.insert(1, shown.pop([c[0] for c in shown].index("verdict")))
     head, *lines = zip(*shown)
     return table(head, lines)
 
@@ -347,7 +348,7 @@ print("open:", ", ".join(n.number for n in audited if n.verdict == "open"))
 # | INT8 with bitsandbytes needs no special hardware | on NVIDIA's cards LLM.int8() needs compute capability 7.5; today it also runs on CPUs {cite}`bitsandbytes-install` | [number formats](02_precision_formats.ipynb) |
 # | BF16 needs Ampere or newer | so it is; `is_bf16_supported()` answers yes on older cards too, by emulation: pass `including_emulation=False` | [number formats](02_precision_formats.ipynb) |
 # | mixed precision saves memory | it saves activations, and no byte of the parameters | [mixed precision](06_mixed_precision.ipynb) |
-# | plain SGD takes no memory | for states; gradients it takes | [Adam against SGD](04_mlp_adam_vs_sgd.ipynb) |
+# | plain SGD takes no memory | for states; gradients it takes | [one training step](04_mlp_adam_vs_sgd.ipynb) |
 # | inference keeps the current step's activations | and the cache of keys and values | [training and inference](03_training_and_inference.ipynb) |
 # | activations are left for another day | that day has a chapter | [activations](05_activations_and_peaks.ipynb) |
 # | the gap at Qwen2 is due to torch, transformers and the cache | 192 MiB of it are rotary tables | [Qwen2](08_qwen2.ipynb) |

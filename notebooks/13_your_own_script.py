@@ -113,7 +113,6 @@ CLASSIFY = """\
 import torch
 from torch.nn.functional import cross_entropy
 from torchvision.models import vit_b_16
-
 model, history = vit_b_16().to("cuda"), []
 optimizer = torch.optim.AdamW(model.parameters())
 for step in range(1000):
@@ -122,7 +121,8 @@ for step in range(1000):
     outputs = model(images)
     loss = cross_entropy(outputs, labels)
     optimizer.zero_grad(); loss.backward(); optimizer.step()
-    history.append((outputs, loss)); print(f"step {step}")
+    history.append((outputs, loss))
+    print(f"step {step}")
 """
 
 
@@ -179,7 +179,7 @@ for lever in ("half-batch", "checkpointing"):
         main(["run", "finetune.py", *options])
     peaks[lever] = json.loads(said.getvalue())["peak"]
 table(
-    ["finetune.py", "peak (B)", "saved (B)"],
+    ["`finetune.py`", "peak (B)", "saved (B)"],
     [(name, peak, watch.peak - peak) for name, peak in peaks.items()],
 )
 

@@ -57,6 +57,11 @@ def test_the_notebooks_can_be_downloaded(html: Path) -> None:
         assert (html / "_sources" / "notebooks" / stored.name).read_bytes() == stored.read_bytes()
 
 
+def test_no_page_is_heavy(html: Path, page: str) -> None:
+    """Before compression, and without what all pages share: see `test_a_first_visit_is_light`."""
+    assert (html / page).stat().st_size < 1_000_000
+
+
 def test_nothing_is_loaded_from_elsewhere(html: Path, page: str) -> None:
     for tag, target in links(html / page).found:
         if tag != "a":

@@ -258,4 +258,8 @@ def test_figures_are_legible_in_both_themes(html: Path, browser: Browser, theme:
     assert contrast(from_css(style(["svg.cell-figure text", "fill"])), page) >= 4.5
     for kind, color in COLORS.items():
         assert contrast(from_css(color), page) >= 3, kind
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")  # on paper it is light
+    assert luminance(from_css(style(["body", "backgroundColor"]))) > 0.9
+    tab.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert from_css(style(["body", "backgroundColor"])) == page
     tab.close()

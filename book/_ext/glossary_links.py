@@ -44,6 +44,10 @@ def link(app: Sphinx, tree: nodes.document, docname: str) -> None:
 
 
 def _is_prose(text: nodes.Text) -> bool:
+    before = text.parent[: text.parent.index(text)]
+    tags = [node.astext() for node in before if isinstance(node, nodes.raw)]
+    if sum(tag.startswith("<a ") for tag in tags) > tags.count("</a>"):
+        return False  # inside of a link that is written as HTML
     node: nodes.Node | None = text.parent
     in_paragraph = False
     while node is not None:

@@ -1,4 +1,4 @@
-// What the theme's buttons do: see book/_ext/content_policy.py.
+// What the theme's buttons do (see book/_ext/content_policy.py), and how a page is printed.
 "use strict";
 
 const ACTIONS = {
@@ -11,4 +11,16 @@ document.addEventListener("click", (event) => {
   if (button !== null && Object.hasOwn(ACTIONS, button.dataset.action)) {
     ACTIONS[button.dataset.action]();
   }
+});
+
+// On paper a page is light in any theme: browsers leave its dark background out.
+const page = document.documentElement;
+let theme = page.dataset.theme;
+
+window.addEventListener("beforeprint", () => {
+  theme = page.dataset.theme;
+  page.dataset.theme = "light";
+});
+window.addEventListener("afterprint", () => {
+  page.dataset.theme = theme;
 });
