@@ -1,11 +1,12 @@
 """What an H200 measured, replayed: single operations by signature, and whole runs."""
 
 import json
+import re
 
 import pytest
 
 from benchmarks import printed, published
-from benchmarks.proof import CARD, DATA, SHOWN, TORCH, Goal, cause_of, equal, whole
+from benchmarks.proof import CARD, DATA, ROOT, SHOWN, TORCH, Goal, cause_of, equal, whole
 from every_byte.gpu import VirtualGPU
 from helpers import signatures, workloads
 from helpers.measured import of_workloads
@@ -253,6 +254,32 @@ def test_a_card_says_by_what_its_figures_are() -> None:
 def test_a_version_that_is_not_covered_is_refused(version: str) -> None:
     with pytest.raises(ValueError, match=f"torch is '{version}': expected a version"):
         VirtualGPU("H200", torch=version)
+
+
+def test_the_second_articles_card_and_version() -> None:
+    """Chapter 12's; what 2.1 does otherwise is said."""
+    gpu = VirtualGPU("RTX 4050", torch="2.1")
+    assert gpu.capacity == 6 << 30
+    assert str(gpu).startswith("RTX 4050 Laptop, 6.00 GiB: ")
+    assert str(gpu).endswith("; attention and norms as in torch 2.4")
+    assert "attention" not in str(VirtualGPU("RTX 4050", torch="2.4"))
+
+
+def test_the_audits_verdicts_do_not_ask_which_card_is_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Chapter 12 opens virtual cards, and they are the same where a CUDA device is said to be."""
+    import torch
+
+    source = (ROOT / "notebooks" / "12_audit.py").read_text("utf-8")
+    assert not re.findall(r"open_gpu|CudaGPU|torch\.cuda\.(?!amp)", source)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with VirtualGPU() as gpu:
+        layer = torch.nn.Linear(64, 64, device=gpu.device)
+        layer(torch.empty(8, 64, device=gpu.device))
+        assert gpu.breakdown()["workspaces"] == 8_519_680
 
 
 def test_a_version_without_a_card_is_refused() -> None:
