@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import signatures
 from every_byte.gpu import VirtualGPU
+from helpers import signatures
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "tests" / "data" / "h200-torch-2.11" / "kernels.json.xz"

@@ -14,10 +14,10 @@ from itertools import combinations
 from typing import Any, NamedTuple
 from unittest import mock
 
-from benchmarks import signatures
 from benchmarks.proof import CARD, DATA, TORCH
 from every_byte.gpu import VirtualGPU
 from every_byte.virtual.kernels import convolution
+from helpers import signatures
 from helpers.measured import of_workloads
 
 # Constants of the rule, and what is tried for each: the middle first.

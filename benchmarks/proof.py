@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import sys
+import tomllib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,11 +21,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import published, signatures
+from benchmarks import printed, published
 from every_byte.allocator import Recorded
 from every_byte.gpu import VirtualGPU
 from every_byte.units import MiB
-from helpers import workloads
+from helpers import signatures, workloads
 from helpers.measured import of_workloads
 from helpers.record import compared, replays_of
 
@@ -32,6 +33,7 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data" / "h200-torch-2.11"
 RECORD = ROOT / "book" / "records" / "nvidia-h200-torch-2.11.0.json"
 SHOWN = ROOT / "book" / "records" / "replayed" / "proof.json"
+OUTLIERS = ROOT / "book" / "records" / "outliers.toml"
 CARD, TORCH = "H200", "2.11"
 
 # cuBLAS's and cuBLASLt's: they come with whichever product is the first of a group.
@@ -120,6 +122,15 @@ def operations() -> tuple[Counter[str], Counter[str], list[tuple[str, str]]]:
     return every, same, others
 
 
+def cause_of(signature: str) -> str:
+    """Why an operation's replay is not what was measured."""
+    for one in tomllib.loads(OUTLIERS.read_text("utf-8"))["outlier"]:
+        if any(fnmatch(signature.replace("[", "("), p.replace("[", "(")) for p in one["of"]):
+            found: str = one["cause"]
+            return found
+    return "cause unknown"
+
+
 def replayed_workloads() -> dict[str, Figures]:
     """Those that are replayed: their figures at each checkpoint; what is lacking is said."""
     measured, found = of_workloads(), {}
@@ -158,6 +169,11 @@ def _addresses(steps: list[int]) -> Iterator[tuple[int, int]]:
 def replayed_series() -> list[list[int]]:
     """What the programs of published series take at each of their sizes."""
     return [[published.peak(one, n) for n in one["sizes"]] for one in published.all_series()]
+
+
+def replayed_rows() -> list[list[str]]:
+    """What programs of others print here that printed to some digits."""
+    return [printed.said(row) for row in printed.all_rows()]
 
 
 def of(names: Iterator[str] | dict[str, Any], *patterns: str) -> list[str]:
@@ -207,6 +223,7 @@ def goals(
     runs: dict[str, Figures],
     placed: dict[str, Figures],
     series: list[list[int]],
+    rows: list[list[str]],
     operations: float,
 ) -> list[Goal]:
     """The table: what was reached beside its goal and its gate; `placed`, by the driver."""
@@ -219,10 +236,15 @@ def goals(
     measured = of_workloads()
     assuming, convolutions = of(measured, *ASSUMING), of(measured, *CONVOLUTIONS)
     plain = [n for n in runs if n not in (*assuming, *convolutions)]
-    printed = [
+    exact = [
         published.as_printed(nbytes) == told
         for one, row in zip(published.all_series(), series, strict=True)
         for nbytes, told in zip(row, one["printed"], strict=True)
+    ]
+    digits = [
+        said == told
+        for one, row in zip(printed.all_rows(), rows, strict=True)
+        for said, told in zip(row, one["printed"], strict=True)
     ]
     done = [name for name in assuming if name in runs]
     networks = [name for name in convolutions if name in runs]
@@ -254,8 +276,9 @@ def goals(
         *peak_of(runs, done, 0.001, 0.008),
         _replayed("convolutions", networks, convolutions, 8),
         *peak_of(runs, networks, 0.01, 0.022),
-        Goal("single operations equal", operations, 0.98, 0.9945, True, share),
-        Goal(f"published: equal of {len(printed)}", sum(printed), 185, 188, True, whole),
+        Goal("single operations equal", operations, 0.98, 0.996, True, share),
+        Goal(f"published: equal of {len(exact)}", sum(exact), 185, 188, True, whole),
+        Goal(f"printed: equal of {len(digits)}", sum(digits), len(digits), 11, True, whole),
     ]
     return lines
 
@@ -268,7 +291,7 @@ def _print_differences(name: str, found: Figures) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.proof", description=__doc__)
-    parser.add_argument("--list", action="store_true", help="every operation that differs")
+    parser.add_argument("--list", action="store_true", help="how each operation differs")
     parser.add_argument("--write", action="store_true", help="bring the book's replays up to date")
     asked = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -280,9 +303,10 @@ def main(arguments: list[str] | None = None) -> int:
     every, same, others = operations()
     for group, number in every.items():
         print(f"{group:32} {same[group]:5} of {number:5} signatures equal")
-    if asked.list:
-        for signature, how in others:
-            print(f"  {signature[:160]}\n    {how[:200]}")
+    for signature, how in others:
+        print(f"  {signature[:160]}\n    {cause_of(signature)}")
+        if asked.list:
+            print(f"    {how[:200]}")
     print("\nlargest difference at any checkpoint, in bytes: allocated, reserved, and their peaks")
     runs = replayed_workloads()
     for name, found in runs.items():
@@ -292,10 +316,13 @@ def main(arguments: list[str] | None = None) -> int:
     for name, found in placed.items():
         _print_differences(name, found)
     series = replayed_series()
-    made = {"workloads": runs, "placed": placed, "series": series}
+    rows = replayed_rows()
+    made: dict[str, Any] = {"workloads": runs, "placed": placed, "series": series}
+    made |= {"printed": rows, "operations": sum(every.values())}
+    made["others"] = [signature for signature, _ in others]
     if asked.write:
         SHOWN.write_text(json.dumps(made, separators=(",", ":")) + "\n", "utf-8")
-    lines = goals(runs, placed, series, sum(same.values()) / sum(every.values()))
+    lines = goals(runs, placed, series, rows, sum(same.values()) / sum(every.values()))
     print(f"\n{'':44}{'reached':>16}{'goal':>16}{'gate':>16}")
     for line in lines:
         numbers = (line.reached, line.goal, line.gate)

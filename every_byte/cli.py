@@ -13,7 +13,7 @@ from importlib import import_module
 from every_byte.commands import NO, REFUSED, Refused
 
 # Modules of every_byte.commands, in the order of the help.
-COMMANDS = ("run", "estimate", "explain", "replay", "check")
+COMMANDS = ("run", "estimate", "explain", "replay", "record", "check")
 
 
 def parser(names: Iterable[str] = COMMANDS) -> argparse.ArgumentParser:

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from fnmatch import fnmatch
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +39,8 @@ from every_byte.data import cards
 from every_byte.gpu import GPU, CudaGPU, VirtualGPU
 from every_byte.tracker import KINDS, untracked
 from every_byte.virtual.memory import CUBLAS_WORKSPACE
-from helpers.experiments import EXPERIMENTS, Experiment
+from helpers import signatures, workloads
+from helpers.experiments import EXPERIMENTS, Experiment, Look
 
 RECORDS = Path(__file__).parent.parent / "book" / "records"
 FIGURES = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")
@@ -50,6 +52,8 @@ _SETTINGS = (
     *("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "TORCH_CUBLASLT_UNIFIED_WORKSPACE"),
 )
 
+OPERATIONS = RECORDS.parent.parent / "tests" / "data" / "h200-torch-2.11" / "kernels.json.xz"
+_OF_EACH = 12  # signatures of an operation that --all measures, far from each other
 _MADE_OF = ("transformers", "accelerate", "bitsandbytes", "torchaudio", "torch.distributed.fsdp")
 
 Result = dict[str, Any]
@@ -57,6 +61,45 @@ Result = dict[str, Any]
 
 def _key(kind: str) -> str:
     return kind.replace(" ", "_")
+
+
+# What there is
+
+
+def _run_of(name: str) -> Experiment:
+    """A run of a whole model, as an experiment."""
+    run: Any = workloads.WORKLOADS[name]
+    return Experiment(lambda gpu, look: run(gpu, lambda checkpoint: look(checkpoint)))
+
+
+def _operation(of: list[str], gpu: GPU, look: Look) -> None:
+    """One operation after the other, each a checkpoint that is named by its signature."""
+    for signature in of:
+        try:
+            call = signatures.prepared(gpu.device, signature)
+            result = call()
+        except (signatures.Unread, torch.OutOfMemoryError):
+            continue  # not here; the checkpoint is on one GPU only, which the notes name
+        look(signature)
+        del call, result
+
+
+@cache
+def more() -> dict[str, Experiment]:
+    """What ``--all`` adds: runs of other models, and single operations by name."""
+    found = {f"run-{name}": _run_of(name) for name in workloads.WORKLOADS}
+    named: dict[str, list[str]] = {}
+    for one in signatures.measured(OPERATIONS):
+        if one.group.startswith("single operations"):
+            named.setdefault(f"operation-{one.operation}", []).append(one.signature)
+    for name, of in named.items():
+        few = of[:: -(-len(of) // _OF_EACH)]
+        found[name] = Experiment(partial(_operation, few))
+    return found
+
+
+def _experiment(name: str) -> Experiment:
+    return EXPERIMENTS[name] if name in EXPERIMENTS else more()[name]
 
 
 # Running one
@@ -158,7 +201,7 @@ def replay(name: str, measured: Result, machine: Mapping[str, Any]) -> Result:
         measured: what the card measured; under its allocator settings it is replayed.
         machine: what the record says of the card; see `machine`.
     """
-    experiment = EXPERIMENTS[name]
+    experiment = _experiment(name)
     card = machine["card"].removeprefix("NVIDIA ")
     like: Result = {"card": card if card in cards() else None}
     if like["card"]:
@@ -356,7 +399,7 @@ def _replay_again(path: Path) -> int:
         return 2
     again: Result = {"versions": versions(), "experiments": {}}
     for name, result in record["experiments"].items():
-        if "skipped" not in result and name in EXPERIMENTS:
+        if "skipped" not in result and (name in EXPERIMENTS or name in more()):
             again["experiments"][name] = replay(name, result, record["machine"])
     told = summary(record["experiments"], again["experiments"])
     if not _written(replays_of(path), again):
@@ -390,19 +433,20 @@ def _written(path: Path, record: Result) -> bool:
     return True
 
 
-def _chosen(patterns: list[str] | None) -> list[str]:
-    """The experiments that the patterns name, in order.
+def _chosen(patterns: list[str] | None, every: bool = False) -> list[str]:
+    """The experiments that the patterns name, in order; `every`: of those that ``--all`` adds, too.
 
     Raises:
         ValueError: a pattern names none.
     """
+    known = [*EXPERIMENTS, *(more() if every else ())]
     for pattern in patterns or []:
-        if not any(fnmatch(name, pattern) for name in EXPERIMENTS):
+        if not any(fnmatch(name, pattern) for name in known):
             raise ValueError(
                 f"--only is {pattern!r}: expected a name or a pattern such as 'mlp-*'; "
                 "--list prints the names"
             )
-    return [n for n in EXPERIMENTS if not patterns or any(fnmatch(n, p) for p in patterns)]
+    return [n for n in known if not patterns or any(fnmatch(n, p) for p in patterns)]
 
 
 def _begun(path: Path, here: Result) -> tuple[Result, Result]:
@@ -461,6 +505,11 @@ def main(arguments: list[str] | None = None) -> int:
         "it on the virtual GPU, and write both into one JSON file. Needs no network; the first "
         "run makes models of random weights (4 GB of disk) in the cache folder.",
     )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="also the runs of other models (run-*) and single operations (operation-*)",
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these, by name or pattern")
     parser.add_argument("--out", type=Path, help="the file to write; else named after the card")
     parser.add_argument("--list", action="store_true", help="print the experiments' names")
@@ -474,7 +523,7 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.replay is not None:
         return _replay_again(asked.replay)
     try:
-        names = _chosen(asked.only)
+        names = _chosen(asked.only, asked.all)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -530,7 +579,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"[{number}/{len(names)}] {name} ... ", end="", file=sys.stderr, flush=True)
         begin = time.monotonic()
         try:
-            result = measure(EXPERIMENTS[name])
+            result = measure(_experiment(name))
             result["seconds"] = round(time.monotonic() - begin, 1)
             replayed["experiments"][name] = replay(name, result, record["machine"])
         except KeyboardInterrupt:

@@ -40,7 +40,7 @@ FLOORS = {
         {"__main__"},
     ],
     "helpers": [
-        {"environment", "mlp", "tables", "plots", "measured", "workloads"},
+        {"environment", "mlp", "tables", "plots", "measured", "workloads", "signatures"},
         {"placement", "mnist"},
         {"models", "digits"},
         {"hollow", "experiments"},

@@ -1,13 +1,14 @@
 """What an H200 measured, replayed: single operations by signature, and whole runs."""
 
 import json
+import re
 
 import pytest
 
-from benchmarks import published, signatures
-from benchmarks.proof import CARD, DATA, SHOWN, TORCH, Goal, equal, whole
+from benchmarks import printed, published
+from benchmarks.proof import CARD, DATA, ROOT, SHOWN, TORCH, Goal, cause_of, equal, whole
 from every_byte.gpu import VirtualGPU
-from helpers import workloads
+from helpers import signatures, workloads
 from helpers.measured import of_workloads
 
 # A few of every rule: the n-th signature of each operation.
@@ -22,7 +23,8 @@ OPERATIONS = (
     *("aten._scaled_dot_product_efficient_attention_backward.default",),
     *("aten._scaled_dot_product_flash_attention.default",),
     *("aten._scaled_dot_product_flash_attention_backward.default",),
-    *("aten.sort.default", "aten.topk.default", "aten.cumsum.default", "aten._foreach_norm.Scalar"),
+    *("aten.sort.default", "aten.topk.default", "aten.median.default", "aten.histc.default"),
+    *("aten.cumsum.default", "aten._foreach_norm.Scalar"),
     *("aten._safe_softmax.default", "aten.nll_loss_forward.default", "aten.mm.default"),
     *("bitsandbytes.gemm_4bit.default", "bitsandbytes.int8_scaled_mm.default"),
     *("bitsandbytes.int8_vectorwise_quant.default", "bitsandbytes.quantize_blockwise.default"),
@@ -159,6 +161,23 @@ def test_a_published_peak_is_what_the_book_shows_beside_it(number: int) -> None:
     assert abs(shown[0] / 2**20 / one["printed"][0] - 1) < 0.0015
 
 
+def test_programs_print_what_the_book_shows_beside_what_they_printed() -> None:
+    """Those that run out of memory on a B200; `make proof` has the others, which take minutes."""
+    shown = json.loads(SHOWN.read_text("utf-8"))["printed"]
+    rows = printed.all_rows()
+    assert [len(row["printed"]) for row in rows] == list(map(len, shown))
+    short = [n for n, row in enumerate(rows) if row["replay"] == "out_of_memory"]
+    assert len(short) == 2
+    for number in short:
+        assert printed.said(rows[number]) == shown[number] == rows[number]["printed"]
+
+
+def test_every_operation_that_differs_has_its_cause() -> None:
+    others = json.loads(SHOWN.read_text("utf-8"))["others"]
+    assert others and all(cause_of(one) != "cause unknown" for one in others)
+    assert cause_of("aten.sum.default(f32[8])") == "cause unknown"
+
+
 def test_a_gate_holds_what_was_reached_and_shows_a_missed_goal() -> None:
     better, same, worse = (Goal("", n, 10, 8, True, whole) for n in (10, 8, 7))
     assert (better.met, better.holds) == (True, True)
@@ -235,6 +254,32 @@ def test_a_card_says_by_what_its_figures_are() -> None:
 def test_a_version_that_is_not_covered_is_refused(version: str) -> None:
     with pytest.raises(ValueError, match=f"torch is '{version}': expected a version"):
         VirtualGPU("H200", torch=version)
+
+
+def test_the_second_articles_card_and_version() -> None:
+    """Chapter 12's; what 2.1 does otherwise is said."""
+    gpu = VirtualGPU("RTX 4050", torch="2.1")
+    assert gpu.capacity == 6 << 30
+    assert str(gpu).startswith("RTX 4050 Laptop, 6.00 GiB: ")
+    assert str(gpu).endswith("; attention and norms as in torch 2.4")
+    assert "attention" not in str(VirtualGPU("RTX 4050", torch="2.4"))
+
+
+def test_the_audits_verdicts_do_not_ask_which_card_is_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Chapter 12 opens virtual cards, and they are the same where a CUDA device is said to be."""
+    import torch
+
+    source = (ROOT / "notebooks" / "12_audit.py").read_text("utf-8")
+    assert not re.findall(r"open_gpu|CudaGPU|torch\.cuda\.(?!amp)", source)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with VirtualGPU() as gpu:
+        layer = torch.nn.Linear(64, 64, device=gpu.device)
+        layer(torch.empty(8, 64, device=gpu.device))
+        assert gpu.breakdown()["workspaces"] == 8_519_680
 
 
 def test_a_version_without_a_card_is_refused() -> None:

@@ -283,6 +283,21 @@ def test_every_kind_of_experiment_that_needs_no_checkpoint(
     assert progress.out == f"{out}: 13 experiments recorded, 0 skipped\n"
 
 
+def test_runs_of_models_and_single_operations_are_recorded_as_well(
+    card: Card, tmp_path: Path
+) -> None:
+    out = tmp_path / "a.json"
+    names = ["run-embedding-layernorm", "operation-aten.topk.default"]
+    assert main(["--out", str(out), "--all", "--only", *names]) == 0
+    written = json.loads(out.read_text("utf-8"))["experiments"]
+    assert list(written) == names
+    told = summary(written, replayed(out))
+    assert (told["skipped"], told["figures_that_differ"]) == (0, 0)
+    largest = written["operation-aten.topk.default"]["checkpoints"]
+    assert next(iter(largest)) == "aten.topk.default(f32[1000], 50)"
+    assert main(["--replay", str(out)]) == 0  # knows them, too
+
+
 def test_a_replay_is_made_anew(
     card: Card, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

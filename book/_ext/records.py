@@ -2,7 +2,8 @@
 
 ``{measured}`` draws all of it in one figure, ``{records}`` shows the records of readers and
 authors beside their replays, ``{context}`` and ``{articles}`` what else was measured on the
-same cards, ``{series}`` and ``{published}`` what others printed, beside its replay.
+same cards, ``{series}``, ``{printed}`` and ``{published}`` what others printed, beside
+its replay.
 """
 
 import io
@@ -362,6 +363,46 @@ def series(path: Path, replayed: Path) -> str:
     return str(table(columns, lines).data)
 
 
+def printed(path: Path, replayed: Path) -> str:
+    """What whole programs of others printed, beside what they print here."""
+    told = tomllib.loads(path.read_text("utf-8"))["row"]
+    again = json.loads(replayed.read_text("utf-8"))["printed"]
+    lines = [
+        [
+            f"[{one['case']}]({one['url']})",
+            one["on"],
+            " / ".join(one["printed"]),
+            "the same" if row == one["printed"] else " / ".join(row),
+        ]
+        for one, row in zip(told, again, strict=True)
+    ]
+    return str(table(["program", "on", "printed, measured", "replayed"], lines).data)
+
+
+def outliers(path: Path, replayed: Path) -> str:
+    """The single operations whose replay is not what was measured, by cause."""
+    known = tomllib.loads(path.read_text("utf-8"))["outlier"]
+    again = json.loads(replayed.read_text("utf-8"))
+    same = again["operations"] - len(again["others"])
+    by_cause: dict[str, list[str]] = {}
+    for signature in again["others"]:
+        plain = signature.replace("[", "(")  # no pattern's set of characters
+        fitting = (
+            one["cause"]
+            for one in known
+            if any(fnmatch(plain, pattern.replace("[", "(")) for pattern in one["of"])
+        )
+        by_cause.setdefault(next(fitting, "Not known."), []).append(f"`{signature}`")
+    lines = [[cause, "<br>".join(some)] for cause, some in by_cause.items()]
+    share = math.floor(10_000 * same / again["operations"]) / 100
+    told = (
+        f"Of {again['operations']:,} calls of single operations that the H200 measured, {same:,} "
+        f"({share} %) take and give back the same blocks in the same order when replayed. "
+        "Convolutions, linear algebra and Fourier transforms are not among them. The others:"
+    )
+    return f"{told}\n\n{table(['cause', 'operations'], lines).data}"
+
+
 # What else was measured
 
 
@@ -433,6 +474,26 @@ class Series(SphinxDirective):
         )
 
 
+class Outliers(SphinxDirective):
+    """``{outliers}``: single operations whose replay differs, and why."""
+
+    def run(self) -> list[nodes.Node]:
+        """The share that is equal, then the table."""
+        return self.parse_text_to_nodes(
+            outliers(FOLDER / "outliers.toml", FOLDER / "replayed" / "proof.json")
+        )
+
+
+class Printed(SphinxDirective):
+    """``{printed}``: what whole programs of others printed, beside what they print here."""
+
+    def run(self) -> list[nodes.Node]:
+        """The table."""
+        return self.parse_text_to_nodes(
+            printed(FOLDER / "printed.toml", FOLDER / "replayed" / "proof.json")
+        )
+
+
 class Published(SphinxDirective):
     """``{published}``: what others measured and printed."""
 
@@ -447,6 +508,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("records", Records)
     app.add_directive("context", Context)
     app.add_directive("articles", Articles)
+    app.add_directive("outliers", Outliers)
+    app.add_directive("printed", Printed)
     app.add_directive("published", Published)
     app.add_directive("series", Series)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

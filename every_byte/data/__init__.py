@@ -100,6 +100,10 @@ def cards() -> dict[str, Card]:
     return {name: Card(**card) for name, card in read("cards.toml").items()}
 
 
+ALSO_NAMED = {"RTX 4050": "RTX 4050 Laptop"}
+"""What people call cards that are sold under one more word: there is no other RTX 4050."""
+
+
 def unknown_card(memory: int) -> Card:
     """A card of so many bytes of which nothing else is known: with what is most elsewhere."""
     return Card(memory >> 30, memory, "9.0", CONTEXT_MULTIPROCESSORS)

@@ -43,9 +43,18 @@ class Rules:
             major, minor = (int(part) for part in text.split(".")[:2])
         except ValueError:
             major = minor = 0
-        if not (2, 4) <= (major, minor) < (3, 0):
-            raise ValueError(f"torch is {text!r}: expected a version from '2.4' on, below '3'")
+        if not (2, 1) <= (major, minor) < (3, 0):
+            raise ValueError(f"torch is {text!r}: expected a version from '2.1' on, below '3'")
         return cls(card.capability, card.multiprocessors, (major, minor))
+
+    @property
+    def older(self) -> str:
+        """What is not the version's own, in words; empty from 2.4 on.
+
+        Workspaces of 2.1 are those of 2.4 (``CublasHandlePool.cpp``, ``CUDABlas.cpp``), and so is
+        the allocator's rounding; attention had other kernels, and `rms_norm` none.
+        """
+        return "" if self.version >= (2, 4) else "; attention and norms as in torch 2.4"
 
     @property
     def threads(self) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from every_byte.virtual.kernels.borrowing import borrow
+from every_byte.virtual.kernels.reductions import reduction_temporaries
 from every_byte.virtual.rules import Rules
 
 aten = torch.ops.aten
@@ -156,17 +157,23 @@ def temporaries(
     if packet is aten.randperm and isinstance(args[0], int):
         return _of_a_permutation(args[0])
     if packet in (aten.index_put_, aten.index_put, aten._index_put_impl_) and args[3:4] == (True,):
-        return _accumulated(args[0], args[1], args[2], checked=args[4:5] != (True,))
+        return _accumulated(rules, args[0], args[1], args[2], checked=args[4:5] != (True,))
     if packet is aten.histc and all(limit == 0 for limit in args[2:4]):
         # The smallest and the largest number: _histc_cuda_template in native/cuda/SummaryOps.cu.
-        return [args[0].element_size(), -args[0].element_size()] * 2
+        return [*_limit(args[0], rules), -args[0].element_size()] * 2
     if operation in (aten.pow.Scalar,):
         return [8]  # the number on the left, as FP64 or a whole number
     return None
 
 
+def _limit(tensor: Tensor, rules: Rules) -> list[int]:
+    """The smallest or the largest number of a tensor, taken and given back; many are staged."""
+    staged = reduction_temporaries(aten.max.default, (tensor,), {}, rules) or []
+    return [tensor.element_size(), *staged, *(-nbytes for nbytes in reversed(staged))]
+
+
 def _accumulated(
-    tensor: Tensor, indices: list[Tensor | None], values: Tensor, checked: bool
+    rules: Rules, tensor: Tensor, indices: list[Tensor | None], values: Tensor, checked: bool
 ) -> list[int]:
     # index_put_with_sort_kernel in native/cuda/Indexing.cu, for one index of whole numbers in
     # the first dimension: its limits (staged, if very many), unless it was checked in forward;
@@ -178,7 +185,7 @@ def _accumulated(
     number = first.numel()
     each = 8 * number
     row = math.prod(tensor.shape[1:])
-    limit = [8, 1, -1, -8] if checked else []
+    limit = [*_limit(first, rules), 1, -1, -8] if checked else []
     copy = [] if values.is_contiguous() else [values.numel() * values.element_size()]
     bits = max(1, ((tensor.numel() - 1) // row).bit_length())
     sorting = [each, each, each, sort_storage(number, 8, 8, bits)]
@@ -282,7 +289,17 @@ def _foreach_norm(
     return made
 
 
+def _median(tensor: Tensor) -> Tensor:
+    # median_impl in native/cuda/Sorting.cpp: all numbers are sorted; is the last one no number?
+    numbers = tensor.reshape(-1).sort()[0]
+    missing = numbers[-1:].isnan()
+    result = numbers[(numbers.numel() - 1) // 2].clone()
+    del missing, numbers
+    return result
+
+
 KERNELS: dict[Any, Callable[..., Any]] = {
+    aten.median.default: _median,
     aten.embedding.default: _embedding,
     aten.embedding_dense_backward.default: _embedding_dense_backward,
     aten._foreach_norm.Scalar: _foreach_norm,

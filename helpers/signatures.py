@@ -11,7 +11,7 @@ import ast
 import json
 import lzma
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -74,6 +74,11 @@ def _parts(text: str) -> list[str]:
     return [*found, rest] if rest else found
 
 
+def _filled(tensor: torch.Tensor) -> torch.Tensor:
+    """With what no operation refuses: the index 0, the weight 1."""
+    return tensor.fill_(1) if tensor.is_floating_point() else tensor.zero_()
+
+
 def _argument(text: str, device: torch.device) -> Any:
     if (tensor := _TENSOR.match(text)) and tensor[1] in DTYPES:
         sizes = [int(n) for n in tensor[2].split("x")] if tensor[2] else []
@@ -81,8 +86,8 @@ def _argument(text: str, device: torch.device) -> Any:
         dtype = DTYPES[tensor[1]]
         if tensor[3] is not None:
             strides = [int(n) for n in tensor[3].split("_")]
-            return torch.empty_strided(sizes, strides, dtype=dtype, device=where)
-        return torch.empty(sizes, dtype=dtype, device=where)
+            return _filled(torch.empty_strided(sizes, strides, dtype=dtype, device=where))
+        return _filled(torch.empty(sizes, dtype=dtype, device=where))
     if text.startswith("[") and text.endswith("]"):
         parts = _parts(text[1:-1])
         if len(parts) == 2 and (several := re.match(r"^\.\.\.(\d+)$", parts[1])):
@@ -125,11 +130,11 @@ def watched(gpu: VirtualGPU, events: list[int]) -> Iterator[None]:
         del memory.malloc, memory.free
 
 
-def replayed(gpu: VirtualGPU, signature: str) -> list[int]:
-    """The events of a signature on a virtual GPU that is open.
+def prepared(device: torch.device, signature: str) -> Callable[[], Any]:
+    """An operation with its arguments, made on a device: a call of it.
 
     Raises:
-        Unread: the signature cannot be carried out again.
+        Unread: the signature does not say enough.
     """
     name, _, rest = signature.partition("(")
     try:
@@ -144,18 +149,33 @@ def replayed(gpu: VirtualGPU, signature: str) -> list[int]:
     for text in _parts(rest[: rest.rindex(")")]):
         keyword = re.match(r"^([a-z_]+)=(.*)$", text)
         if keyword:
-            kwargs[keyword[1]] = _argument(keyword[2], gpu.device)
+            kwargs[keyword[1]] = _argument(keyword[2], device)
         else:
-            args.append(_argument(text, gpu.device))
+            args.append(_argument(text, device))
     for number, (argument, kind) in enumerate(zip(args, types.values(), strict=False)):
         if "float" in kind.lower() and isinstance(argument, int) and kind != "number":
             args[number] = float(argument)
-    events: list[int] = []
-    try:
-        with watched(gpu, events):
-            result = operation(*args, **kwargs)
-            done = list(events)
-            del result
-        return done
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise Unread(str(error).splitlines()[0]) from None
+
+    def call() -> Any:
+        try:
+            return operation(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise Unread(str(error).splitlines()[0]) from None
+
+    return call
+
+
+def replayed(gpu: VirtualGPU, signature: str) -> list[int]:
+    """The events of a signature on a virtual GPU that is open.
+
+    Raises:
+        Unread: the signature cannot be carried out again.
+    """
+    call, events = prepared(gpu.device, signature), list[int]()
+    with watched(gpu, events):
+        result = call()
+        done = list(events)
+        del result
+    return done
