@@ -384,7 +384,7 @@ def test_a_way_is_counted_or_refused(front: str, way: str) -> None:
     assert check(front, [(way, "plain")]) == ([] if way in REFUSED[front] else [way])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.sampled_from(FRONTS),
     st.lists(
