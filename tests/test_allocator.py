@@ -536,6 +536,10 @@ def test_a_snapshot_says_its_settings() -> None:
         },
         "external_annotations": [],
     }
+    card = CachingAllocator()
+    card.malloc(1)
+    (segment,) = card.memory_snapshot()
+    assert segment["device"] == 0 and segment["segment_pool_id"] == (0, 0)
     conf = "max_split_size_mb:32,garbage_collection_threshold:0.5"
     told = CachingAllocator(alloc_conf=conf).snapshot()["allocator_settings"]
     assert told["PYTORCH_CUDA_ALLOC_CONF"] == conf

@@ -36,6 +36,7 @@ def test_a_hole_of_just_the_size_is_filled_whole() -> None:
     begin = placement.place(20 * MiB)
     assert placement.place(12 * MiB) == begin + 20 * MiB
     assert placement.place(2 * MiB) == begin - G
+    assert placement.place(32 * MiB) == begin - 2 * G  # which the hole of 30 MiB does not hold
 
 
 def test_freed_segments_are_filled_upwards_and_join() -> None:
