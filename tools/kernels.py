@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from importlib.metadata import EntryPoint
 from multiprocessing.context import ForkServerProcess
 from typing import Any
@@ -78,6 +79,9 @@ def kernel(arguments: list[str], environment: dict[str, str], folder: str) -> No
     """What a forked process does: it becomes the kernel."""
     from ipykernel.kernelapp import launch_new_instance
 
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=end_with, args=[parent], daemon=True).start()
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -88,6 +92,12 @@ def kernel(arguments: list[str], environment: dict[str, str], folder: str) -> No
     os.chdir(folder)
     sys.argv = ["ipykernel_launcher", *arguments]
     launch_new_instance(argv=arguments)
+
+
+def end_with(parent: Any) -> None:
+    """End, whatever the kernel is at, as soon as the process that asked for it has ended."""
+    parent.join()
+    os._exit(1)
 
 
 def fork_kernels() -> None:
