@@ -79,6 +79,7 @@ lint: env ## check style and types, of Python, pages and workflows
 bench: env ## speed and accuracy beside a peer
 	@$(PY) -m benchmarks.training_step
 	@$(PY) -m benchmarks.accuracy
+	@$(PY) -m benchmarks.speed
 
 lock: env ## bring requirements.lock and its licences up to date with requirements.txt and pyproject.toml
 	@$(PY) -m uv pip compile requirements.txt --group dev --universal --python-version 3.11 \

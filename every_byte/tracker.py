@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from typing import Any
 from unittest import mock
 
@@ -190,15 +190,27 @@ def scales(model: torch.nn.Module) -> list[torch.Tensor]:
     return list(unique.values())
 
 
+@cache
+def _is_composite(func: Any) -> bool:
+    """Whether PyTorch's C++ composes an operation of others, on every device."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key))
+
+
 def _composed(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Carry out a composite operation as PyTorch's C++ composes it; NotImplemented if it is none.
+    """Carry out a composite operation as PyTorch's C++ composes it.
 
     ``OpOverload.decompose`` prefers what compilers use, which allocates otherwise.
     """
-    key = torch._C.DispatchKey.CompositeImplicitAutograd
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
-        return NotImplemented
-    return func._op_dk(key, *args, **kwargs)
+    return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+
+def _arrives_whole(args: tuple[Any, ...]) -> bool:
+    """Whether autograd, which takes composite operations apart, is passed by.
+
+    It is in inference mode, and for the tensors that were made in it.
+    """
+    return torch.is_inference_mode_enabled() or any(t.is_inference() for t in _tensors(args))
 
 
 def is_wrapper(kind: type) -> bool:
@@ -495,13 +507,10 @@ class Tracker(TorchDispatchMode):
             finally:
                 self._now.in_kernel = within
                 self._sample()
-        if torch.is_inference_mode_enabled():
-            # Only there do composite operations arrive whole, with the tensors
-            # that they make on the way out of sight.
+        if _is_composite(func) and _arrives_whole(args):
+            # with the tensors that it makes on the way out of sight
             with self:
-                result = _composed(func, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
+                return _composed(func, *args, **kwargs)
         self._sample()  # what died since the last operation
         result = None
         try:

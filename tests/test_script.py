@@ -223,6 +223,21 @@ def test_what_is_asked_of_torch_cuda(gpu: every_byte.VirtualGPU) -> None:
     assert x.is_cuda
 
 
+def test_what_inference_mode_made_is_read_outside_of_it(gpu: every_byte.VirtualGPU) -> None:
+    """Its tensors pass autograd by, so composite operations such as .cpu() arrive whole."""
+    layer = nn.Linear(4, 3).cuda()
+    with torch.inference_mode():
+        known = torch.arange(5, device="cuda")
+        result = layer(torch.zeros(2, 4, device="cuda"))
+        assumed = result.argmax(-1)
+    assert known.cpu().tolist() == known.to("cpu").tolist() == known.tolist() == [0, 1, 2, 3, 4]
+    assert known.float().cpu().sum().item() == 10
+    assert result.cpu().shape == (2, 3) and assumed.cpu().numpy().tolist() == [0, 0]
+    before = gpu.memory_allocated()
+    kept = result.to(torch.float64)
+    assert gpu.memory_allocated() - before == 512 and kept.is_cuda
+
+
 def test_memory_stats_count_segments_retries_and_failures() -> None:
     """DeviceStats in c10/core/CachingDeviceAllocator.h; CUDACachingAllocator.cpp counts."""
     with every_byte.as_cuda("T4", 100 * 2**20, context=0, torch_version="2.14"):
