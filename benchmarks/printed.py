@@ -258,6 +258,6 @@ def said(row: dict[str, Any]) -> list[str]:
     how: dict[str, Any] = {
         name: int(row[name] * GiB) for name in ("capacity", "context") if name in row
     }
-    with VirtualGPU(row["card"], torch=row["torch"], **how) as gpu:
+    with VirtualGPU(row["card"], torch=row["torch"], watched=False, **how) as gpu:
         told: list[str] = globals()[row["replay"]](gpu, **row["arguments"])
         return told

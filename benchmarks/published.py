@@ -358,7 +358,8 @@ def swiglu(make: Random, width: int) -> Call:
 
 def peak(series: dict[str, Any], size: int) -> int:
     """The highest bytes allocated in a call of a series' program at a size, as replayed."""
-    with VirtualGPU(series["card"], capacity=1 << 50, torch=series["torch"]) as gpu:
+    card, version = series["card"], series["torch"]
+    with VirtualGPU(card, capacity=1 << 50, torch=version, watched=False) as gpu:
         if series.get("arguments", {}).get("mode") == "forward":
             # A process that ran the whole step before: both threads have their workspaces.
             small = nn.Linear(8, 8, bias=False, device=gpu.device)

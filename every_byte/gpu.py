@@ -50,7 +50,7 @@ class GPU(Generic[_Memory]):
 
     _open: ClassVar[list["GPU[Any]"]] = []
 
-    def __init__(self, memory: _Memory, watched: bool = False) -> None:
+    def __init__(self, memory: _Memory, watched: bool = True) -> None:
         self.memory = memory
         self._device = memory.device
         self._tracker = Tracker(memory, watched)
@@ -342,9 +342,10 @@ class VirtualGPU(GPU[VirtualMemory]):
             see `every_byte.virtual.values`.
         torch: the version of PyTorch whose rules the card follows, such as ``"2.11"``;
             the installed one if None. Its operators are the installed version's all the same.
-        watched: whether to replay what PyTorch does under a ``TorchDispatchMode``, as our first
-            record of an H200 was measured: there it adds up gradients in new tensors, where
-            it otherwise writes over the first of them; see `every_byte.in_place`.
+        watched: whether to replay what PyTorch does under a ``TorchDispatchMode``, as under
+            `CudaGPU` on a card: there it adds up gradients in new tensors. False is for a
+            program that nobody watches, such as a script under `every_byte.as_cuda`: there
+            PyTorch writes over the first of them; see `every_byte.in_place`.
 
     With a card, kernels borrow what they borrow on that card, cuBLAS has the card's own
     workspace unless ``CUBLAS_WORKSPACE_CONFIG`` is set, and segments lie where the driver
@@ -364,7 +365,7 @@ class VirtualGPU(GPU[VirtualMemory]):
         context: int = 0,
         torch: str | None = None,
         values: Literal["assume", "refuse"] = "refuse",
-        watched: bool = False,
+        watched: bool = True,
     ) -> None:
         for what, value in (("card", card), ("name", name), ("alloc_conf", alloc_conf)):
             if not isinstance(value, str) and (value is not None or what == "alloc_conf"):

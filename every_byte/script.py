@@ -504,6 +504,7 @@ def as_cuda(
         alloc_conf=alloc_conf,
         context=context,
         torch=torch_version,
+        watched=False,  # as the script is where it runs without us
     )
     gpu.pass_unseen()
     gpu.device = torch.device("cuda")

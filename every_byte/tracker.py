@@ -415,7 +415,7 @@ class Tracker(TorchDispatchMode):
             they are made what they are where nobody does (`every_byte.in_place`).
     """
 
-    def __init__(self, memory: DeviceMemory, watched: bool = False) -> None:
+    def __init__(self, memory: DeviceMemory, watched: bool = True) -> None:
         super().__init__()
         self.memory, self.watched = memory, watched
         self.passes_unseen = False  # whether tensors that nobody saw made are on no GPU

@@ -207,7 +207,6 @@ def replay(name: str, measured: Result, machine: Mapping[str, Any]) -> Result:
     if like["card"]:
         like["torch"] = ".".join(machine["versions"]["torch"].split(".")[:2])
     total: int = machine["memory"]
-    like["watched"] = machine.get("watched", True)  # older records do not say
     gpu = VirtualGPU(**like, capacity=total, alloc_conf=measured["alloc_conf"])
     if experiment.capacity is not None:
         conf = f"per_process_memory_fraction:{experiment.capacity / total}"
@@ -281,7 +280,6 @@ def machine() -> Result:
     sizes = {name: getattr(torch.backends.cuda, f, None) for name, f in asked.items()}
     return {
         "card": properties.name,
-        "watched": False,  # gradients are added as where no mode looks; see every_byte.in_place
         "memory": properties.total_memory,
         "compute_capability": f"{properties.major}.{properties.minor}",
         "driver": _driver(),

@@ -442,7 +442,7 @@ def replayed(
         placement: where the driver places segments; by the card's rule if None.
     """
     found: dict[str, list[int]] = {}
-    gpu = VirtualGPU(card, torch=torch_version, watched=True)  # as they were measured
+    gpu = VirtualGPU(card, torch=torch_version)
     if placement is not None:
         gpu.memory.placement = placement
 
