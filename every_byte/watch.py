@@ -143,6 +143,7 @@ class Watch:
     leaks: list[Leak] = field(default_factory=list)
     timeline: Timeline = field(default_factory=Timeline)
     interrupted: bool = False
+    _asked: list[int] = field(default_factory=list)  # for by the program, after each step
     _births: dict[int, tuple[int, int, str]] = field(default_factory=dict)
     _forward: int = 0
     _has_begun: bool = False
@@ -198,6 +199,7 @@ class Watch:
             if taken[id(optimizer)] <= len(self.after_step):
                 return  # another one's, of the same step
             self.after_step.append(memory.memory_allocated())
+            self._asked.append(memory.memory_requested())
             if len(self.after_step) == self.steps:
                 self.look_for_leaks()
                 raise EnoughSteps
@@ -217,14 +219,16 @@ class Watch:
             yield
 
     def look_for_leaks(self) -> None:
-        """Note what the last step but one made and is alive, if memory grew since.
+        """Note what the last step but one made and is alive, if the program asked for more since.
+
+        What is allocated may shrink meanwhile: blocks are larger than what was asked for.
 
         Call it while the program's variables are there: within its last step, or, at its end,
         before it is left.
         """
         last = len(self.after_step) - 1
         self.leaks = []
-        if last < 2 or self.after_step[-1] <= self.after_step[-2]:
+        if last < 2 or self._asked[-1] <= self._asked[-2]:
             return
         left = {
             handle: (block(nbytes), line)

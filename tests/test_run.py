@@ -161,6 +161,35 @@ for step in range(9):
 """
 
 
+SHRINKING = """
+import torch
+model = torch.nn.Linear(64, 64).cuda()
+opt = torch.optim.SGD(model.parameters(), lr=0.1)
+a, hole, c = (torch.empty(5 << 19, dtype=torch.uint8, device="cuda") for _ in range(3))
+del hole
+kept, room = [], None
+for step in range(3):
+    model(torch.randn(8, 64, device="cuda")).sum().backward()
+    opt.step()
+    kept.append(torch.ones(1000, device="cuda"))
+    room, fits = None, None
+    if step == 1:
+        fits = torch.empty(5 << 19, dtype=torch.uint8, device="cuda")
+    room = torch.empty(1_600_000, dtype=torch.uint8, device="cuda")  # all of the hole, if it fits
+    fits = None
+"""
+
+
+def test_a_leak_is_found_where_blocks_happen_to_fit_better(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = script(tmp_path, SHRINKING)
+    assert main(["run", path, "--card", "T4", "--torch", "2.14", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["after_step"][-1] < found["after_step"][-2]
+    assert [left["holder"] for left in found["left"]] == ["kept"]
+
+
 @pytest.mark.parametrize(
     ("before", "line", "holder", "by_graph"),
     [
