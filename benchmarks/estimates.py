@@ -57,7 +57,8 @@ def random_case(seed: int, layers: int | None = None) -> Case:
     sizes = dense[name]
     if layers is not None:
         few = min(rng.randint(1, layers), sizes.num_hidden_layers)
-        sizes = dataclasses.replace(sizes, num_hidden_layers=few)
+        sliding = min(few, sizes.sliding_layers)
+        sizes = dataclasses.replace(sizes, num_hidden_layers=few, sliding_layers=sliding)
     task = rng.choice(["training", "training", "training", "inference"])
     dtype = rng.choice(["fp32", "bf16", "bf16", "fp16"])
     gpt2 = sizes.model_type == "gpt2"

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Beyond one GPU: what each of many holds
 #
-# **If one GPU is too small, do eight need an eighth each?** With DDP each of them still needs everything. ZeRO and FSDP divide parameters, gradients and optimizer states. But the peak does not shrink with them: each GPU gathers whole layers to compute with, and nobody divides its activations.
+# **If one GPU is too small, do eight need an eighth each?** With DDP each of them still needs everything; ZeRO and FSDP divide parameters, gradients and optimizer states. But the peak does not shrink with them: each GPU gathers whole layers to compute with, and nobody divides its activations.
 #
 # After this chapter you can say what each GPU of a cluster holds with DDP, ZeRO and FSDP, where its peak falls, and measure it with one GPU or with none.
 #

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Troubleshooting: out of memory, and what to do
 #
-# **Why is your GPU out of memory, and what do you do about it?** Either the card is simply full, or memory that should be free is still held, or it is free only in pieces. The message tells these three apart. Paste it below, or find your question in the list.
+# **Why is your GPU out of memory, and what do you do about it?** Either the card is simply full, or memory that should be free is still held, or it is free only in pieces. The message tells these three apart: paste it below, or find your question in the list.
 #
 # After this chapter you can read an out-of-memory message, find what holds the memory, and cure it.
 #

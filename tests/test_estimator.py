@@ -251,7 +251,7 @@ def for_javascript(values: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_port_is_equal_to_the_byte(tab: Page) -> None:
     rng = random.Random(20_260_101)
-    inputs = [(random_sizes(rng), random_setup(rng)) for _ in range(7_500)]
+    inputs = [(random_sizes(rng), random_setup(rng)) for _ in range(8_000)]
     expected = [in_python(*given) for given in inputs]
     sent = [[for_javascript(sizes), for_javascript(setup)] for sizes, setup in inputs]
     found = tab.evaluate(IN_THE_BROWSER, sent)

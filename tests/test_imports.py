@@ -47,8 +47,8 @@ FLOORS = {
         {"record"},
     ],
     "tools": [
-        {"repository", "setup_cell", "bootstrap"},
-        {"book", "notebooks", "serve", "versions", "licences"},
+        {"repository", "setup_cell", "bootstrap", "kernel_imports"},
+        {"book", "kernels", "notebooks", "serve", "versions", "licences"},
     ],
 }
 # What else the engine may import: its dependencies, and what says what an environment lacks.

@@ -104,6 +104,9 @@ CRAFTED = {
     "07_gpt2_large",
     "08_qwen2",
     "09_quality_vs_precision",
+    "10_beyond_one_gpu",
+    "11_troubleshooting",
+    "13_your_own_script",
     "17_conversion_and_hardware",
 }
 EVIDENCE = {"12_audit"}  # pages to look things up in, not chapters: no way through them

@@ -90,10 +90,10 @@ def data() -> dict[str, Any]:
             "activations": config.ACTIVATIONS,
             "gated": config.GATED,
             "latent": config.LATENT,
-            "sliding": config.SLIDING,
+            "sliding": architecture.SLIDING,
             "biased": config.BIASED,
             "names": config.ACTIVATION_NAMES,
-            "layers": config.KINDS_OF_LAYERS,
+            "layers": architecture.KINDS_OF_LAYERS,
             "tied": config.TIED,
             "aliases": architecture.ALIASES,
             "needed": [

@@ -130,6 +130,37 @@ ALIASES = {
 }
 
 
+SLIDING = {
+    "gemma2": 2,
+    "gemma3_text": 6,
+    "cohere2": 4,
+    "gpt_oss": 2,
+    "mistral": 0,
+    "mixtral": 0,
+    "phi3": 0,
+}
+"""Of how many layers one sees all, where ``layer_types`` does not say it; 0: none does
+(transformers 5.23, ``models/*/configuration_*.py``, and ``cache_utils.py``, DynamicCache)."""
+KINDS_OF_LAYERS = ("full_attention", "sliding_attention")
+
+
+def sliding_layers(config: Mapping[str, Any], kind: str) -> int:
+    """How many layers have a sliding window.
+
+    Raises:
+        ValueError: ``layer_types`` has others than full and sliding attention.
+    """
+    types, layers = config.get("layer_types"), config.get("num_hidden_layers")
+    if isinstance(types, list) and types:
+        if other := [one for one in types if one not in KINDS_OF_LAYERS]:
+            raise refuse("layer_types", other[0], " or ".join(KINDS_OF_LAYERS))
+        return types.count(KINDS_OF_LAYERS[1]) if config.get("sliding_window") else 0
+    if kind not in SLIDING or not config.get("sliding_window") or type(layers) is not int:
+        return 0
+    pattern = config.get("sliding_window_pattern") or SLIDING[kind]
+    return layers - (layers // pattern if pattern else 0)
+
+
 def dimensions(model: str | Mapping[str, Any] | object) -> Dimensions:
     """The sizes of a model: by its name in the data file, or from a configuration.
 
@@ -157,6 +188,11 @@ def dimensions(model: str | Mapping[str, Any] | object) -> Dimensions:
     found = {field.name: given(field.name) for field in fields(Dimensions)}
     if found["tie_word_embeddings"] is None:  # transformers' default: GPT-2 ties them
         found["tie_word_embeddings"] = found["model_type"] == "gpt2"
+    if found["sliding_layers"] is None:
+        sizes = {**found, "layer_types": given("layer_types")}
+        found["sliding_layers"] = sliding_layers(sizes, found["model_type"])
+    if not found["sliding_layers"]:
+        found["sliding_window"] = 0
     missing = [
         field.name
         for field in fields(Dimensions)

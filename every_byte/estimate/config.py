@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from every_byte.estimate.architecture import TRAITS, Dimensions, dimensions
+from every_byte.estimate.architecture import TRAITS, Dimensions, dimensions, sliding_layers
 from every_byte.estimate.checks import refuse
 
 SAME = {"qwen3_moe": "qwen3", "smollm3": "llama"}
@@ -35,17 +35,6 @@ REQUIRED = {
 LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "n_shared_experts")
 """What DeepSeek's must say, too. Their ``q_lora_rank`` may be null."""
 
-SLIDING = {
-    "gemma2": 2,
-    "gemma3_text": 6,
-    "cohere2": 4,
-    "gpt_oss": 2,
-    "mistral": 0,
-    "mixtral": 0,
-    "phi3": 0,
-}
-"""Of how many layers one sees all, where ``layer_types`` does not say it; 0: none does
-(transformers 5.23, ``models/*/configuration_*.py``, and ``cache_utils.py``, DynamicCache)."""
 # What changes layers in a way that the formulas do not describe.
 WITHOUT = (
     "attention_bias",
@@ -106,7 +95,7 @@ def from_config(config: Mapping[str, Any]) -> Dimensions:
         given["head_dim"] = None  # of the part that is rotated, which has a name of its own
     elif kind not in ("mixtral", "gpt_oss"):
         given["num_local_experts"] = given["num_experts_per_tok"] = 0
-    given["sliding_layers"] = _sliding_layers(config, kind)
+    given["sliding_layers"] = sliding_layers(config, kind)
     if not given["sliding_layers"]:
         given["sliding_window"] = 0
     if given.get("tie_word_embeddings") is None:
@@ -114,23 +103,3 @@ def from_config(config: Mapping[str, Any]) -> Dimensions:
     if type(given["tie_word_embeddings"]) is not bool:
         raise refuse("tie_word_embeddings", given["tie_word_embeddings"], "True or False")
     return dimensions(given)
-
-
-def _sliding_layers(config: Mapping[str, Any], kind: str) -> int:
-    """How many layers have a sliding window.
-
-    Raises:
-        ValueError: ``layer_types`` has others than full and sliding attention.
-    """
-    types, layers = config.get("layer_types"), config.get("num_hidden_layers")
-    if isinstance(types, list) and types:
-        if other := [one for one in types if one not in KINDS_OF_LAYERS]:
-            raise refuse("layer_types", other[0], " or ".join(KINDS_OF_LAYERS))
-        return types.count(KINDS_OF_LAYERS[1]) if config.get("sliding_window") else 0
-    if kind not in SLIDING or not config.get("sliding_window") or type(layers) is not int:
-        return 0
-    pattern = config.get("sliding_window_pattern") or SLIDING[kind]
-    return layers - (layers // pattern if pattern else 0)
-
-
-KINDS_OF_LAYERS = ("full_attention", "sliding_attention")

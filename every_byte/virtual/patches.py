@@ -237,6 +237,13 @@ PRIVATE_NAMES = (
         "ranks",
     ),
     PrivateName(
+        "torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState",
+        "has its backward counted as the script's, in _pre_backward and "
+        "_root_post_backward_final_callback",
+        "a script that shards stops in backward",
+        "ranks",
+    ),
+    PrivateName(
         "torch.distributed.tensor._sharding_prop.ShardingPropagator",
         "tries operations on fake tensors of the whole's size",
         "their bytes count",
