@@ -1,6 +1,8 @@
 # %% [markdown]
 # # Serving: how many users fit?
 #
+# **How many users can one card serve at a time?** It holds the weights once, and for each user a KV cache that grows with every token. Divide what the weights leave free by one user's cache, and you have their number.
+#
 # After this chapter you can say what a model server holds on a card, how many users it can answer at a time and at which length, and what would make room for more.
 #
 # - **Time:** 15 minutes to read, half a minute to run.

@@ -1,6 +1,8 @@
 # %% [markdown]
 # # The logits: when the loss costs more than the model
 #
+# **Why can the loss take more memory than the model?** A large vocabulary gives each token a long row of logits, and the loss holds them several times, partly in FP32. Computed in chunks, it holds one chunk at a time.
+#
 # After this chapter you can say what a vocabulary costs at the loss, see when it is your peak, and compute the same loss without it.
 #
 # - **Time:** 10 minutes to read, under a minute to run.

@@ -107,6 +107,9 @@ CRAFTED = {
     "10_beyond_one_gpu",
     "11_troubleshooting",
     "13_your_own_script",
+    "14_fine_tune_8b",
+    "15_serving",
+    "16_logits",
     "17_conversion_and_hardware",
 }
 EVIDENCE = {"12_audit"}  # pages to look things up in, not chapters: no way through them
