@@ -10,8 +10,8 @@ Sources: ``Module._apply`` of PyTorch's ``torch/nn/modules/module.py``;
 
 import logging
 import re
-import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +23,10 @@ from every_byte.units import GiB
 
 # It tells of a faster kernel for the CPU that could be installed.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+Int8Params: Any = ()
+Params4bit: Any = ()
+with suppress(ImportError):  # not installed: nothing is quantised
+    from bitsandbytes.nn.modules import Int8Params, Params4bit
 
 Twins = list[torch.Tensor]
 
@@ -69,9 +73,9 @@ def replay_device_map(model: torch.nn.Module, gpu: VirtualGPU, dtype: torch.dtyp
     twins: Twins = []
     for name in sorted(stored, key=natural):
         tensor = stored[name]
-        if _is_quantised(tensor, "Int8Params"):
+        if isinstance(tensor, Int8Params):
             twins += _int8(tensor, gpu, dtype)
-        elif _is_quantised(tensor, "Params4bit"):
+        elif isinstance(tensor, Params4bit):
             owner: Any = model.get_submodule(name.rpartition(".")[0])
             twins += _four_bits(tensor, gpu, issubclass(owner.source_cls, Conv1D))
         else:
@@ -89,15 +93,9 @@ def _twin(tensor: torch.Tensor, gpu: VirtualGPU, kind: str) -> torch.Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=gpu.device)
 
 
-def _is_quantised(tensor: Any, name: str) -> bool:
-    """Whether it is of this class of bitsandbytes', whose import takes seconds."""
-    classes = sys.modules.get("bitsandbytes.nn.modules")  # what made it has imported them
-    return classes is not None and isinstance(tensor, getattr(classes, name))
-
-
-def _expected(tensor: Any) -> float:
+def _expected(tensor: torch.Tensor) -> float:
     """The bytes that transformers expects a tensor to take: of a quantised one, its numbers'."""
-    if _is_quantised(tensor, "Params4bit"):
+    if isinstance(tensor, Params4bit):
         return tensor.quant_state.shape.numel() * 0.5
     return tensor.numel() * tensor.element_size()
 
