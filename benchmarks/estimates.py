@@ -24,6 +24,7 @@ from torch.nn.functional import dropout
 from every_byte import estimate
 from every_byte.data import cards
 from every_byte.estimate import Dimensions, Memory, Setup
+from every_byte.estimate.architecture import with_layers
 from every_byte.gpu import VirtualGPU
 from every_byte.tracker import untracked
 from helpers.models import CAUSAL_SDPA
@@ -57,8 +58,7 @@ def random_case(seed: int, layers: int | None = None) -> Case:
     sizes = dense[name]
     if layers is not None:
         few = min(rng.randint(1, layers), sizes.num_hidden_layers)
-        sliding = min(few, sizes.sliding_layers)
-        sizes = dataclasses.replace(sizes, num_hidden_layers=few, sliding_layers=sliding)
+        sizes = with_layers(sizes, few)
     task = rng.choice(["training", "training", "training", "inference"])
     dtype = rng.choice(["fp32", "bf16", "bf16", "fp16"])
     gpt2 = sizes.model_type == "gpt2"

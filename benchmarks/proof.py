@@ -11,7 +11,6 @@ import json
 import logging
 import re
 import sys
-import tomllib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,14 +25,13 @@ from every_byte.allocator import Recorded
 from every_byte.gpu import VirtualGPU
 from every_byte.units import MiB
 from helpers import signatures, workloads
-from helpers.measured import of_workloads
+from helpers.measured import cause_of, of_workloads
 from helpers.record import compared, replays_of
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data" / "h200-torch-2.11"
 RECORD = ROOT / "book" / "records" / "nvidia-h200-torch-2.11.0.json"
 SHOWN = ROOT / "book" / "records" / "replayed" / "proof.json"
-OUTLIERS = ROOT / "book" / "records" / "outliers.toml"
 CARD, TORCH = "H200", "2.11"
 
 # cuBLAS's and cuBLASLt's: they come with whichever product is the first of a group.
@@ -120,15 +118,6 @@ def operations() -> tuple[Counter[str], Counter[str], list[tuple[str, str]]]:
             else:
                 others.append((one.signature, f"{events}, measured {one.variants[0]}"))
     return every, same, others
-
-
-def cause_of(signature: str) -> str:
-    """Why an operation's replay is not what was measured."""
-    for one in tomllib.loads(OUTLIERS.read_text("utf-8"))["outlier"]:
-        if any(fnmatch(signature.replace("[", "("), p.replace("[", "(")) for p in one["of"]):
-            found: str = one["cause"]
-            return found
-    return "cause unknown"
 
 
 def replayed_workloads() -> dict[str, Figures]:

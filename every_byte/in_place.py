@@ -47,8 +47,6 @@ Holders = tuple[int, int, int]
 
 def node() -> tuple[int, str] | None:
     """The node of autograd that this thread evaluates; None outside of a backward pass."""
-    if torch._C._current_graph_task_id() == -1:
-        return None
     current = torch._C._current_autograd_node()
     return None if current is None else (current._sequence_nr(), current.name())
 

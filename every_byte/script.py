@@ -355,8 +355,9 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
         def to_card(leaf: Any) -> Any:
             if isinstance(leaf, torch.nn.Module):
                 tensors = [*leaf.parameters(), *leaf.buffers()]
-                found.update((t.untyped_storage()._cdata, t) for t in tensors)
-                return leaf.to(_CUDA)
+                own = {t.untyped_storage()._cdata: t for t in tensors}
+                found.update(own)
+                return leaf.to(_CUDA) if own.keys() & waiting.keys() else leaf
             if not isinstance(leaf, Tensor) or leaf.untyped_storage()._cdata not in waiting:
                 return leaf
             storage = leaf.untyped_storage()  # goes there as a whole, and once

@@ -3,12 +3,14 @@
 import json
 import lzma
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 RECORDS = Path(__file__).parent.parent / "book" / "records"
 WORKLOADS = RECORDS.parent.parent / "tests" / "data" / "h200-torch-2.11" / "workloads.json.xz"
 CARD = "NVIDIA H200, torch 2.11.0"
+NOT_KNOWN = "Not known."
 
 
 def of_articles(*scripts: str) -> list[dict[str, Any]]:
@@ -49,6 +51,15 @@ def of_workloads() -> dict[str, Any]:
     with lzma.open(WORKLOADS, "rt") as file:
         found: dict[str, Any] = json.load(file)["workloads"]
     return found
+
+
+def cause_of(signature: str) -> str:
+    """Why an operation's replay is not what `CARD` measured; `NOT_KNOWN` if nobody knows."""
+    plain = signature.replace("[", "(")  # no pattern's set of characters
+    for one in tomllib.loads((RECORDS / "outliers.toml").read_text("utf-8"))["outlier"]:
+        if any(fnmatch(plain, pattern.replace("[", "(")) for pattern in one["of"]):
+            return str(one["cause"])
+    return NOT_KNOWN
 
 
 COLUMNS = ("experiment", "checkpoint", "measured (B)", "replayed, off by (B)")

@@ -262,11 +262,12 @@ table(["", "weights, logged", "ours", "KV cache, logged", "ours"], rows)
 # %% [markdown]
 # These versions did not take CUDA graphs off beforehand. Weights are counted. What a step takes is derived from vLLM's code in part, and in part fitted to logs of the H100: the last row was not among them. (A second log of that card, for 20,000 tokens at a time, says 3.81 where we say 3.88.)
 #
-# A model that nothing was fitted to is gemma-3-4b-it on a B200, whose [log](https://github.com/vllm-project/vllm/issues/21489) names each part. `estimate` has no Gemma, but this one's sizes say enough:
+# A model that nothing was fitted to is gemma-3-4b-it on a B200, whose [log](https://github.com/vllm-project/vllm/issues/21489) names each part. It also looks at images, so it is not in the estimator's list, but its sizes say enough:
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 gemma = replace(
-    llama,  # its language model: gated, with these sizes
+    llama,  # its language model has these sizes
+    model_type="gemma3_text",
     vocab_size=262_208,
     hidden_size=2560,
     num_hidden_layers=34,

@@ -1,9 +1,11 @@
 """What tests share: a virtual GPU; the built book, and a browser."""
 
+import importlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -67,6 +69,14 @@ def gpu() -> "Iterator[VirtualGPU]":
 
     with VirtualGPU() as opened:
         yield opened
+
+
+@pytest.fixture(scope="module")
+def extension(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The book's extension that a file of tests names in `EXTENSION`, as Sphinx imports it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "book" / "_ext")
+        yield importlib.import_module(request.module.EXTENSION)
 
 
 @pytest.fixture(scope="session")

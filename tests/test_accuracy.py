@@ -1,6 +1,5 @@
 """The pages of accuracy and of what operations borrow: their files are what the rules give."""
 
-import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,20 +10,10 @@ import pytest
 from benchmarks import accuracy, borrows
 from every_byte.units import MiB
 from helpers import workloads
-from tools.repository import ROOT
 
 # Of each kind one, quick to make: a language model, BERT, a network, none that is known.
 QUICK = ("gpt2-fp32-eager", "bert-base-fp32-mask", "tv-resnet18-fp32", "lstm")
-
-
-@pytest.fixture
-def extension(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "book" / "_ext"))
-    spec = importlib.util.spec_from_file_location("accuracy", ROOT / "book/_ext/accuracy.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+EXTENSION = "accuracy"
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -1,8 +1,6 @@
 """The table of architectures: a sample of it again, and what the book shows of it."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from benchmarks import architectures
 
 ROOT = Path(__file__).parent.parent
+EXTENSION = "architectures"
 STORED = json.loads(architectures.RESULTS.read_text("utf-8"))
 CASES = {(case.group, case.name): case for case in architectures.cases()}
 SAMPLE = (
@@ -47,18 +46,6 @@ def test_bytes_that_no_tensor_holds_are_wrong(monkeypatch: pytest.MonkeyPatch) -
     )
     row = architectures.result(CASES["libraries", "torch: checkpoint"])
     assert row["result"] == "wrong" and "B are allocated, the tensors take" in row["why"]
-
-
-@pytest.fixture(scope="module")
-def extension() -> Any:
-    """book/_ext/architectures.py, which Sphinx loads from its folder."""
-    sys.path.append(str(ROOT / "book/_ext"))  # as Sphinx does
-    path = ROOT / "book/_ext/architectures.py"
-    spec = importlib.util.spec_from_file_location("architectures", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_page_shows_every_case_once(extension: Any) -> None:

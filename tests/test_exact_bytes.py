@@ -1,24 +1,14 @@
 """Tables of the book: three digits first, the exact bytes folded under them; and wide ones."""
 
-import importlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from playwright.sync_api import Browser
 
-from tools.repository import ROOT
-
 CHAPTER = Path("notebooks", "04_mlp_adam_vs_sgd.html")
-
-
-@pytest.fixture(scope="module")
-def exact() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "book" / "_ext")
-        yield importlib.import_module("exact_bytes")
+EXTENSION = "exact_bytes"
 
 
 @pytest.mark.parametrize(
@@ -39,8 +29,8 @@ def exact() -> Iterator[ModuleType]:
         (1_234_567_000_000, "1,235 GB"),
     ],
 )
-def test_three_digits(exact: ModuleType, nbytes: int, said: str) -> None:
-    assert exact.short(nbytes).replace("\N{NO-BREAK SPACE}", " ") == said
+def test_three_digits(extension: ModuleType, nbytes: int, said: str) -> None:
+    assert extension.short(nbytes).replace("\N{NO-BREAK SPACE}", " ") == said
 
 
 def test_a_table_says_the_pattern_and_keeps_its_bytes(html: Path) -> None:

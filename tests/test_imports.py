@@ -24,7 +24,8 @@ HOUSES = {
 # floor do not know each other.
 FLOORS = {
     "every_byte": [
-        {"units", "data", "files", "formats", "kinds"},
+        {"units", "files", "formats", "kinds"},
+        {"data"},
         {"environment", "allocator", "explain"},
         {"estimate", "memory", "in_place"},
         {"cuda", "tracker"},

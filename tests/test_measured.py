@@ -6,10 +6,10 @@ import re
 import pytest
 
 from benchmarks import printed, published
-from benchmarks.proof import CARD, DATA, ROOT, SHOWN, TORCH, Goal, cause_of, equal, whole
+from benchmarks.proof import CARD, DATA, ROOT, SHOWN, TORCH, Goal, equal, whole
 from every_byte.gpu import VirtualGPU
 from helpers import signatures, workloads
-from helpers.measured import of_workloads
+from helpers.measured import NOT_KNOWN, cause_of, of_workloads
 
 # A few of every rule: the n-th signature of each operation.
 OPERATIONS = (
@@ -174,8 +174,8 @@ def test_programs_print_what_the_book_shows_beside_what_they_printed() -> None:
 
 def test_every_operation_that_differs_has_its_cause() -> None:
     others = json.loads(SHOWN.read_text("utf-8"))["others"]
-    assert others and all(cause_of(one) != "cause unknown" for one in others)
-    assert cause_of("aten.sum.default(f32[8])") == "cause unknown"
+    assert others and all(cause_of(one) != NOT_KNOWN for one in others)
+    assert cause_of("aten.sum.default(f32[8])") == NOT_KNOWN
 
 
 def test_a_gate_holds_what_was_reached_and_shows_a_missed_goal() -> None:

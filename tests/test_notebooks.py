@@ -93,25 +93,6 @@ def test_figures_have_a_text_of_their_own(source: Path) -> None:
             assert len(cell.metadata["mystnb"]["image"]["alt"]) > 60, cell.source
 
 
-# These open with their question, and its answer in two sentences.
-CRAFTED = {
-    "01_parameters_to_bytes",
-    "02_precision_formats",
-    "03_training_and_inference",
-    "04_mlp_adam_vs_sgd",
-    "05_activations_and_peaks",
-    "06_mixed_precision",
-    "07_gpt2_large",
-    "08_qwen2",
-    "09_quality_vs_precision",
-    "10_beyond_one_gpu",
-    "11_troubleshooting",
-    "13_your_own_script",
-    "14_fine_tune_8b",
-    "15_serving",
-    "16_logits",
-    "17_conversion_and_hardware",
-}
 EVIDENCE = {"12_audit"}  # pages to look things up in, not chapters: no way through them
 
 
@@ -125,10 +106,9 @@ def test_it_opens_with_what_it_takes_and_closes_with_what_it_gave(source: Path) 
     if source.stem in EVIDENCE:
         return
     opening = [line for line in rest if line]
-    if source.stem in CRAFTED:
-        question, answer = re.fullmatch(r"\*\*(.+\?)\*\* (.+)", opening.pop(0)).groups()  # type: ignore[union-attr]
-        assert len(question.split()) <= 20
-        assert len(re.findall(r"[.!](?= |$)", answer)) == 2, answer
+    question, answer = re.fullmatch(r"\*\*(.+\?)\*\* (.+)", opening.pop(0)).groups()  # type: ignore[union-attr]
+    assert len(question.split()) <= 20
+    assert len(re.findall(r"[.!](?= |$)", answer)) == 2, answer
     assert opening[0].startswith("After this chapter you can ")
     ends = {cell.split("\n")[0]: cell for cell in text if cell.startswith("## ")}
     assert list(ends)[-3:] == ["## What to remember", "## Exercises", "## Where to go next"]

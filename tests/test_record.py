@@ -7,7 +7,6 @@ What stands in for the card is the allocator's model: only the record is a measu
 import copy
 import errno
 import gc
-import importlib.util
 import json
 import os
 import re
@@ -46,6 +45,7 @@ from helpers.record import (
 )
 
 ROOT = Path(__file__).parent.parent
+EXTENSION = "records"
 TOTAL = 8 * GiB
 
 
@@ -606,17 +606,6 @@ def test_what_is_no_record_at_all_is_told() -> None:
 
 
 # The page
-
-
-@pytest.fixture(scope="module")
-def extension() -> Any:
-    """book/_ext/records.py, which Sphinx loads from its folder."""
-    sys.path.append(str(ROOT / "book/_ext"))  # as Sphinx does
-    spec = importlib.util.spec_from_file_location("records", ROOT / "book/_ext/records.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_without_records_the_page_says_so(extension: Any, tmp_path: Path) -> None:

@@ -190,6 +190,17 @@ def test_what_is_saved_comes_back(gpu: every_byte.VirtualGPU, tmp_path: Path) ->
     assert torch.load(io.BytesIO((tmp_path / "a.pt").read_bytes()), map_location="cpu")
 
 
+def test_a_whole_model_comes_back_where_it_was(gpu: every_byte.VirtualGPU, tmp_path: Path) -> None:
+    path, host, before = tmp_path / "a.pt", nn.Linear(10, 10), gpu.memory_allocated()
+    torch.save(host, path)
+    loaded = torch.load(path, weights_only=False)
+    assert not loaded.weight.is_cuda and gpu.memory_allocated() == before
+    torch.save(host.cuda(), path)
+    before = gpu.memory_allocated()
+    loaded = torch.load(path, weights_only=False)
+    assert loaded.weight.is_cuda and gpu.memory_allocated() - before == 2 * 512
+
+
 def test_what_is_asked_of_torch_cuda(gpu: every_byte.VirtualGPU) -> None:
     cuda = torch.cuda
     x = torch.zeros(1000, device="cuda")

@@ -56,7 +56,7 @@ CALLS: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_an_answer_made_anew_is_what_pytorchanswers(name: str) -> None:
+def test_an_answer_made_anew_is_what_pytorch_answers(name: str) -> None:
     func, arguments = CALLS[name]
     expected = described(func(*arguments()))
     first = shapes.on_meta(func, arguments(), {})
@@ -155,7 +155,7 @@ def test_a_step_is_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch) ->
                 events,
             )
 
-    withanswers = step(), step()
+    remembering = step(), step()
     assert len(shapes.answers) > 50
     monkeypatch.setattr(shapes, "may_be_remembered", lambda func: False)
-    assert step() == withanswers[0] == withanswers[1]
+    assert step() == remembering[0] == remembering[1]

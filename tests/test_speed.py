@@ -1,27 +1,15 @@
 """The page of speed: it shows what the benchmark wrote. Nothing is timed here."""
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 
 from benchmarks import speed
-from tools.repository import ROOT
 
 STORED = json.loads(speed.STORED.read_text("utf-8"))
-
-
-@pytest.fixture(scope="module")
-def extension() -> Any:
-    """book/_ext/speed.py, which Sphinx loads from its folder."""
-    spec = importlib.util.spec_from_file_location("speed_page", ROOT / "book/_ext/speed.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+EXTENSION = "speed"
 
 
 def figures(found: Any) -> Iterator[dict[str, float]]:

@@ -1,6 +1,5 @@
 """The page on the virtual GPU: its diagrams are computed, and the allocator's can be stepped."""
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -10,21 +9,14 @@ from playwright.sync_api import Browser, Page, expect
 
 from every_byte import estimate
 from every_byte.units import MiB
-from tools.repository import ROOT
 
 ADDRESS = Path("book", "virtual_gpu.html")
+EXTENSION = "diagrams"
 
 
-@pytest.fixture(scope="module")
-def diagrams() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "book" / "_ext")
-        yield importlib.import_module("diagrams")
-
-
-def test_the_ten_requests_show_each_rule(diagrams: ModuleType) -> None:
+def test_the_ten_requests_show_each_rule(extension: ModuleType) -> None:
     """What the page says above them, in the order in which they come."""
-    states = diagrams.states()
+    states = extension.states()
     said = [state.text for state in states]
     assert "Rounded up to 1 KiB" in said[0] and "2 MiB, in the small pool" in said[0]
     assert "A free block of 2,047 KiB serves it" in said[1] and "1,447 KiB, is split" in said[1]
@@ -42,9 +34,9 @@ def test_the_ten_requests_show_each_rule(diagrams: ModuleType) -> None:
         assert sum(block.size for block in blocks if block.letter) == state.allocated
 
 
-def test_ranks_hold_what_the_estimator_says(diagrams: ModuleType) -> None:
-    parameters = sum(estimate.parameters(estimate.dimensions(diagrams.MODEL)).values())
-    held = [[part.nbytes for part in parts] for parts in diagrams.ranks().values()]
+def test_ranks_hold_what_the_estimator_says(extension: ModuleType) -> None:
+    parameters = sum(estimate.parameters(estimate.dimensions(extension.MODEL)).values())
+    held = [[part.nbytes for part in parts] for parts in extension.ranks().values()]
     p, g, s = 2 * parameters, 2 * parameters, 4 * parameters + held[0][2] % parameters
     assert held[0] == [p, g, s]
     quarter = [-(-n // 4) for n in (p, g, s)]
@@ -61,9 +53,9 @@ def tab(html: Path, browser: Browser) -> Iterator[Page]:
     tab.close()
 
 
-def test_one_request_at_a_time(tab: Page, diagrams: ModuleType) -> None:
+def test_one_request_at_a_time(tab: Page, extension: ModuleType) -> None:
     """By button and by key, to both ends and not beyond."""
-    titles = [state.title for state in diagrams.states()]
+    titles = [state.title for state in extension.states()]
     shown = tab.locator("#requests li:visible .title")
     back, on = tab.locator("#requests button").all()
     for number, title in enumerate(titles, 1):
@@ -82,10 +74,10 @@ def test_one_request_at_a_time(tab: Page, diagrams: ModuleType) -> None:
     assert shown.all_inner_texts() == titles[:1]
 
 
-def test_blocks_are_as_wide_as_they_are_large(tab: Page, diagrams: ModuleType) -> None:
+def test_blocks_are_as_wide_as_they_are_large(tab: Page, extension: ModuleType) -> None:
     tab.locator("#requests button").last.focus()
     tab.keyboard.press("End")
-    (segment,) = [s for s in diagrams.states()[-1].segments if not s.small]
+    (segment,) = [s for s in extension.states()[-1].segments if not s.small]
     widths = """all => all.map((one) => one.getBoundingClientRect().width)"""
     found = tab.locator("#requests li:visible .line:last-of-type .block").evaluate_all(widths)
     line = sum(found)

@@ -27,6 +27,7 @@ from torch import nn
 
 from every_byte.gpu import VirtualGPU
 from every_byte.units import MiB, binary
+from helpers.measured import cause_of
 from helpers.plots import use_book_style
 from helpers.record import Row, compared, notes, problems, replays_of, summary
 from helpers.tables import table
@@ -379,20 +380,13 @@ def printed(path: Path, replayed: Path) -> str:
     return str(table(["program", "on", "printed, measured", "replayed"], lines).data)
 
 
-def outliers(path: Path, replayed: Path) -> str:
+def outliers(replayed: Path) -> str:
     """The single operations whose replay is not what was measured, by cause."""
-    known = tomllib.loads(path.read_text("utf-8"))["outlier"]
     again = json.loads(replayed.read_text("utf-8"))
     same = again["operations"] - len(again["others"])
     by_cause: dict[str, list[str]] = {}
     for signature in again["others"]:
-        plain = signature.replace("[", "(")  # no pattern's set of characters
-        fitting = (
-            one["cause"]
-            for one in known
-            if any(fnmatch(plain, pattern.replace("[", "(")) for pattern in one["of"])
-        )
-        by_cause.setdefault(next(fitting, "Not known."), []).append(f"`{signature}`")
+        by_cause.setdefault(cause_of(signature), []).append(f"`{signature}`")
     lines = [[cause, "<br>".join(some)] for cause, some in by_cause.items()]
     share = math.floor(10_000 * same / again["operations"]) / 100
     told = (
@@ -479,9 +473,7 @@ class Outliers(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """The share that is equal, then the table."""
-        return self.parse_text_to_nodes(
-            outliers(FOLDER / "outliers.toml", FOLDER / "replayed" / "proof.json")
-        )
+        return self.parse_text_to_nodes(outliers(FOLDER / "replayed" / "proof.json"))
 
 
 class Printed(SphinxDirective):

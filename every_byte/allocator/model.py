@@ -295,9 +295,7 @@ class CachingAllocator:
             block.frames = []
         block.allocated, block.requested = False, 0
         before, after = block.prev, block.next
-        if before is not None and not before.allocated:
-            self._merge_neighbours(block)
-        elif after is not None and not after.allocated:
+        if (before and not before.allocated) or (after and not after.allocated):
             self._merge_neighbours(block)
         self._cache(block)
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from every_byte.data import CONTEXT, Card, cards, kept_by_driver, read
-
-MiB, GiB = 1 << 20, 1 << 30  # as in every_byte.units, which stands beside
+from every_byte.units import GiB, KiB, MiB
 
 RULES = {
     "AMD": "ROCm has PyTorch's own allocator. Its workspace is that of PyTorch's source, its "
@@ -63,7 +62,7 @@ class OtherCard(Card):
         """Bytes of each thread's workspace for products of matrices."""
         if self.kind == "AMD":
             return WORKSPACES[not self.compute_capability.startswith(("gfx94", "gfx95"))]
-        return 8320 * 1024
+        return 8320 * KiB
 
 
 def shared_with_system(shown: int) -> int:

@@ -189,8 +189,9 @@ def dimensions(model: str | Mapping[str, Any] | object) -> Dimensions:
     if found["tie_word_embeddings"] is None:  # transformers' default: GPT-2 ties them
         found["tie_word_embeddings"] = found["model_type"] == "gpt2"
     if found["sliding_layers"] is None:
-        sizes = {**found, "layer_types": given("layer_types")}
-        found["sliding_layers"] = sliding_layers(sizes, found["model_type"])
+        names = ("layer_types", "num_hidden_layers", "sliding_window", "sliding_window_pattern")
+        said = {name: given(name) for name in names}
+        found["sliding_layers"] = sliding_layers(said, found["model_type"])
     if not found["sliding_layers"]:
         found["sliding_window"] = 0
     missing = [

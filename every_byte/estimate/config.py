@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from every_byte.estimate.architecture import TRAITS, Dimensions, dimensions, sliding_layers
+from every_byte.estimate.architecture import TRAITS, Dimensions, dimensions
 from every_byte.estimate.checks import refuse
 
 SAME = {"qwen3_moe": "qwen3", "smollm3": "llama"}
@@ -95,9 +95,7 @@ def from_config(config: Mapping[str, Any]) -> Dimensions:
         given["head_dim"] = None  # of the part that is rotated, which has a name of its own
     elif kind not in ("mixtral", "gpt_oss"):
         given["num_local_experts"] = given["num_experts_per_tok"] = 0
-    given["sliding_layers"] = sliding_layers(config, kind)
-    if not given["sliding_layers"]:
-        given["sliding_window"] = 0
+    given["sliding_layers"] = None  # `dimensions` counts them
     if given.get("tie_word_embeddings") is None:
         given["tie_word_embeddings"] = kind in TIED
     if type(given["tie_word_embeddings"]) is not bool:
