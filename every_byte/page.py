@@ -8,7 +8,7 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from every_byte.files import check_writable, written
 from every_byte.kinds import ALL_KINDS
 from every_byte.report import PHASES, Report, step_of
 from every_byte.tracker import Breakdown, Timeline
-from every_byte.units import GB, grouped
+from every_byte.units import GB, grouped, short
 from every_byte.watch import Place
 
 _MARK = '<meta name="generator" content="every-byte run">'
@@ -168,7 +168,7 @@ def _figure(report: Report, points: list[tuple[Place, Breakdown]]) -> str:
         f'y2="{_TOP + inner_height}"/>'
     )
     words = (
-        f"Allocated memory by kind, operation by operation. It peaks at {totals[peak] / GB:.3f} GB "
+        f"Allocated memory by kind, operation by operation. It peaks at {short(totals[peak])} "
         f"{PHASES[points[peak][0].phase]}, at {points[peak][0]}. The tables below say the same."
     )
     data = {
@@ -191,7 +191,7 @@ def _figure(report: Report, points: list[tuple[Place, Breakdown]]) -> str:
 <figure>
 <div class="chart" tabindex="0" role="slider" aria-label="Point of the timeline"
  aria-valuemin="0" aria-valuemax="{len(points) - 1}" aria-valuenow="{peak}"
- aria-valuetext="{totals[peak] / GB:.3f} GB" aria-describedby="caption">
+ aria-valuetext="{short(totals[peak])}" aria-describedby="caption">
 <svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(words)}">
 {"".join(parts)}
 </svg>
@@ -219,18 +219,28 @@ def _interned(points: list[tuple[Place, Breakdown]], taken: int) -> dict[str, An
     }
 
 
-def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]], numbers: set[int]) -> str:
-    def cells(tag: str, row: tuple[str, ...]) -> str:
-        return "".join(
-            f"<{tag}{' class=number' if i in numbers else ''}>{html.escape(cell)}</{tag}>"
-            for i, cell in enumerate(row)
+def _table(
+    head: tuple[str, ...], rows: Iterable[tuple[str | int | None, ...]], numbers: set[int]
+) -> str:
+    """A table whose integers are bytes: in three digits, and exact in a copy that is folded."""
+    rows = list(rows)
+
+    def written(bytes_as: Callable[[int], str]) -> str:
+        def cells(tag: str, row: tuple[str | int | None, ...]) -> str:
+            return "".join(
+                f"<{tag}{' class=number' if i in numbers else ''}>{html.escape(cell)}</{tag}>"
+                for i, value in enumerate(row)
+                for cell in (bytes_as(value) if isinstance(value, int) else value or "",)
+            )
+
+        body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+        return (
+            f'<div class="scroll" tabindex="0"><table><thead><tr>{cells("th", head)}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>"
         )
 
-    body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{cells("th", head)}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    exact = written(lambda n: f"{grouped(n)} B")
+    return f"{written(short)}<details><summary>Exact bytes</summary>{exact}</details>"
 
 
 def _kinds(report: Report) -> str:
@@ -242,8 +252,8 @@ def _kinds(report: Report) -> str:
         f"<h2>What held the peak</h2><p>{html.escape(where)}: "
         f"<code>{html.escape(report.source)}</code></p>"
         + _table(
-            ("kind", "bytes", "share"),
-            ((kind, grouped(n), f"{n / report.peak:.1%}") for kind, n in rows),
+            ("kind", "held", "share"),
+            ((kind, n, f"{n / report.peak:.1%}") for kind, n in rows),
             {1, 2},
         )
     )
@@ -256,8 +266,8 @@ def _phases(report: Report) -> str:
     return (
         "<h2>The peak of each phase</h2>"
         + _table(
-            ("step", "phase", "largest, bytes", "at"),
-            ((str(p.step), p.phase, grouped(p.peak), p.line) for p in shown),
+            ("step", "phase", "largest", "at"),
+            ((str(p.step), p.phase, p.peak, p.line) for p in shown),
             {0, 2},
         )
         + more
@@ -268,12 +278,9 @@ def _levers(report: Report) -> str:
     if not report.levers:
         return ""
 
-    def row(saving: Any) -> tuple[str, ...]:
-        def saved(nbytes: int | None) -> str:
-            return "" if nbytes is None else grouped(nbytes)
-
-        fits = "yes" if saving.fits else "no"
-        return saving.change, fits, saved(saving.saved), saved(saving.saved_reserved)
-
-    head = ("change", "fits", "saved of allocated, bytes", "of reserved")
-    return "<h2>What would help</h2>" + _table(head, map(row, report.levers), {2, 3})
+    rows = (
+        (saving.change, "yes" if saving.fits else "no", saving.saved, saving.saved_reserved)
+        for saving in report.levers
+    )
+    head = ("change", "fits", "saved of allocated", "of reserved")
+    return "<h2>What would help</h2>" + _table(head, rows, {2, 3})

@@ -6,7 +6,7 @@ from typing import Any
 
 from every_byte.data import cards
 from every_byte.estimate import CONTEXT
-from every_byte.units import GB, grouped
+from every_byte.units import GB, grouped, short
 from every_byte.watch import Place, Watch
 
 PHASES = {
@@ -210,20 +210,20 @@ class Report:
         if not self.fits:
             yield "Up to there:"
         yield (
-            f"Peak: {grouped(self.peak)} B allocated ({self.peak / GB:.2f} GB), "
-            f"{PHASES[self.phase]}, at {self.line}; {grouped(self.reserved)} B reserved."
+            f"Peak: {_both(self.peak)} allocated, {PHASES[self.phase]}, at {self.line}; "
+            f"{_both(self.reserved)} reserved."
         )
         if self.source:
             yield f"    {self.source}"
         for kind, nbytes in sorted(self.by_kind.items(), key=lambda item: -item[1]):
-            yield f"  {kind:<18}{grouped(nbytes):>18} B"
+            yield f"  {kind:<18}{short(nbytes):>8}{grouped(nbytes):>18} B"
 
     def _steps(self) -> Iterator[str]:
         if self.after_step:
-            after = ", ".join(f"{grouped(n)} B" for n in self.after_step[-3:])
+            after = ", ".join(_both(n) for n in self.after_step[-3:])
             yield f"Allocated after the last steps: {after}."
         for leak in self.left:
-            yield f"Each step leaves {grouped(leak['bytes'])} B behind{leak['words']}."
+            yield f"Each step leaves {_both(leak['bytes'])} behind{leak['words']}."
 
     def _savings(self) -> Iterator[str]:
         if self.levers:
@@ -233,16 +233,18 @@ class Report:
             saved = ""
             if saving.saved is not None and saving.saved_reserved is not None:
                 saved = (
-                    f"{_signed(-saving.saved)} allocated, "
-                    f"{_signed(-saving.saved_reserved)} reserved: "
+                    f"{short(-saving.saved, plus=True)} allocated, "
+                    f"{short(-saving.saved_reserved, plus=True)} reserved: "
                 )
             yield f"  {fits}{saved}{saving.change} (--lever {saving.lever})"
         if self.useless:
             yield f"Tried, and saves nothing: {', '.join(self.useless)}."
 
 
-def _signed(nbytes: int) -> str:
-    return f"{nbytes / GB:+.3f} GB"
+def _both(nbytes: int) -> str:
+    """In three digits, then to the byte: ``'8.33 GB (8,334,437,888 B)'``."""
+    in_short, exact = short(nbytes), f"{grouped(nbytes)} B"
+    return f"{in_short} ({exact})" if abs(nbytes) >= 1000 else exact
 
 
 def _phases(watch: Watch) -> list[PhasePeak]:

@@ -6,11 +6,27 @@ hardware comes in (1 MiB = 2^20 B); never one under the other's name.
 
 MB, GB = 10**6, 10**9
 KiB, MiB, GiB = 2**10, 2**20, 2**30
+_UNITS = ((1000, "kB"), (MB, "MB"), (GB, "GB"))
 
 
 def mb(nbytes: int) -> str:
     """Bytes as megabytes with two decimals: ``204032512`` gives ``'204.03 MB'``."""
     return f"{nbytes / MB:.2f} MB"
+
+
+def short(nbytes: int, plus: bool = False) -> str:
+    """Bytes in three digits and a decimal unit: ``'834 MB'``, ``'1.04 GB'``, ``'-512 B'``, ``'0'``.
+
+    Args:
+        plus: write the sign of a positive number, too.
+    """
+    sign = "-" if nbytes < 0 else "+" if plus else ""
+    size = abs(nbytes)
+    if size < 1000:
+        return f"{sign}{size} B" if size else "0"
+    unit, name = next(((n, name) for n, name in _UNITS if size / n < 999.5), (GB, "GB"))
+    places = next((i for i, end in ((2, 9.995), (1, 99.95)) if size / unit < end), 0)
+    return f"{sign}{size / unit:,.{places}f} {name}"
 
 
 def grouped(nbytes: int) -> str:

@@ -2,35 +2,10 @@
 
 import re
 from pathlib import Path
-from types import ModuleType
 
-import pytest
 from playwright.sync_api import Browser
 
 CHAPTER = Path("notebooks", "04_mlp_adam_vs_sgd.html")
-EXTENSION = "exact_bytes"
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "said"),
-    [
-        (0, "0"),
-        (-512, "-512 B"),
-        (999, "999 B"),
-        (1_000, "1.00 kB"),
-        (9_994, "9.99 kB"),
-        (9_996, "10.0 kB"),
-        (999_499, "999 kB"),
-        (999_500, "1.00 MB"),
-        (204_032_040, "204 MB"),
-        (999_600_000, "1.00 GB"),
-        (1_037_597_184, "1.04 GB"),
-        (99_960_000_000, "100 GB"),
-        (1_234_567_000_000, "1,235 GB"),
-    ],
-)
-def test_three_digits(extension: ModuleType, nbytes: int, said: str) -> None:
-    assert extension.short(nbytes).replace("\N{NO-BREAK SPACE}", " ") == said
 
 
 def test_a_table_says_the_pattern_and_keeps_its_bytes(html: Path) -> None:

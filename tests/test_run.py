@@ -22,6 +22,7 @@ from every_byte.data import cards
 from every_byte.gpu import VirtualGPU
 from every_byte.ranks import one_of
 from every_byte.tracker import untracked
+from every_byte.units import short
 
 CARD = ("--card", "RTX 4090", "--torch", "2.14")  # whose rules say where the peak is
 TRAIN = """
@@ -514,7 +515,7 @@ def test_a_script_that_shards_takes_what_fully_shard_takes_in_python(
     said = capsys.readouterr().out
     assert said.startswith(expected + "\n")
     quarter = 4 * 4 * (1024 * 1024 + 1024) // 4
-    assert f"  optimizer states {2 * quarter:19,} B" in said
+    assert f"  optimizer states  {short(2 * quarter):>8}{2 * quarter:18,} B" in said
 
 
 def test_what_one_of_several_cannot_be_is_refused(

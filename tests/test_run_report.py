@@ -8,6 +8,7 @@ import pytest
 from playwright.sync_api import Browser, expect
 
 from every_byte.cli import main
+from every_byte.units import grouped, short
 
 SCRIPT = """
 import torch
@@ -48,7 +49,8 @@ def test_it_is_read_by_pointer_and_keyboard(browser: Browser, report: Path, them
     tab.goto(report.as_uri())
     chart = tab.get_by_role("slider")
     at_peak = tab.locator(".where").inner_text()
-    assert "in backward, at <i>train.py:14: " in at_peak
+    said = re.fullmatch(r"Step \d, in backward, at <i>train.py:14: (.+) \((.+) B\)", at_peak)
+    assert said is not None and said[1] == short(int(said[2].replace(",", "")))
     expect(tab.locator(".source")).to_contain_text('<img src=x onerror="alert(1)">')
     chart.press("Home")
     expect(tab.locator(".where")).to_contain_text("before the first forward")
@@ -76,8 +78,13 @@ def test_it_says_the_same_in_words_and_figures(report: Path) -> None:
     (data,) = re.findall(r'<script type="application/json" id="timeline">(.*?)</script>', text)
     told = json.loads(data)
     totals = [sum(row) for row in told["places"]["bytes"]]
-    (peak,) = re.findall(r"Peak: ([\d,]+) B", text)
+    ((size, peak),) = re.findall(r"Peak: (\S+ MB) \(([\d,]+) B\) allocated", text)
     assert max(totals) == totals[told["at"]] == int(peak.replace(",", ""))
+    assert size == short(max(totals))
+    shown, exact = re.findall(
+        r"<table>.*?</table>", text.partition("The peak of each phase")[2], re.S
+    )
+    assert f">{size}</td>" in shown and f">{grouped(max(totals))} B</td>" in exact
     assert (
         "style=" not in text
         and "onload" not in text

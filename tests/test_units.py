@@ -1,6 +1,6 @@
 import pytest
 
-from every_byte.units import GiB, KiB, MiB, binary, grouped, mb
+from every_byte.units import GiB, KiB, MiB, binary, grouped, mb, short
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,29 @@ def test_binary_is_written_as_pytorch_writes_it(nbytes: int, text: str) -> None:
 def test_decimal_units() -> None:
     assert mb(204_032_512) == "204.03 MB"
     assert grouped(204_032_512) == "204,032,512"
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "said"),
+    [
+        (0, "0"),
+        (-512, "-512 B"),
+        (999, "999 B"),
+        (1_000, "1.00 kB"),
+        (9_994, "9.99 kB"),
+        (9_996, "10.0 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.00 MB"),
+        (204_032_040, "204 MB"),
+        (999_600_000, "1.00 GB"),
+        (1_037_597_184, "1.04 GB"),
+        (99_960_000_000, "100 GB"),
+        (1_234_567_000_000, "1,235 GB"),
+    ],
+)
+def test_three_digits(nbytes: int, said: str) -> None:
+    assert short(nbytes) == said
+
+
+def test_a_gain_has_its_sign() -> None:
+    assert (short(1_500, plus=True), short(-1_500, plus=True)) == ("+1.50 kB", "-1.50 kB")

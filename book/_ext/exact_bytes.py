@@ -11,11 +11,10 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.transforms.post_transforms import SphinxPostTransform
 
-from every_byte.units import GB, MB
+from every_byte.units import MB, short
 
 MARK = re.compile(r"\s*\(B\)")
 WHOLE = re.compile(r"[+-]?\d[\d,]*")
-UNITS = ((1000, "kB"), (MB, "MB"), (GB, "GB"))
 FOLD = '<details class="exact-bytes"><summary>Exact bytes</summary>'
 
 
@@ -57,7 +56,8 @@ def shorten(table: nodes.table) -> bool:
             text.parent.replace(text, nodes.Text(MARK.sub("", text)))
     for cell in whole:
         for text in list(cell.findall(nodes.Text)):
-            text.parent.replace(text, nodes.Text(short(_read(text), text.startswith("+"))))
+            in_short = short(_read(text), text.startswith("+")).replace(" ", "\N{NO-BREAK SPACE}")
+            text.parent.replace(text, nodes.Text(in_short))
     for i in sorted(in_other_units, reverse=True):
         for row in (*heads, *rows):
             del row[i]
@@ -82,17 +82,6 @@ def _twice(heads: list[str]) -> dict[int, tuple[int, str]]:
 
 def _read(text: str) -> int:
     return int(text.replace(",", ""))
-
-
-def short(nbytes: int, plus: bool = False) -> str:
-    """Three digits and a unit: ``'834 MB'``, ``'1.04 GB'``, ``'-512 B'``, ``'0'``."""
-    sign = "-" if nbytes < 0 else "+" if plus else ""
-    size = abs(nbytes)
-    if size < 1000:
-        return f"{sign}{size}\N{NO-BREAK SPACE}B" if size else "0"
-    unit, name = next(((n, name) for n, name in UNITS if size / n < 999.5), (GB, "GB"))
-    places = next((i for i, end in ((2, 9.995), (1, 99.95)) if size / unit < end), 0)
-    return f"{sign}{size / unit:,.{places}f}\N{NO-BREAK SPACE}{name}"
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

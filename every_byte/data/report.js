@@ -10,6 +10,18 @@
     const [where, source, held] = [".where", ".source", ".held"].map((name) => document.querySelector(name));
     const last = places.of.length - 1;
     const number = new Intl.NumberFormat("en-US");
+    // Three digits and a unit: `short` of every_byte/units.py.
+    const short = (bytes) => {
+        if (bytes < 1000) return bytes ? `${bytes} B` : "0";
+        const [unit, name] = [
+            [1e3, "kB"],
+            [1e6, "MB"],
+            [1e9, "GB"],
+        ].find(([size, name]) => bytes / size < 999.5 || name === "GB");
+        const n = bytes / unit;
+        const digits = n < 9.995 ? 2 : n < 99.95 ? 1 : 0;
+        return `${n.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits })} ${name}`;
+    };
     let now = at;
     const show = (index) => {
         now = Math.max(0, Math.min(last, index));
@@ -19,14 +31,14 @@
         const x = left + (width * now) / Math.max(last, 1);
         cursor.setAttribute("x1", x);
         cursor.setAttribute("x2", x);
-        where.textContent = `Step ${step}, ${phases[phase]}, at ${line}: ${number.format(total)} B`;
+        where.textContent = `Step ${step}, ${phases[phase]}, at ${line}: ${short(total)} (${number.format(total)} B)`;
         source.textContent = text || "\u00a0";
-        held.textContent = kinds
+        const pairs = kinds
             .map((kind, i) => [kind, bytes[i]])
             .filter((pair) => pair[1])
-            .sort((a, b) => b[1] - a[1])
-            .map(([kind, n]) => `${kind} ${number.format(n)}`)
-            .join(" · ");
+            .sort((a, b) => b[1] - a[1]);
+        held.textContent = pairs.map(([kind, n]) => `${kind} ${short(n)}`).join(" · ");
+        held.title = pairs.map(([kind, n]) => `${kind} ${number.format(n)} B`).join(", ");
         chart.setAttribute("aria-valuenow", now);
         chart.setAttribute("aria-valuetext", `${where.textContent} ${text}`);
     };
