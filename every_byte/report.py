@@ -216,7 +216,7 @@ class Report:
         if self.source:
             yield f"    {self.source}"
         for kind, nbytes in sorted(self.by_kind.items(), key=lambda item: -item[1]):
-            yield f"  {kind:<18}{short(nbytes):>8}{grouped(nbytes):>18} B"
+            yield f"  {kind:<17}{short(nbytes):>8}{grouped(nbytes):>15} B"
 
     def _steps(self) -> Iterator[str]:
         if self.after_step:

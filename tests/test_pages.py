@@ -40,6 +40,9 @@ CODE_COLORS = """() => {
     return [...seen].map((pair) => pair.split("|"));
 }"""
 
+WIDE_CODE = """() => [...document.querySelectorAll(".bd-article .highlight pre")]
+    .filter((code) => code.scrollWidth > code.clientWidth + 1).map((code) => code.textContent)"""
+
 
 class Watched:
     """A tab, and what went wrong in it."""
@@ -128,6 +131,8 @@ def test_a_page(
     tab.goto(f"{home}/{page}")
     for width in widths:
         watched.resize(width)
+        if width < 576:  # a phone
+            assert tab.evaluate(WIDE_CODE) == []
     watched.check(home)
     for color, behind in tab.evaluate(CODE_COLORS):
         assert contrast(from_css(color), from_css(behind)) >= 4.5, (color, behind)

@@ -515,7 +515,7 @@ def test_a_script_that_shards_takes_what_fully_shard_takes_in_python(
     said = capsys.readouterr().out
     assert said.startswith(expected + "\n")
     quarter = 4 * 4 * (1024 * 1024 + 1024) // 4
-    assert f"  optimizer states  {short(2 * quarter):>8}{2 * quarter:18,} B" in said
+    assert f"  optimizer states {short(2 * quarter):>8}{2 * quarter:15,} B" in said
 
 
 def test_what_one_of_several_cannot_be_is_refused(
