@@ -468,7 +468,7 @@ for count, size in ((1, 1000), (1000, 1)):
 # %% [markdown]
 # ### One segment for all
 #
-# How a model is loaded matters too. Suppose that one block as large as all parameters was taken and given back first. Then there is one large segment, the tensors are cut from it one after the other, and nothing is left over:
+# How a model is loaded matters too. Suppose that one block as large as all parameters was allocated and freed first. Then there is one large segment, the tensors are cut from it one after the other, and nothing is left over:
 
 # %%
 del model, old_buffers
@@ -544,4 +544,4 @@ table(
 # %% [markdown]
 # ## Where to go next
 #
-# Parameters are only the beginning. [One training step](04_mlp_adam_vs_sgd.ipynb) finds gradients, optimizer states and activations beside them, and [Training and inference](03_training_and_inference.ipynb) counts these for a model of a billion. The [references](../book/references.md) list the sources.
+# Parameters are only the beginning. [One training step](04_mlp_adam_vs_sgd.ipynb) finds the gradients, optimizer states and activations that join them, and [Training and inference](03_training_and_inference.ipynb) counts these for a model of a billion. The [references](../book/references.md) list the sources.

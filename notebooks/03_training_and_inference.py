@@ -1,7 +1,7 @@
 # %% [markdown]
-# # Training and inference: what a model needs beside itself
+# # Training and inference: what a model needs besides its parameters
 #
-# **What does a model need on the GPU beside its parameters?** Training adds a gradient and the optimizer's states to each of them, 16 bytes in all with Adam in FP32, and the activations of the batch. Inference adds only the KV cache, which grows with every token.
+# **What does a model need on the GPU besides its parameters?** Training adds a gradient and the optimizer's states to each of them, 16 bytes in all with Adam in FP32, and the activations of the batch. Inference adds only the KV cache, which grows with every token.
 #
 # After this chapter you can say what an optimizer, a precision, a batch or a context length adds to a model's bytes, and check it.
 #
@@ -42,7 +42,7 @@ print(versions("torch", "transformers", "bitsandbytes"))
 # %% [markdown]
 # ## A model of one billion parameters
 #
-# The article that this book began with {cite}`hoperj2024` has a model of one billion parameters as its example: 4 GB of them in FP32, 4 GB of gradients, 8 GB of Adam's states: 16 GB in all. Here we build it, as a transformer like Llama.
+# The article that this book began with {cite}`hoperj2024` takes a model of one billion parameters as its example: 4 GB of parameters in FP32, 4 GB of gradients and 8 GB of Adam's states, 16 GB in all. Here we build it, as a transformer like Llama.
 
 # %%
 ONE_BILLION = Dimensions(
@@ -101,7 +101,7 @@ print(
 # %% [markdown]
 # ## Predict: bytes per parameter
 #
-# Three things are as large as the model, or a multiple of it: the parameters, their gradients, and what the optimizer remembers. An optimizer is a choice of the last row:
+# Three things are as large as the model, or a multiple of it: the parameters, their gradients, and what the optimizer remembers. Only the last of the three depends on the optimizer:
 #
 # | optimizer | remembers for each parameter |
 # | --- | --- |
@@ -201,7 +201,7 @@ table(
 #
 # ### Other models
 #
-# One model may be luck. So here are four published ones at full size, each trained in three ways. This time we also count what forward leaves for backward, the activations, on 2 texts of 256 tokens. Their formula comes further below.
+# One match may be luck. So here are four published models at full size, each trained in three ways. This time we also count what forward leaves for backward, the activations, on 2 texts of 256 tokens. Their formula follows further down.
 #
 # The states agree to the byte in all twelve rows. The activations are 4 or 8 B more than the formula: the loss, and the number it was divided by.
 

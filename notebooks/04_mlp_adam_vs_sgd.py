@@ -153,7 +153,7 @@ for name, nbytes in predicted.items():
 # %% [markdown]
 # ## Measure
 #
-# First the training step, in plain PyTorch. It hands back what the article's script still refers to afterwards: the output and the loss.
+# First the training step, in plain PyTorch. It returns what the article's script still refers to afterwards: the output and the loss.
 
 
 # %%
@@ -348,7 +348,7 @@ table(
 )
 
 # %% [markdown]
-# Put the other workspaces into our sum, and it says what the card said:
+# With the card's own workspaces in our sum, it gives what the card measured:
 
 # %%
 hopper = 32 * 2**20
@@ -397,7 +397,7 @@ table(
 # %% [markdown]
 # ## What the states buy
 #
-# Two extra copies of the model: is it worth it? We train for real, on the GPU if there is one and else on the CPU, 15 steps with each optimizer. Learning rates are common choices, not tuned ones.
+# Two extra copies of the model: is it worth it? We train for real, on the GPU if there is one and otherwise on the CPU, 15 steps with each optimizer. The learning rates are common choices, not tuned ones.
 
 
 # %%

@@ -124,7 +124,7 @@ recorded = replay(("gpt2-large", "fused", 4, 512))
 figure = timeline(recorded)
 
 # %% [markdown]
-# That is more than many cards hold. So the steps of whole models on this page run on a second, *virtual* card without a bound, also where there is a real one. Their figures are **replayed**. The optimizer has its states already, as in the second step of a training.
+# That is more than many cards hold. So the steps of whole models on this page run on a second, *virtual* card without a bound, even where there is a real one. Their figures are **replayed**. The optimizer has its states already, as in the second step of any training.
 
 # %% [markdown]
 # ## Predict

@@ -213,7 +213,7 @@ print(f"it pays from {pays_from:,} images in a batch on")
 # %% [markdown]
 # ## Measure: the loops of the article
 #
-# Each loop is written once. It runs for one step on the GPU, at the article's full size, for the bytes. And it runs over the digits for real: on the GPU if there is one, else on the CPU. It is a generator, so that we can look at each step from outside.
+# Each loop is written once. It runs for one step on the GPU, at the article's full size, for the bytes. And it runs over the digits for real: on the GPU if there is one, otherwise on the CPU. It is a generator, so that we can look at each step from outside.
 #
 # FP16 needs a `GradScaler`: it multiplies the loss before backward, and divides the gradients after. BF16 does not: `enabled=False` makes it do nothing.
 
@@ -738,7 +738,7 @@ table(
 # %% [markdown]
 # At the article's batch of 128, AMP costs more than it saves. Adam's peak is the optimizer's own and the same for both: by then the cast weights are gone. AMP lowers the peak only where activations outweigh the parameters.
 #
-# The prediction said from which batch on forward holds less. We look one image before it, and there.
+# The prediction names the smallest batch at which forward holds less. We try that batch, and one image fewer.
 
 # %% tags=["hide-input"]
 for batch in (pays_from - 1, pays_from):
@@ -893,7 +893,7 @@ print(f"{gpu.breakdown()['activations'] - before} B asked for,", end=" ")
 print(f"{gpu.memory_allocated() - held:,} B in blocks of 512 B")
 
 # %% [markdown]
-# **3.** Does AMP raise SGD's peak for the article's network and batch, and why is this not so with Adam?
+# **3.** Does AMP raise SGD's peak for the article's network and batch, and why not Adam's?
 
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the solution", "code_prompt_hide": "Hide the solution"}

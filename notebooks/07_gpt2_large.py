@@ -232,7 +232,7 @@ display(
 assert all(spread < limit for _, spread, limit in checks.values()), checks
 
 # %% [markdown]
-# Two bytes change next to nothing. INT8 is close. Four bits move the logits by a good part of their spread. These weights are random. [Quality against precision](09_quality_vs_precision.ipynb) measures what four bits do to trained ones.
+# Two bytes change next to nothing. INT8 is close. Four bits move the logits by a good part of their spread. These weights are random; [Quality against precision](09_quality_vs_precision.ipynb) measures what four bits do to trained ones.
 
 # %% [markdown]
 # ### Prediction, measurement, article

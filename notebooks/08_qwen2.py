@@ -508,7 +508,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 # %% [markdown]
 # ## What running it adds
 #
-# So far the model only sat there. Qwen's own benchmark generates 2,048 tokens after inputs of several lengths, on an A100 with flash attention. Qwen published it with transformers 4.38 for Qwen2 {cite}`qwen2-speed`, and with 4.46 for Qwen2.5 {cite}`qwen25-speed`, which has the same sizes.
+# So far the model has only sat there. Qwen's own benchmark generates 2,048 tokens after inputs of several lengths, on an A100 with flash attention. Qwen published it with transformers 4.38 for Qwen2 {cite}`qwen2-speed`, and with 4.46 for Qwen2.5 {cite}`qwen25-speed`, which has the same sizes.
 #
 # Two things grow with the input:
 #

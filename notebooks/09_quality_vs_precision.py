@@ -6,7 +6,7 @@
 # After this chapter you can say what a number format costs in quality, how to measure that on a model of your own, and whether a given number of bytes is better spent on more parameters or on more bits.
 #
 # - **Time:** 25 minutes to read, two to three minutes to run.
-# - **Needs:** nothing. A GPU is optional, and nothing is downloaded. Training takes place on the CPU everywhere.
+# - **Needs:** nothing. A GPU is optional, and nothing is downloaded. Training always runs on the CPU.
 
 # %% tags=["hide-input", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the set-up", "code_prompt_hide": "Hide the set-up"}
 # set-up with bitsandbytes
@@ -217,7 +217,7 @@ print("integers equal:", torch.equal(ours, theirs.int()))
 print("scales equal:  ", torch.equal(largest.flatten(), scales))
 
 # %% [markdown]
-# Do these bytes reach the card? We take a network with three linear layers in each format and send its kept tensors to the GPU. **Predict** the bytes, with each tensor rounded up to 512: the prediction is right for all fourteen.
+# Are these the bytes that the card holds? We take a network with three linear layers in each format and send its kept tensors to the GPU. **Predict** the bytes, with each tensor rounded up to 512: the prediction is right for all fourteen.
 
 
 # %%
@@ -461,7 +461,7 @@ print(f"{len(text):,} characters, {len(set(text))} different")
 print("SHA-256:", hashlib.sha256(text.encode()).hexdigest()[:32], "...")
 
 # %% [markdown]
-# (That line is compared: the text is the same wherever this page is checked.) A model reads characters and predicts the next one. Every row begins and ends with a line break, and what follows the end is not asked.
+# (That line is compared: the text is the same wherever this page is checked.) A model reads characters and predicts the next one. Every row begins and ends with a line break, and nothing is asked after the end.
 
 # %% tags=["hide-input"]
 alphabet = "\n -ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -937,4 +937,4 @@ table(["", "bits, with scale", "error (%)"], rows)
 # %% [markdown]
 # ## Where to go next
 #
-# [Beyond one GPU](10_beyond_one_gpu.ipynb) divides what fewer bits cannot make small enough. [Troubleshooting](11_troubleshooting.ipynb) is for the day when it does not fit. [Training and inference](03_training_and_inference.ipynb) counts what a larger model costs beside its weights. The [references](../book/references.md) list the papers and measurements behind this chapter.
+# [Beyond one GPU](10_beyond_one_gpu.ipynb) divides what fewer bits cannot make small enough. [Troubleshooting](11_troubleshooting.ipynb) is for the day when it does not fit. [Training and inference](03_training_and_inference.ipynb) counts what a larger model costs besides its weights. The [references](../book/references.md) list the papers and measurements behind this chapter.

@@ -642,9 +642,9 @@ table(
 # %% [markdown]
 # ## Compare: what TorchTitan measured
 #
-# Nobody has measured the table above. But PyTorch's own program for training large models, TorchTitan, has published what the same model took on H100 cards in December 2024 {cite}`torchtitan-h100`: **82.4 GiB** on each of 8 GPUs, **67.0 GiB** on each of 128. It is the most that PyTorch had reserved. Each GPU had two texts of 8,192 tokens, and *selective* activation checkpointing: kept are the results of attention and of every other matrix product, and the rest is computed again.
+# Nobody has measured the table above. But PyTorch's own program for training large models, TorchTitan, has published what the same model took on H100 cards in December 2024 {cite}`torchtitan-h100`: **82.4 GiB** on each of 8 GPUs, **67.0 GiB** on each of 128. It is the most that PyTorch had reserved. Each GPU had two texts of 8,192 tokens, and *selective* activation checkpointing: it keeps the results of attention and of every other matrix product, and computes the rest again.
 #
-# We wrote that training step anew, after TorchTitan's sources of that time.
+# We rewrote that training step from TorchTitan's sources of that time.
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the model", "code_prompt_hide": "Hide the model"}
 VOCABULARY, WIDTH, HIDDEN, LAYERS = 128_256, 4096, 14_336, 32
@@ -830,11 +830,11 @@ table(
 )
 
 # %% [markdown]
-# With PyTorch's default allocator both figures are met, to less than half a percent, on a machine that has no GPU. How much of that is luck?
+# With PyTorch's default allocator the replay meets both figures to within half a percent, on a machine that has no GPU. How much of that is luck?
 #
 # - **The allocator's setting** is not in the published page, but TorchTitan's launch script of that commit, 9dec370, sets expandable segments {cite}`torchtitan-launch`. With these our replay is the lower of the two, so the default's close fit may be luck. Later runs name the setting, and are met much closer, within 0.04 %: see [what others published](../book/records.md#what-others-published).
 # - **Garbage** is not in the replay. Reference cycles keep tensors alive there until Python collects them: TorchTitan's developers saw the memory of equal steps grow, and collect garbage at fixed steps for it ([#1230](https://github.com/pytorch/torchtitan/pull/1230)).
-# - **The order** in which a layer makes its temporaries moves the result by 0.1 to 0.3 GiB. It is theirs as far as we could read it, in sources of neighbouring dates.
+# - **The order** in which a layer makes its temporaries moves the result by 0.1 to 0.3 GiB. We follow theirs as far as we could read it, in sources of about the same dates.
 # - Either way the replay is within 4 %. What is it that takes so much?
 
 # %%
@@ -847,7 +847,7 @@ logits = 4 * 2 * TOKENS * VOCABULARY
 print(f"one FP32 tensor like the logits: {logits / GiB:.2f} GiB")
 
 # %% [markdown]
-# Not the model: parameters and states are a sixth of what is in use. The peak is in the loss: the logarithms of 16,384 x 128,256 probabilities, which count as activations, and two gradients of the same size. The rest of the activations is what the checkpoints keep. None of that gets less with more GPUs, so 16 times as many save 15 GiB and not more.
+# Not the model: parameters and states are a sixth of what is in use. The peak is in the loss: the logarithms of 16,384 x 128,256 probabilities, which count as activations, and two gradients of the same size. The rest of the activations is what the checkpoints keep. None of that shrinks with more GPUs, so 16 times as many save 15 GiB and no more.
 
 # %% [markdown]
 # ## What nobody divides

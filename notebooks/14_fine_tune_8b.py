@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Fine-tune an 8B model on 24 GB
 #
-# **How do you fine-tune an 8B model on a card of 24 GB?** Trained as older scripts do it, Llama-3.1-8B takes 108 GB. Seven changes bring that down to 7.2 GB, and at the fourth, checkpointing, it fits.
+# **How do you fine-tune an 8B model on a card of 24 GB?** Trained the way older scripts do, Llama-3.1-8B takes 108 GB. Seven changes bring that down to 7.2 GB, and at the fourth, checkpointing, it fits.
 #
 # After this chapter you can take a fine-tuning that runs out of memory at its first step down to a card you have, and say what each change saves and what it costs.
 #
@@ -53,7 +53,7 @@ gc.freeze()  # what is imported need not be looked through each time
 print(versions("torch", "transformers", "bitsandbytes", "peft"))
 
 # %% [markdown]
-# You have one card of 24 GB, and this script. It trains all of Llama-3.1-8B {cite}`llama3` on four texts of 1,024 tokens at a time, with `"eager"` attention, as many older scripts ask for it:
+# You have one card of 24 GB, and this script. It trains all of Llama-3.1-8B {cite}`llama3` on four texts of 1,024 tokens at a time, with `"eager"` attention, which many older scripts ask for:
 
 # %%
 FULL = """
@@ -72,7 +72,7 @@ Trainer(model, options, train_dataset=data).train()
 """
 
 # %% [markdown]
-# It stops at its first step, out of memory. Seven changes bring it down to what a card of 12 GB holds. Here they are, each one made on top of those above it:
+# It stops at its first step, out of memory. Seven changes bring it down to what a card of 12 GB holds. Here they are, each on top of those above it:
 
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the seven changes", "code_prompt_hide": "Hide the seven changes"}
@@ -273,7 +273,7 @@ for name, peak in LADDER.items():
 table(["rung", f"{LLAMA} (GB)", "saves", f"{QWEN} (GB)", "price"], rows)
 
 # %% [markdown]
-# Qwen3-8B needs a little more throughout: four more layers, and 151,936 words in place of 128,256. Where the prices come from is said at each rung below.
+# Qwen3-8B needs a little more throughout: four more layers, and 151,936 words in place of 128,256. Each rung below says where its price comes from.
 
 # %% [markdown]
 # ## How it is replayed
@@ -286,7 +286,7 @@ table(["rung", f"{LLAMA} (GB)", "saves", f"{QWEN} (GB)", "price"], rows)
 #
 # The model comes from its configuration. Its checkpoint is **hollow**: 16 GB of zeros that take no space on the disk. What a weight takes doesn't depend on its value, and transformers, peft and bitsandbytes load it as they load the published one.
 #
-# All layers of these models are alike. So the figure replays 1 of them and 2 of them, and carries the difference on to 32. Further down the last rung is replayed at full depth, to see how well that does.
+# All layers of these models are alike. So the figure replays one layer and two layers, and extends the difference to 32. Further down, the last rung is replayed at full depth, to see how well that works.
 
 # %% [markdown]
 # ## What each rung costs
@@ -357,7 +357,7 @@ table(["rung", f"{LLAMA} (GB)", "saves", f"{QWEN} (GB)", "price"], rows)
 #
 # *The price:* time, on a card that four texts would keep busier.
 #
-# Memory goes by **tokens in a batch**, padding included. Shorter texts save, and the model learns from less. **Packing** saves the padding: transformers' `DataCollatorWithFlattening` puts short texts one behind the other into one row, each with its own positions. Four texts of 256 tokens take what one of 1,024 takes:
+# Memory goes by **tokens in a batch**, padding included. Shorter texts save, and the model learns from less. **Packing** saves the padding: transformers' `DataCollatorWithFlattening` puts short texts one after the other into one row, each with its own positions. Four texts of 256 tokens take what one of 1,024 takes:
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 PACKED = SCRIPTS[LAST]
@@ -395,7 +395,7 @@ table(["`optim=`", "peak (GB)"], [*rows, ('`"paged_adamw_8bit"`', paged)])
 # %% [markdown]
 # ## What does not help, or hurts
 #
-# Most QLoRA tutorials have one more line, `model = prepare_model_for_kbit_training(model)`. It turns on checkpointing, and casts all that is not quantised to FP32: norms, which are small, and embedding and head, which are not.
+# Many QLoRA tutorials have one more line, `model = prepare_model_for_kbit_training(model)`. It turns on checkpointing, and casts all that is not quantised to FP32: norms, which are small, and embedding and head, which are not.
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 PREPARED = SCRIPTS["checkpointing"].replace(
@@ -494,7 +494,7 @@ table(
 # If yours doesn't fit, take a smaller model before a smaller rank: half the parameters are half of everything here. A 3B or 4B model with this script is at home on 8 GB.
 
 # %% [markdown]
-# ## Held against a real card
+# ## Checked against a real card
 #
 # We measured QLoRA on an H200, of the smaller Llama-3.2-1B: NF4, rank 16, 512 tokens, two steps of a plain loop. The same program, replayed by that card's rules:
 
@@ -514,7 +514,7 @@ table(
 # %% [markdown]
 # One small block of 512 bytes is missing throughout, and 0.2 MB for a moment while the adapters are made. The peak of the second step is right to 0.00002 %.
 #
-# What it does not check: Llama's 8B itself, a consumer card, and the Trainer. Their rules are the same code's, and [the records](../book/records.md) say how far those hold.
+# This does not check Llama's 8B itself, a consumer card, or the Trainer. The same code plays them by the same rules, and [the records](../book/records.md) say how far those hold.
 
 # %% [markdown]
 # ## What to remember
@@ -538,7 +538,7 @@ for rank in (16, 64):
 #
 # <details><summary>Solution</summary>
 #
-# With checkpointing a text of 1,024 tokens keeps 8 MB for each of 32 layers, 0.27 GB. The chunks of the loss are of 512 tokens, however many there are. Everything else is the model.
+# With checkpointing a text of 1,024 tokens keeps 8 MB for each of 32 layers, 0.27 GB. The loss takes 512 tokens at a time, however many there are. Everything else is the model.
 #
 # </details>
 

@@ -191,7 +191,7 @@ for how, n in ("padded", padded), ("in blocks of 16", paged):
 # %% [markdown]
 # ## How many users?
 #
-# What vLLM may take, less the weights, less what a step needs, divided by what one user takes. `estimate.serve` does it as vLLM does at its start. The estimator says <a href="../book/estimator.html#task=inference&amp;model=Llama-3.1-8B&amp;dtype=bf16&amp;length=4096">the same</a> beside your model, and so does the command line:
+# Take what vLLM may use, subtract the weights and what a step needs, and divide by what one user takes. `estimate.serve` does it as vLLM does at its start. The estimator says <a href="../book/estimator.html#task=inference&amp;model=Llama-3.1-8B&amp;dtype=bf16&amp;length=4096">the same</a> beside your model, and so does the command line:
 #
 # ```
 # every-byte estimate Llama-3.1-8B --vllm --card "RTX 4090"
@@ -225,7 +225,7 @@ note = axes.set_ylabel("users at a time")
 legend = figure.legend(loc="outside lower center", ncols=2)
 
 # %% [markdown]
-# {numref}`users-by-length` says it for every length: half the bytes a token are twice the users.
+# {numref}`users-by-length` says it for every length: half the bytes per token means twice the users.
 #
 # On the 24 GB card, 16 GB of weights leave 4 GB to the users. So there, 4-bit weights help more than a small cache, and both together most. On the H100 weights are a fifth of the card, and hardly matter.
 
@@ -260,7 +260,7 @@ for model, card, given, weights, cache in LOGS:
 table(["", "weights, logged", "ours", "KV cache, logged", "ours"], rows)
 
 # %% [markdown]
-# These versions did not take CUDA graphs off beforehand. Weights are counted. What a step takes is derived from vLLM's code in part, and in part fitted to logs of the H100: the last row was not among them. (A second log of that card, for 20,000 tokens at a time, says 3.81 where we say 3.88.)
+# These versions did not subtract CUDA graphs in advance. Weights are counted. What a step takes is partly derived from vLLM's code, and partly fitted to logs of the H100; the last row was not among them. (A second log of that card, for 20,000 tokens at a time, says 3.81 where we say 3.88.)
 #
 # A model that nothing was fitted to is gemma-3-4b-it on a B200, whose [log](https://github.com/vllm-project/vllm/issues/21489) names each part. It also looks at images, so it is not in the estimator's list, but its sizes say enough:
 
@@ -296,12 +296,12 @@ table(
 # %% [markdown]
 # Its 262,208 words make the step, and the formula finds them: 4 % are missing. So are 0.5 GiB of the weights; we don't know what they are. The graphs stay below the bound.
 #
-# **CUDA graphs** are recorded after that, one for each batch size. They keep buffers of their own, 0.1 to 1 GiB in logs. No formula of ours gives that, so `serve` takes the most that was seen. `--enforce-eager` does without, and is slower.
+# **CUDA graphs** are recorded after that, one for each batch size. They keep buffers of their own, 0.1 to 1 GiB in logs. We have no formula for that, so `serve` takes the largest value seen. `--enforce-eager` does without, and is slower.
 
 # %% [markdown]
 # ## More than one GPU
 #
-# With **tensor parallelism** each GPU has a part of every matrix, and some of the key-value heads. Twice the GPUs have room for more than twice the users, because the weights are there only once:
+# With **tensor parallelism** each GPU has a part of every matrix, and some of the key-value heads. Twice the GPUs have room for more than twice the users, because the GPUs share one copy of the weights:
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 rows = []
@@ -322,7 +322,7 @@ table(
 )
 
 # %% [markdown]
-# One GPU cannot load the 70B, and two have no room left for a user. Beyond 8 GPUs its 8 key-value heads can no longer be split: then they are copied, and the cache grows no further by it.
+# One GPU cannot load the 70B, and two have no room left for a user. Beyond 8 GPUs its 8 key-value heads can no longer be split: then they are copied, and more GPUs no longer make the cache larger.
 
 # %% [markdown]
 # ## Mixtures of experts
@@ -356,7 +356,7 @@ for card in ("RTX 4090", "H100"):
     print(f"with a guesser {users:4}")
 
 # %% [markdown]
-# ## Held against published figures, and a real card
+# ## Checked against published figures and a real card
 #
 # Without vLLM there is no reserve to hide behind, so a peak says what a user takes. Qwen [printed](https://qwen.readthedocs.io/en/v2.5/benchmark/speed_benchmark.html) it for Qwen2.5-0.5B in transformers: a prompt, then 2,048 tokens more, on an A100 with flash attention. Beside it, the estimate of the same:
 

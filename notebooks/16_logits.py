@@ -131,13 +131,13 @@ table(["8,192 tokens", "peak, replayed (B)", "GB", "B for each logit"], rows)
 # %% [markdown]
 # ## Compare
 #
-# Twelve bytes, fourteen with the output kept, six in BF16: as predicted. What is more than that is cuBLAS's {term}`workspace` and the gradient of the hidden states. The loss of 8,192 tokens takes five times what the model's weights take.
+# Twelve bytes, fourteen with the output kept, six in BF16: as predicted. The rest is cuBLAS's {term}`workspace` and the gradient of the hidden states. The loss of 8,192 tokens takes five times what the model's weights take.
 #
 # BF16 is the cheap way, not the good one: a log-probability then has 8 bits of precision, which is why transformers goes to FP32.
 #
 # ## The loss in chunks
 #
-# A loss is a mean over tokens, and no token needs another one's logits. So: 1,024 tokens at a time, and by a checkpoint backward makes the logits of a chunk again, instead of keeping them. Nothing else changes.
+# A loss is a mean over tokens, and no token needs another one's logits. So take 1,024 tokens at a time, and let a checkpoint make a chunk's logits again in backward instead of keeping them. Nothing else changes.
 
 
 # %%
@@ -206,7 +206,7 @@ table(
 )
 
 # %% [markdown]
-# In chunks the loss hardly depends on the number of tokens. What it holds is one chunk's 12 bytes a logit and the head's gradient. The price is one product more for each chunk, the forward of the head: a few per cent of a step.
+# In chunks the loss hardly depends on the number of tokens. It holds one chunk's 12 bytes per logit, and the head's gradient. The price is one more product for each chunk, the head's forward: a few per cent of a step.
 #
 # ## What fused kernels save
 #
@@ -337,7 +337,7 @@ def grpo_loss(x, told, policy, reference, chosen, *rest):
 
 
 # %% [markdown]
-# Its names `logits`, `log_probs`, `other` and `others` live until it returns. In a function of its own each goes as soon as it was used:
+# Its names `logits`, `log_probs`, `other` and `others` live until it returns. In functions of their own, each goes as soon as it has been used:
 
 
 # %%
@@ -456,7 +456,7 @@ table(["loss", "B for each logit", "as copies in BF16"], rows)
 # ## What to remember
 #
 # - At its worst the loss holds $12\,TV$ bytes in transformers, $6\,TV$ in plain BF16: for 8,192 tokens and 128,256 words 12.6 GB, five times the weights of a 1B.
-# - A loss is a mean over tokens: in chunks, or in a fused kernel, it takes 2 GB instead, for one product more.
+# - A loss is a mean over tokens: in chunks, or in a fused kernel, it takes 2 GB instead, for one more product.
 # - GRPO, DPO and distillation hold several copies. Look at the line of your peak before you look at the model.
 
 # %% [markdown]
@@ -487,4 +487,4 @@ for size in (64, 256, 1024, 4096):
 # %% [markdown]
 # ## Where to go next
 #
-# [Activations and peaks](05_activations_and_peaks.ipynb) shows where the other peaks are. [Troubleshooting](11_troubleshooting.ipynb) is for the message that you get. The [records](../book/records.md) have all figures that others published, beside their replay.
+# [Activations and peaks](05_activations_and_peaks.ipynb) shows where the other peaks are. [Troubleshooting](11_troubleshooting.ipynb) is for the message that you get. The [records](../book/records.md) have all the figures that others published, next to their replay.

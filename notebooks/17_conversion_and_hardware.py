@@ -202,7 +202,7 @@ table(
 )
 
 # %% [markdown]
-# Almost every weight changes, and the network reads the digits nearly as well as before. That is the whole secret of low precision: networks are robust to small errors in each weight, as long as none of them is *large*. (To predict how many FP8 turns into zero, one would need their distribution as well.)
+# Almost every weight changes, and the network reads the digits nearly as well as before. That is the whole secret of low precision: networks are robust to small errors in each weight, as long as none of them is *large*. (To predict how many FP8 turns into zero, you would also need their distribution.)
 
 # %% [markdown]
 # ### Why converting back brings nothing back
@@ -457,7 +457,7 @@ print(f"largest difference from bitsandbytes' table: {difference:.1e}")
 # %% [markdown]
 # The difference is FP32's rounding: that table was computed in it.
 #
-# FP4 is the other 4-bit type of bitsandbytes: a float with 2 exponent bits and 1 mantissa bit. Beside the E2M1 of the standard, one level is elsewhere: its only subnormal.
+# FP4 is the other 4-bit type of bitsandbytes: a float with 2 exponent bits and 1 mantissa bit. It differs from the standard's E2M1 in one level, its only subnormal.
 
 # %% tags=["hide-input"]
 positive = bnb.get_4bit_type("fp4", device="cpu")[:8].sort().values

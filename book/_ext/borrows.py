@@ -20,6 +20,7 @@ from helpers.tables import table
 
 STORED = Path(__file__).parent.parent / "borrows.json"
 COLORS = {"forward": "#2f6fd0", "saved": "#0a7d5c", "backward": "#c2570c"}
+SEEN = 0.05  # of the inputs
 Row = dict[str, Any]
 
 
@@ -50,17 +51,19 @@ def shares(row: Row) -> dict[str, float]:
 def figure(some: list[Row]) -> str:
     """What each operation takes beside its result, in its inputs' sizes, as SVG.
 
-    Only of those that take a hundredth of their inputs, or more.
+    Only what is a twentieth of the inputs, or more: less could not be seen.
     """
     use_book_style()
     drawn = [(max(shares(row).values()), row) for row in some]
-    ordered = sorted(((most, row) for most, row in drawn if most >= 0.01), key=lambda one: one[0])
+    ordered = sorted(((most, row) for most, row in drawn if most >= SEEN), key=lambda one: one[0])
     shown, axes = plt.subplots(figsize=(5.4, 0.9 + 0.4 * len(ordered)))
     for at, (_, row) in enumerate(ordered):
-        axes.text(0.0, at + 0.36, row["code"], fontsize=9, va="center")
-        bars = [(name, share) for name, share in shares(row).items() if share]
+        axes.text(0.04, at + 0.38, row["code"], fontsize=9, va="center")
+        bars = [(name, share) for name, share in shares(row).items() if share >= SEEN]
         for number, (name, share) in enumerate(bars):
-            axes.barh(at + 0.12 - 0.16 * number, share, 0.14, color=COLORS[name])
+            height = at + 0.12 - 0.19 * number
+            axes.barh(height, share, 0.15, color=COLORS[name])
+            axes.text(share + 0.06, height, f"{share:.2g}", fontsize=7, va="center")
     axes.set_ylim(-0.5, len(ordered) - 0.4)
     axes.set_yticks([])
     axes.set_xlabel("bytes beside the result (its inputs are 1)")
