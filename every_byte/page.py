@@ -187,7 +187,7 @@ def _figure(report: Report, points: list[tuple[Place, Breakdown]]) -> str:
         f'fill="{kind.color}"/></svg> {html.escape(kind.name)}</li>'
         for kind in kinds
     )
-    return f"""<h2>Where memory stood</h2>
+    return f"""<h2>Memory over time</h2>
 <figure>
 <div class="chart" tabindex="0" role="slider" aria-label="Point of the timeline"
  aria-valuemin="0" aria-valuemax="{len(points) - 1}" aria-valuenow="{peak}"
@@ -199,8 +199,9 @@ def _figure(report: Report, points: list[tuple[Place, Breakdown]]) -> str:
 <ul class="legend">{legend}</ul>
 <div class="readout"><p class="where">&nbsp;</p><pre class="source">&nbsp;</pre>
 <p class="held">&nbsp;</p></div>
-<figcaption id="caption">{html.escape(words)}{html.escape(beyond)} Point at the figure, or take the
-arrow keys, Home and End on it: below stand the line of the script and what was held.</figcaption>
+<figcaption id="caption">{html.escape(words)}{html.escape(beyond)} Point at the figure, or
+use the arrow keys, Home and End on it: the box shows the line of your script and what was held.
+</figcaption>
 </figure>
 <script type="application/json" id="timeline">{encoded}</script>"""
 

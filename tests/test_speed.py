@@ -36,8 +36,8 @@ def test_the_page_shows_every_figure(extension: Any) -> None:
     for of in (STORED["beside"], STORED["steps"]):
         assert all(name in text for name in of)
     for what, sizes in STORED["growth"].items():
-        assert all(f"{int(size):,} {what}" in text for size in sizes)
-    assert extension.UNITS.keys() == STORED["growth"].keys()
+        assert all(extension.SIZES[what].format(f"{int(size):,}") in text for size in sizes)
+    assert extension.SIZES.keys() == STORED["growth"].keys()
     assert STORED["conditions"]["date"] in text
 
 
@@ -49,7 +49,7 @@ def test_growth_is_told_for_each_layer_and_for_the_whole_step(extension: Any) ->
         {"growth": {"layers": {"20": of(1), "160": of(10)}, "tokens": {"512": of(2), "4": of(3)}}}
     )
     assert "1.25 for each layer" in told and "| 1.50" in told
-    assert extension.spread({"median": 2.0, "low": 1.0, "high": 250.0}) == "2 s (1 to 250)"
+    assert extension.spread({"median": 2.0, "low": 1.0, "high": 250.0}) == "2.0 s (1.0 to 250)"
 
 
 def test_what_is_measured_runs() -> None:

@@ -58,13 +58,13 @@ def figure(some: list[Row]) -> str:
     ordered = sorted(((most, row) for most, row in drawn if most >= SEEN), key=lambda one: one[0])
     shown, axes = plt.subplots(figsize=(5.4, 0.9 + 0.4 * len(ordered)))
     for at, (_, row) in enumerate(ordered):
-        axes.text(0.04, at + 0.38, row["code"], fontsize=9, va="center")
+        axes.text(0.04, at + 0.42, row["code"], fontsize=9, va="center")
         bars = [(name, share) for name, share in shares(row).items() if share >= SEEN]
         for number, (name, share) in enumerate(bars):
-            height = at + 0.12 - 0.19 * number
+            height = at + 0.1 - 0.19 * number
             axes.barh(height, share, 0.15, color=COLORS[name])
-            axes.text(share + 0.06, height, f"{share:.2g}", fontsize=7, va="center")
-    axes.set_ylim(-0.5, len(ordered) - 0.4)
+            axes.text(share + 0.06, height, f"{share:.2g}", fontsize=8, va="center")
+    axes.set_ylim(-0.5, len(ordered) - 0.35)
     axes.set_yticks([])
     axes.set_xlabel("bytes beside the result (its inputs are 1)")
     labels = {

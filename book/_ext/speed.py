@@ -28,7 +28,7 @@ def spread(figure: Figure, unit: str = "s", per: float = 1) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
+    return f"{value:#.2g}" if value < 9.95 else f"{value:,.0f}"
 
 
 def beside(found: Figure) -> str:
@@ -53,8 +53,8 @@ def steps(found: Figure) -> str:
     return str(table(["what", "takes"], rows).data)
 
 
-UNITS = {"layers": "layer", "tokens": "", "batch": "", "width": ""}
-"""What grows: by what its time is divided; empty where it should not grow at all."""
+SIZES = {"layers": "{} layers", "tokens": "{} tokens", "batch": "batch of {}", "width": "width {}"}
+"""What grows, as a row names it. Time grows with the layers alone, so it is divided by them."""
 
 
 def growth(found: Figure) -> str:
@@ -63,10 +63,12 @@ def growth(found: Figure) -> str:
     for what, sizes in found["growth"].items():
         first: float | None = None
         for size, figure in sizes.items():
-            each = figure["median"] / (int(size) if UNITS[what] else 1)
+            layers = what == "layers"
+            each = figure["median"] / (int(size) if layers else 1)
             first = each if first is None else first
-            per = f" for each {UNITS[what]}" if UNITS[what] else ""
-            rows.append((f"{int(size):,} {what}", spread(figure), f"{each / first:.2f}{per}"))
+            told = SIZES[what].format(f"{int(size):,}")
+            per = " for each layer" if layers else ""
+            rows.append((told, spread(figure), f"{each / first:.2f}{per}"))
     return str(table(["size", "step", "relative to the smallest"], rows).data)
 
 
