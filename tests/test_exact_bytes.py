@@ -44,3 +44,14 @@ def test_what_scrolls_sideways_shows_it(html: Path, browser: Browser) -> None:
         "place => place.matches('.more-left:not(.more-right)')", arg=wide.element_handle()
     )
     tab.close()
+
+
+def test_a_table_that_scrolls_gives_its_sentences_room(html: Path, browser: Browser) -> None:
+    tab = browser.new_page(viewport={"width": 390, "height": 844})
+    tab.goto((html / "notebooks/16_logits.html").as_uri())
+    widths = """() => [...document.querySelectorAll("td")]
+        .filter((cell) => cell.offsetParent && cell.textContent.includes("two heads and JSD, t"))
+        .map((cell) => cell.offsetWidth)"""
+    tab.wait_for_function(f"({widths})()[0] >= 144")  # 9rem, once the table was measured
+    assert min(tab.evaluate(widths)) >= 144
+    tab.close()
