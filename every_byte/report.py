@@ -208,7 +208,7 @@ class Report:
 
     def _held(self) -> Iterator[str]:
         if not self.fits:
-            yield "Up to there:"
+            yield "Until then:"
         yield (
             f"Peak: {_both(self.peak)} allocated, {PHASES[self.phase]}, at {self.line}; "
             f"{_both(self.reserved)} reserved."
