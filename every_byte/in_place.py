@@ -7,6 +7,9 @@ they have just made. Both ask ``isTensorSubclassLike`` first (aten/src/ATen/
 TensorSubclassLikeUtils.h), which is true under any dispatch mode and of every ``meta`` tensor;
 then they make a new tensor. A program that nobody watches takes less memory so than one that is
 watched. `overwriting` gives the watched one the same operation back.
+
+``linear`` asks as well, where it adds its bias to a product of its own, which it does for an input
+that is not contiguous (aten/src/ATen/native/Linear.cpp, PyTorch 2.8 to 2.14): see `adds_bias`.
 """
 
 import sys
@@ -19,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
 _ADD = _aten.add.Tensor
+_PRODUCTS = frozenset((_aten.mm.default, _aten.mv.default, _aten.bmm.default))
 
 
 def _nodes(names: str) -> frozenset[str]:
@@ -104,6 +108,31 @@ def _alone() -> Holders | None:
 def may_overwrite(func: Any) -> bool:
     """Whether an operation is one that `overwriting` may know another for."""
     return func is _ADD or func in _OF_NODES
+
+
+def is_product(func: Any) -> bool:
+    """Whether an operation is one that ``linear`` may add its bias to."""
+    return func in _PRODUCTS
+
+
+def adds_bias(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], product: object) -> bool:
+    """Whether an operation is ``linear``'s addition of a bias, which it does in place.
+
+    In a program's own ``x @ w + b`` that program holds the product, and it is not.
+
+    Args:
+        func, args, kwargs: as a dispatch mode got them, which lies on top of all others.
+        product: of the last one in this thread, by its storage.
+    """
+    if func is not _ADD or kwargs or len(args) != 2 or not isinstance(args[1], torch.Tensor):
+        return False
+    return (  # without a name for args[0], which would hold it once more
+        args[1].dim() == 1
+        and args[0].dim() != 2  # then the bias is a part of the product
+        and args[0].shape[-1:] == args[1].shape
+        and args[0].untyped_storage()._cdata == product
+        and _looked_at(args) == _alone()
+    )
 
 
 def prepare() -> None:

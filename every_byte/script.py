@@ -524,5 +524,9 @@ def as_cuda(
         stack.enter_context(cuda_names(gpu))
         stack.enter_context(_patched(mode))
         stack.enter_context(mock.patch.object(gpu.memory, "in_thread", in_each_thread))
+        clear = "_cuda_clearCublasWorkspaces"  # Lightning calls it at the end of a training
+        stack.enter_context(
+            mock.patch.object(torch._C, clear, gpu.clear_cublas_workspaces, create=True)
+        )
         stack.enter_context(mode)
         yield gpu

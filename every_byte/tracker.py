@@ -351,11 +351,13 @@ class _Now(threading.local):
         in_optimizer: an optimizer's step.
         in_kernel: a kernel; then no step of a timeline, though each allocation counts.
         label: the kind of what is allocated, where it is said.
+        product: the storage of the last matrix product's result.
     """
 
     in_optimizer = False
     in_kernel = False
     label: str | None = None
+    product: int | None = None
 
 
 # Their indices may come from the host as Python lists, as in ``x[:, [0, 2]]``: C++ copies them
@@ -496,8 +498,12 @@ class Tracker(TorchDispatchMode):
             if self.passes_unseen and self._are_unseen(func, args):
                 return func(*args, **kwargs)
             self._check_known(func, args, kwargs)
-        if not self.watched and in_place.may_overwrite(func) and in_backward():
-            func, args = self._as_unwatched(func, args, kwargs)
+        if not self.watched and in_place.may_overwrite(func):
+            if in_backward():
+                func, args = self._as_unwatched(func, args, kwargs)
+            if in_place.adds_bias(func, args, kwargs, self._now.product):
+                into = self.__torch_dispatch__(torch.ops.aten.add_.Tensor, types, args)
+                return torch.ops.aten.alias.default(into)  # autograd expects a tensor of its own
         if (kernel := self.memory.kernel(func, args, kwargs)) is not None:
             self._sample()
             within, self._now.in_kernel = self._now.in_kernel, not func._can_decompose()
@@ -517,6 +523,8 @@ class Tracker(TorchDispatchMode):
             result = func(*args, **kwargs)
             self._see(func, args, result)
             self.memory.computed(func, args, kwargs, result)
+            if in_place.is_product(func):
+                self._now.product = result.untyped_storage()._cdata
         except OutOfMemoryError as error:
             message = str(error)
         except BaseException:

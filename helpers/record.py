@@ -35,7 +35,7 @@ from unittest import mock
 import torch
 
 from every_byte.allocator.replay import replay_trace
-from every_byte.data import cards
+from every_byte.data import ALSO_NAMED, cards
 from every_byte.gpu import GPU, CudaGPU, VirtualGPU
 from every_byte.tracker import KINDS, untracked
 from every_byte.virtual.memory import CUBLAS_WORKSPACE
@@ -203,6 +203,7 @@ def replay(name: str, measured: Result, machine: Mapping[str, Any]) -> Result:
     """
     experiment = _experiment(name)
     card = machine["card"].removeprefix("NVIDIA ")
+    card = ALSO_NAMED.get(card, card)
     like: Result = {"card": card if card in cards() else None}
     if like["card"]:
         like["torch"] = ".".join(machine["versions"]["torch"].split(".")[:2])

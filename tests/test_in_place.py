@@ -158,3 +158,61 @@ def test_a_second_gradient_is_added_to_the_first(watched: bool, blocks: int) -> 
         gpu.reset_peak_memory_stats()
         loss.backward(retain_graph=True)
         assert gpu.max_memory_allocated() - before - 512 == (blocks - 1) * x.nbytes
+
+
+def taken(gpu: VirtualGPU, run: Callable[[], object]) -> list[int]:
+    """The requests of a program, in bytes."""
+    gpu.record_memory_history()
+    kept = run()
+    (entries,) = gpu.snapshot()["device_traces"]
+    gpu.record_memory_history(None)
+    del kept
+    return [entry["size"] for entry in entries if entry["action"] == "alloc"]
+
+
+@pytest.mark.parametrize("graded", [True, False])
+def test_linear_adds_its_bias_to_a_product_of_its_own(graded: bool) -> None:
+    """As measured on an H100: nn.MultiheadAttention gives it an input that is not contiguous."""
+    for watched, more in ((False, []), (True, [240])):
+        with VirtualGPU(watched=watched) as gpu, torch.set_grad_enabled(graded):
+            with gpu.device:
+                layer, x = nn.Linear(8, 4), torch.zeros(3, 5, 8).transpose(0, 1)
+            layer(x)  # takes cuBLAS's workspace
+            assert taken(gpu, lambda: layer(x)) == [480, 240, *more]
+            own = taken(gpu, lambda: x @ layer.weight.t() + layer.bias)
+            assert own == [480, 240, 240]  # here the program holds the product
+            if graded:
+                layer(x).sum().backward()
+                assert layer.bias.grad is not None and layer.bias.grad.shape == (4,)
+
+
+def test_linear_gives_the_same_gradients_where_it_adds_in_place() -> None:
+    x = torch.randn(3, 5, 8, requires_grad=True)
+    layer = nn.Linear(8, 4)
+    layer(x.transpose(0, 1)).square().sum().backward()
+    assert layer.weight.grad is not None and x.grad is not None
+    alone = x.grad.clone(), layer.weight.grad.clone()
+    x.grad = layer.weight.grad = layer.bias.grad = None
+    with AddingBiases() as mode:
+        layer(x.transpose(0, 1)).square().sum().backward()
+    assert mode.added == 1
+    assert torch.equal(x.grad, alone[0]) and torch.equal(layer.weight.grad, alone[1])
+
+
+class AddingBiases(TorchDispatchMode):
+    """Does to a bias on the host what the tracker does to one on its device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        in_place.prepare()
+        self.product: int | None = None
+        self.added = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if in_place.adds_bias(func, args, kwargs or {}, self.product):
+            self.added += 1
+            return torch.ops.aten.alias.default(torch.ops.aten.add_.Tensor(*args))
+        result = func(*args, **kwargs or {})
+        if in_place.is_product(func):
+            self.product = result.untyped_storage()._cdata
+        return result

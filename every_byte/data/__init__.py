@@ -100,8 +100,8 @@ def cards() -> dict[str, Card]:
     return {name: Card(**card) for name, card in read("cards.toml").items()}
 
 
-ALSO_NAMED = {"RTX 4050": "RTX 4050 Laptop"}
-"""What people call cards that are sold under one more word: there is no other RTX 4050."""
+ALSO_NAMED = {"RTX 4050": "RTX 4050 Laptop", "H100 80GB HBM3": "H100"}
+"""Other names of cards: there is no other RTX 4050; the driver's name of the H100 (SXM)."""
 
 
 def unknown_card(memory: int) -> Card:

@@ -108,7 +108,7 @@ class VirtualMemory(CachingAllocator):
         self._cublas_handles = count(1)
         # of (cuBLAS handle, stream): the block; handle 0 is the autograd thread's
         self._workspaces: dict[tuple[int, int], int] = {}
-        self._cublaslt_workspace: int | None = None  # the block, where it has one of its own
+        self._cublaslt_workspaces: dict[tuple[int, int], int] = {}  # where it has its own
 
     def __str__(self) -> str:
         size = "" if self.capacity is None else f", {binary(self.capacity)}"
@@ -203,9 +203,9 @@ class VirtualMemory(CachingAllocator):
         if self.rules is not None and kernels.by_cublaslt(operation, args):
             if self.rules.cublaslt_workspace == "temporary":
                 return [self.malloc(CUBLASLT_WORKSPACE)]
-            # One for the process, not for each thread, as measured with 2.11.
-            if self.rules.cublaslt_workspace == "own" and self._cublaslt_workspace is None:
-                self._cublaslt_workspace = self.malloc(CUBLASLT_WORKSPACE)
+            own = self.rules.cublaslt_workspace == "own"
+            if own and key not in self._cublaslt_workspaces:
+                self._cublaslt_workspaces[key] = self.malloc(CUBLASLT_WORKSPACE)
         return []
 
     def _cublas_handle(self) -> int:
@@ -225,11 +225,9 @@ class VirtualMemory(CachingAllocator):
 
     def clear_cublas_workspaces(self) -> None:
         """Free cuBLAS's workspaces; the next product of each thread takes its own again."""
-        while self._workspaces:
-            self.free(self._workspaces.popitem()[1])
-        if self._cublaslt_workspace is not None:
-            self.free(self._cublaslt_workspace)
-            self._cublaslt_workspace = None
+        for workspaces in (self._workspaces, self._cublaslt_workspaces):
+            while workspaces:
+                self.free(workspaces.popitem()[1])
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
