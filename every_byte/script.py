@@ -410,6 +410,11 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
         )
         return model if model is not None else lambda function: function
 
+    def export(*_: object, **__: object) -> None:
+        raise NotImplementedError(
+            "torch.export of a model on the virtual card is not replayed: export it before .cuda()"
+        )
+
     def entered(context: Any, device: Any) -> None:
         make_context(context, device)
         if _is_cuda(device):
@@ -453,6 +458,7 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
             (torch._C, "_gather", gather),
             (torch, "load", load),
             (torch, "compile", compile),
+            (torch.export, "export", export),
             (torch, "Generator", _AnyGenerator),
             (DeviceContext, "__init__", entered),
             (DeviceContext, "__torch_function__", within),

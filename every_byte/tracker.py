@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -221,6 +222,19 @@ def is_wrapper(kind: type) -> bool:
     return getattr(kind, "__torch_dispatch__", plain) is not plain and not issubclass(
         kind, FakeTensor
     )
+
+
+def are_fake(types: Iterable[type]) -> bool:
+    """Whether an operation is of tensors that have a shape and no memory on any device.
+
+    Those of ``FunctionalTensorMode`` hold such a tensor. C++ asks one for its device by an
+    operation, ``prim::device``, where an exception ends the process
+    (``ConcretePyInterpreterVTable::device`` in torch/csrc/PyInterpreter.cpp of PyTorch 2.14).
+    """
+    return any(issubclass(kind, _FAKE) for kind in types)
+
+
+_FAKE = FakeTensor, FunctionalTensor
 
 
 def _parts(tensor: object) -> list[object]:
@@ -488,7 +502,7 @@ class Tracker(TorchDispatchMode):
     ) -> Any:
         """Carry out an operation, then account for what it returns."""
         kwargs = kwargs or {}
-        if not self.in_use:
+        if not self.in_use or (types and are_fake(types)):
             return func(*args, **kwargs)
         if any(map(is_wrapper, types)):
             return NotImplemented  # such as DTensor: seen is what it does with its parts
@@ -716,7 +730,9 @@ class Tracker(TorchDispatchMode):
     def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         """Account for the storages that an operation made."""
         for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
-            if not isinstance(tensor, torch.Tensor) or tensor.device != self.memory.device:
+            if not isinstance(tensor, torch.Tensor) or isinstance(tensor, _FAKE):
+                continue
+            if tensor.device != self.memory.device:
                 continue
             if tensor.layout is not torch.strided:
                 raise NotImplementedError(

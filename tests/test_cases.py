@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import every_byte
@@ -260,3 +262,49 @@ def test_accelerate_takes_the_card(gpu: every_byte.VirtualGPU) -> None:
         assert gpu.breakdown(model, optimizer.optimizer)["optimizer states"] == 2 * 4 * 129 * 128
     finally:
         accelerate.state.AcceleratorState._reset_state(True)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(300, 300)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * torch.ones(300, 300, device=x.device).triu()[0]
+
+
+def test_an_exported_model_takes_what_the_model_takes() -> None:
+    with every_byte.VirtualGPU("RTX 4090") as gpu:
+        model, x = Masked().to(gpu.device), torch.zeros(2, 300, device=gpu.device)
+        model(x)  # takes the workspace
+        held = gpu.memory_allocated()
+        exported = torch.export.export(model, (x,)).module()
+        assert gpu.memory_allocated() == held
+        gpu.reset_peak_memory_stats()
+        model(x)
+        expected = gpu.max_memory_allocated()
+        gpu.reset_peak_memory_stats()
+        exported(x)
+        assert gpu.max_memory_allocated() == expected
+
+
+def test_shapes_alone_take_no_memory(gpu: every_byte.VirtualGPU) -> None:
+    with FakeTensorMode() as mode:
+        x = torch.zeros(3, 9, device="cuda")
+        fakes = [torch.zeros(99), nn.Linear(9, 9, device="cuda")(x)]
+    x = torch.zeros(3, 9, device="cuda")
+    fakes.append(mode.from_tensor(x) * 2)
+    assert gpu.memory_allocated() == gpu.max_memory_allocated() == 512
+    assert [fake.shape for fake in fakes] == [(99,), (3, 9), (3, 9)]
+
+
+def test_make_fx_writes_down_the_programs_own_operations(gpu: every_byte.VirtualGPU) -> None:
+    x = torch.zeros(3, 9, device="cuda")
+    x.sin()
+    graph = make_fx(lambda x: x.sin() + 1)(x).graph
+    assert [node.name for node in graph.nodes] == ["x_1", "sin", "add", "output"]
+
+
+def test_export_is_refused_in_one_line(gpu: every_byte.VirtualGPU) -> None:
+    with pytest.raises(NotImplementedError, match=r"export it before \.cuda\(\)$"):
+        torch.export.export(nn.Linear(9, 9).cuda(), (torch.zeros(3, 9, device="cuda"),))

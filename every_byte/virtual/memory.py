@@ -247,6 +247,7 @@ class VirtualMemory(CachingAllocator):
             stack.enter_context(patches.modules_move_as_on_cuda(self.rules is not None))
             stack.enter_context(patches.recurrent_weights_are_flat())
             stack.enter_context(patches.nothing_is_compiled())
+            stack.enter_context(patches.fake_tensors_take_nothing())
             stack.enter_context(patches.four_bits_are_refused())
             stack.enter_context(cuda_autocast())
             stack.enter_context(self.values.running())

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import optimizer  # deleted from torch.optim, but a module
 from torch.utils import _foreach_utils
 
@@ -79,6 +80,21 @@ PRIVATE_NAMES = (
         "torch._subclasses.fake_tensor.FakeTensor",
         "tells a tensor of shapes alone from one that carries out operations on tensors it holds",
         "what such a tensor holds is counted by nobody, or shapes are counted",
+    ),
+    PrivateName(
+        "torch._subclasses.fake_tensor.FakeTensorMode",
+        "makes such tensors of shapes alone, on no GPU",
+        "torch.export's shapes are counted",
+    ),
+    PrivateName(
+        "torch._subclasses.functional_tensor.FunctionalTensor",
+        "is one that holds such a tensor",
+        "a program that torch.export made cannot be decomposed",
+    ),
+    PrivateName(
+        "torch._C._get_dispatch_mode",
+        "tells whether make_fx writes down operations, by _TorchDispatchModeKey",
+        "what the replay makes in an operation's place is written down, too",
     ),
     PrivateName(
         "torch.utils._pytree.tree_leaves",
@@ -275,6 +291,11 @@ PRIVATE_NAMES = (
         "ranks",
     ),
     # Values, and an unchanged CUDA script
+    PrivateName(
+        "torch._C._TorchDispatchModeKey",
+        "names the mode of make_fx",
+        "what the replay makes in an operation's place is written down, too",
+    ),
     PrivateName(
         "torch._C.DisableTorchFunction",
         "asks a tensor for its own device, where meta tensors say that they are CUDA's",
@@ -580,6 +601,17 @@ def four_bits_are_refused() -> Iterator[None]:
         return make(cls, data, *args, **kwargs)
 
     with mock.patch.object(torch.Tensor, "_make_subclass", made):
+        yield
+
+
+@contextmanager
+def fake_tensors_take_nothing() -> Iterator[None]:
+    """Let the tensors of ``FakeTensorMode`` be on no GPU: they are shapes, made on ``meta``.
+
+    ``torch.export``, ``make_fx`` and DTensor try operations on them.
+    """
+    made = untracked()(FakeTensorMode.__torch_dispatch__)
+    with mock.patch.object(FakeTensorMode, "__torch_dispatch__", made):
         yield
 
 

@@ -34,6 +34,7 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves, tree_map
 
+from every_byte.tracker import are_fake
 from every_byte.units import MiB
 from every_byte.virtual.shapes import on_meta
 
@@ -296,6 +297,11 @@ def _are_corners(func: Any, args: tuple[Any, ...]) -> bool:
     )
 
 
+def _is_traced() -> bool:
+    """Whether ``make_fx`` writes down each operation of this thread: then none is ours."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
 _active: list["Values"] = []
 
 
@@ -357,7 +363,7 @@ class Values:
 
     def dispatch(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out an operation on ``meta``, and on the host where its values are known."""
-        if _active[-1:] != [self]:
+        if _active[-1:] != [self] or _is_traced() or (types and are_fake(types)):
             return func(*args, **kwargs)
         if types and any(map(is_traceable_wrapper_subclass_type, types)):
             return NotImplemented  # seen is what it does with its parts
