@@ -96,6 +96,7 @@ class _AsCuda(TorchFunctionMode):
         if device is not None:
             if _is_cuda(device) or type(device) is int:
                 index_of(device)
+                self.gpu.check_open()
                 kwargs = {**kwargs, "device": _META}
                 kwargs.pop("pin_memory", None)
                 kwargs.pop("generator", None)
@@ -106,6 +107,7 @@ class _AsCuda(TorchFunctionMode):
             with untracked():
                 return func(*args, **kwargs)
         elif args and any(map(_is_cuda, args)):
+            self.gpu.check_open()
             args = tuple(_META if _is_cuda(arg) else arg for arg in args)
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
@@ -146,6 +148,7 @@ def _to(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
                 return func(*args, **kwargs)
         with untracked(), _plain():
             return torch.empty_like(args[0], device=_META)
+    mode.gpu.check_open()
     if comes_from_meta and not mode.is_ours(args[0]):
         raise NotImplementedError("Cannot copy out of meta tensor; no data!")
     if "device" in kwargs:
@@ -424,6 +427,8 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
         if _is_meta(context.device):
             with untracked():
                 return function_of(context, func, types, args, kwargs)
+        if context.device == _CARD and func in _device_constructors():
+            mode.gpu.check_open()
         return function_of(context, func, types, args, kwargs)
 
     def address(storage: Any) -> int:

@@ -7,6 +7,7 @@ behind `every_byte.memory.DeviceMemory`.
 """
 
 import _thread
+import gc
 import os
 import threading
 import weakref
@@ -298,6 +299,36 @@ def is_accounted(tensor: torch.Tensor) -> bool:
     return is_tracked() and _running[-1].accounts_for(tensor)
 
 
+_trackers: "weakref.WeakSet[Tracker]" = weakref.WeakSet()  # all that there are
+
+
+def uncounted(device: torch.device) -> int:
+    """Bytes of a device's tensors that no tracker counts, as far as Python knows them."""
+    if _uncounted(device):
+        gc.collect()
+    return sum(_uncounted(device).values())
+
+
+def _uncounted(device: torch.device) -> dict[int, int]:
+    kinds, new = set[type](), {torch.Tensor}
+    while new:
+        kinds |= new
+        new = {kind for known in new for kind in known.__subclasses__()} - kinds
+    kinds = {kind for kind in kinds if not is_wrapper(kind) and not issubclass(kind, _FAKE)}
+    found: dict[int, int] = {}
+    with torch._C.DisableTorchFunction():
+        for tensor in [each for each in gc.get_objects() if type(each) in kinds]:
+            if (
+                not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+                and tensor.device == device
+                and tensor.layout is torch.strided
+                and not any(tracker.accounts_for(tensor) for tracker in _trackers)
+            ):
+                storage = tensor.untyped_storage()
+                found[storage._cdata] = storage.nbytes()
+    return {storage: nbytes for storage, nbytes in found.items() if nbytes}
+
+
 class _Follow(TorchDispatchMode):
     """Leads the operations of a thread that a program starts to the tracker in use."""
 
@@ -437,6 +468,7 @@ class Tracker(TorchDispatchMode):
         self._storages: dict[int, _Storage] = {}  # address of the StorageImpl: what it is
         self._recording: _Recording | None = None
         self._process = os.getpid()
+        _trackers.add(self)
 
     @property
     def in_use(self) -> bool:
@@ -560,6 +592,7 @@ class Tracker(TorchDispatchMode):
 
         Raises:
             TypeError: `model` is no module, or one of `optimizers` no optimizer.
+            RuntimeError: a tensor of theirs is on the device, and nobody saw it made.
         """
         with torch._C.DisableTorchFunction():  # every tensor tells its own device
             roles = self._roles(model, optimizers)
@@ -646,6 +679,8 @@ class Tracker(TorchDispatchMode):
                         storage = self._know(tensor.untyped_storage(), kind)
                     if storage is not None:
                         roles[storage] = kind
+                    elif not self.passes_unseen and self.memory.is_replayed:
+                        self._check_tensor(f"breakdown() of {kind}", tensor)
 
         for optimizer in filter(None, optimizers):
             note("optimizer states", *tree_leaves(list(optimizer.state.values())))
@@ -716,13 +751,13 @@ class Tracker(TorchDispatchMode):
             if tensor.device == self.memory.device:
                 self._check_tensor(func, tensor)
 
-    def _check_tensor(self, func: Any, tensor: torch.Tensor) -> None:
+    def _check_tensor(self, what: object, tensor: torch.Tensor) -> None:
         if tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
         if storage._cdata not in self._storages and storage.nbytes():
             raise RuntimeError(
-                f"{func} got a tensor of shape {tuple(tensor.shape)} on {self.memory.device} whose "
+                f"{what} got a tensor of shape {tuple(tensor.shape)} on {self.memory.device} whose "
                 f"{storage.nbytes():,} bytes no one accounts for: make it while the GPU in use is "
                 "open, not in untracked(), and not in a thread that ran before"
             )
