@@ -20,6 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.optim.optimizer import (
@@ -239,7 +240,12 @@ _FAKE = FakeTensor, FunctionalTensor
 
 
 def _parts(tensor: object) -> list[object]:
-    """The tensors that hold a tensor's bytes: of a ``DTensor``, this GPU's part of it."""
+    """The tensors that hold a tensor's bytes: of a ``DTensor``, this GPU's part of it.
+
+    Of what ``torch.func`` wraps, what is within.
+    """
+    while isinstance(tensor, torch.Tensor) and _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
@@ -319,7 +325,7 @@ def _uncounted(device: torch.device) -> dict[int, int]:
     with torch._C.DisableTorchFunction():
         for tensor in [each for each in gc.get_objects() if type(each) in kinds]:
             if (
-                not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+                not _functorch.is_functorch_wrapped_tensor(tensor)
                 and tensor.device == device
                 and tensor.layout is torch.strided
                 and not any(tracker.accounts_for(tensor) for tracker in _trackers)

@@ -203,6 +203,18 @@ def test_recurrent_weights_are_one_block(gpu: every_byte.VirtualGPU, name: str) 
     model(random(4, 16, 64))[0].sum().backward()
 
 
+def test_a_report_looks_within_torch_func(gpu: every_byte.VirtualGPU) -> None:
+    model, seen = nn.Linear(128, 1, bias=False).cuda(), []
+
+    model.register_forward_pre_hook(lambda *_: seen.append(gpu.breakdown(model)["parameters"]))
+
+    def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> Any:
+        return torch.func.functional_call(model, parameters, (x,)).mean()
+
+    torch.func.grad(loss)(dict(model.named_parameters()), torch.randn(4, 128, device="cuda"))
+    assert seen == [512]
+
+
 def test_a_triton_kernel_takes_no_memory(gpu: every_byte.VirtualGPU) -> None:
     triton = pytest.importorskip("triton")
 

@@ -7,7 +7,7 @@ against the code, so a new version of PyTorch is checked by reading its failures
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -449,7 +449,7 @@ def modules_move_as_on_cuda(quantising: bool) -> Iterator[None]:
             if comes and quantising and is_tracked():
                 for parameter in own:  # PyTorch could not swap them
                     if _is_quantised(parameter):
-                        _quantise(parameter)
+                        _quantise(parameter, fn)
                     elif not _is_meta(parameter):
                         moved = torch.nn.Parameter(fn(parameter.data), parameter.requires_grad)
                         torch.utils.swap_tensors(parameter, moved)
@@ -487,7 +487,7 @@ def _is_quantised(parameter: torch.Tensor) -> bool:
     return type(parameter).__module__ == "bitsandbytes.nn.modules" and not _is_meta(parameter)
 
 
-def _quantise(parameter: Any) -> None:
+def _quantise(parameter: Any, to_card: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Let a parameter of bitsandbytes' on the host become what it is on the card.
 
     ``_quantize`` of ``Params4bit`` and ``Int8Params`` in ``bitsandbytes/nn/modules.py`` of
@@ -498,7 +498,7 @@ def _quantise(parameter: Any) -> None:
     on_host = parameter.data.contiguous()
     if kind.__name__ == "Params4bit" and not parameter.bnb_quantized:
         data, state = functional.quantize_4bit(
-            on_host.to("meta"),
+            to_card(on_host),
             blocksize=parameter.blocksize,
             compress_statistics=parameter.compress_statistics,
             quant_type=parameter.quant_type,
@@ -512,7 +512,7 @@ def _quantise(parameter: Any) -> None:
         and on_host.is_floating_point()
         and not parameter.has_fp16_weights
     ):
-        data, scales, _ = functional.int8_vectorwise_quant(on_host.to("meta", torch.float16))
+        data, scales, _ = functional.int8_vectorwise_quant(to_card(on_host.to(torch.float16)))
         told = {"CB": data, "SCB": scales}
     else:
         refuse_quantised(parameter)
