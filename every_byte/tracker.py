@@ -208,6 +208,15 @@ def _composed(func: Any, *args: Any, **kwargs: Any) -> Any:
     return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
 
 
+def _is_missing(func: Any, error: BaseException) -> bool:
+    """Whether PyTorch has no kernel of an own operation for ``meta``, which it says at length."""
+    return (
+        isinstance(error, NotImplementedError)
+        and func.namespace == "aten"
+        and any(words in str(error) for words in ("with Meta tensors", "from the 'Meta' backend"))
+    )
+
+
 def _arrives_whole(args: tuple[Any, ...]) -> bool:
     """Whether autograd, which takes composite operations apart, is passed by.
 
@@ -571,8 +580,13 @@ class Tracker(TorchDispatchMode):
             self.memory.computed(func, args, kwargs, result)
         except OutOfMemoryError as error:
             message = str(error)
-        except BaseException:
+        except BaseException as error:
             self._now.in_optimizer = False  # the hook at the step's end will not be called
+            if self.memory.is_replayed and _is_missing(func, error):
+                raise NotImplementedError(
+                    f"{func} is not replayed: PyTorch does not tell the shape of its result "
+                    "without computing it; take another operation, or compute it on the host"
+                ) from None
             raise
         else:
             self._sample()

@@ -320,3 +320,49 @@ def test_make_fx_writes_down_the_programs_own_operations(gpu: every_byte.Virtual
 def test_export_is_refused_in_one_line(gpu: every_byte.VirtualGPU) -> None:
     with pytest.raises(NotImplementedError, match=r"export it before \.cuda\(\)$"):
         torch.export.export(nn.Linear(9, 9).cuda(), (torch.zeros(3, 9, device="cuda"),))
+
+
+@pytest.mark.parametrize("front", ["as_cuda", "VirtualGPU"])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        (
+            "torch.nested.nested_tensor",
+            lambda d: torch.nested.nested_tensor([torch.zeros(3, device=d)]),
+        ),
+        ("torch.sparse_coo_tensor", lambda d: torch.sparse_coo_tensor([[0]], [1.0], device=d)),
+        (
+            "torch.quantize_per_tensor",
+            lambda d: torch.quantize_per_tensor(torch.zeros(3, device=d), 1.0, 0, torch.qint8),
+        ),
+        (
+            "torch.sparse_coo",
+            lambda d: (
+                nn.Embedding(9, 4, sparse=True, device=d)(torch.tensor([1], device=d))
+                .sum()
+                .backward()
+            ),
+        ),
+        ("aten._to_sparse.default", lambda d: torch.zeros(3, device=d).to_sparse()),
+        ("aten.to_mkldnn.default", lambda d: torch.zeros(3, device=d).to_mkldnn()),
+    ],
+)
+def test_what_is_not_replayed_is_refused_by_name_in_one_line(
+    front: str, name: str, make: Callable[[Any], Any]
+) -> None:
+    with every_byte.as_cuda("T4") if front == "as_cuda" else every_byte.VirtualGPU("T4") as gpu:
+        with pytest.raises(NotImplementedError, match=f"^[^\n]*{name}[^\n]*$"):
+            make(gpu.device)
+
+
+def test_a_transformer_in_inference_says_that_it_takes_no_fast_path(
+    gpu: every_byte.VirtualGPU,
+) -> None:
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).cuda()
+    x, mask = random(2, 8, 64), torch.zeros(2, 8, dtype=torch.bool, device="cuda")
+    model(x, src_key_padding_mask=mask)
+    assert not gpu.estimates
+    with torch.no_grad():
+        assert model.eval()(x, src_key_padding_mask=mask).shape == x.shape
+    assert "without PyTorch's fast path" in gpu.estimates[0]

@@ -247,6 +247,8 @@ class VirtualMemory(CachingAllocator):
             stack.enter_context(patches.modules_move_as_on_cuda(self.rules is not None))
             stack.enter_context(patches.recurrent_weights_are_flat())
             stack.enter_context(patches.nothing_is_compiled())
+            stack.enter_context(patches.only_dense_tensors())
+            stack.enter_context(patches.no_fast_path(self.estimates))
             stack.enter_context(patches.fake_tensors_take_nothing())
             stack.enter_context(patches.four_bits_are_refused())
             stack.enter_context(cuda_autocast())

@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import optimizer  # deleted from torch.optim, but a module
 from torch.utils import _foreach_utils
+from torch.utils._pytree import tree_leaves
 
 from every_byte.tracker import is_accounted, is_tracked, untracked
 
@@ -612,6 +613,69 @@ def fake_tensors_take_nothing() -> Iterator[None]:
     """
     made = untracked()(FakeTensorMode.__torch_dispatch__)
     with mock.patch.object(FakeTensorMode, "__torch_dispatch__", made):
+        yield
+
+
+@contextmanager
+def no_fast_path(estimates: dict[str, None]) -> Iterator[None]:
+    """Let ``nn.MultiheadAttention`` and ``nn.TransformerEncoder`` go their usual way in inference.
+
+    There a card takes fused kernels and, for padded batches, nested tensors
+    (``torch/nn/modules/transformer.py`` of PyTorch 2.14); neither is replayed.
+    """
+    known = torch.backends.mha.get_fastpath_enabled
+
+    def none() -> bool:
+        if known() and is_tracked() and not torch.is_grad_enabled():
+            estimates[
+                "nn.TransformerEncoder and nn.MultiheadAttention in inference: replayed without "
+                "PyTorch's fast path; a card has other temporaries there"
+            ] = None
+        return False
+
+    with mock.patch.object(torch.backends.mha, "get_fastpath_enabled", none):
+        yield
+
+
+_LAYOUTS = {
+    torch: (
+        *("sparse_coo_tensor", "sparse_csr_tensor", "sparse_csc_tensor", "sparse_bsr_tensor"),
+        *("sparse_bsc_tensor", "sparse_compressed_tensor"),
+        *("quantize_per_tensor", "quantize_per_channel"),
+    ),
+    torch.nested: ("nested_tensor", "as_nested_tensor"),
+}
+
+
+@contextmanager
+def only_dense_tensors() -> Iterator[None]:
+    """Refuse what makes tensors of other layouts, and quantised ones, by its own name.
+
+    Some of it PyTorch refuses on ``meta`` with an internal assertion.
+    """
+
+    def refusing(name: str, make: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(make)
+        def made(*args: Any, **kwargs: Any) -> Any:
+            device = kwargs.get("device")
+            there = any(
+                isinstance(leaf, torch.Tensor) and _is_meta(leaf) for leaf in tree_leaves(args)
+            ) or (device is not None and torch.device(device).type in ("meta", "cuda"))
+            if there and is_tracked() and kwargs.get("layout") is not torch.jagged:
+                raise NotImplementedError(
+                    f"torch.{name} on a virtual GPU: only dense tensors are accounted for, and "
+                    "nested ones of layout=torch.jagged; take one of these"
+                )
+            return make(*args, **kwargs)
+
+        return made
+
+    with ExitStack() as stack:
+        for module, names in _LAYOUTS.items():
+            for name in names:
+                shown = f"nested.{name}" if module is torch.nested else name
+                patch = refusing(shown, getattr(module, name))
+                stack.enter_context(mock.patch.object(module, name, patch))
         yield
 
 
