@@ -372,7 +372,6 @@ REFUSED = {
         "process",
         "sparse",
         "dlpack",
-        "legacy",
     },
     "VirtualGPU": {"cuda", "generator", "pinned", "process", "sparse", "dlpack", "legacy"},
 }

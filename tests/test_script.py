@@ -228,10 +228,42 @@ def test_what_is_asked_of_torch_cuda(gpu: every_byte.VirtualGPU) -> None:
     with cuda.device(0):
         cuda.empty_cache()
     cuda.reset_peak_memory_stats()
+    assert cuda.device_memory_used() >= cuda.memory_reserved()
     cuda.set_per_process_memory_fraction(0.5)
+    assert cuda.get_per_process_memory_fraction() == 0.5
     with pytest.raises(cuda.OutOfMemoryError, match=r"Tried to allocate 13\.00 GiB\. GPU 0 has"):
         torch.empty(13 * 2**30, dtype=torch.uint8, device="cuda")
     assert x.is_cuda
+
+
+def test_old_kinds_of_tensors(gpu: every_byte.VirtualGPU) -> None:
+    kind: Any = torch.cuda.FloatTensor
+    x, y = kind(3, 4).fill_(1.0), kind([1.0, 2.0])
+    z = torch.ones(300).type("torch.cuda.LongTensor")
+    assert x.is_cuda and (x.shape, y.tolist()) == ((3, 4), [1.0, 2.0])
+    assert z.is_cuda and z.dtype is torch.int64 and z.type() == "torch.cuda.LongTensor"
+    assert isinstance(x, kind) and not isinstance(z, kind)
+    assert torch.ones(3).type() == "torch.FloatTensor"
+    assert gpu.memory_allocated() == 512 + 512 + 2560
+    torch.set_default_tensor_type("torch.cuda.HalfTensor")
+    try:
+        assert torch.ones(3).is_cuda and torch.ones(3).dtype is torch.float16
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_tensor_type("torch.FloatTensor")
+    assert torch.ones(3).is_cpu and torch.ones(3).dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CUDAGraph", "MemPool", "caching_allocator_alloc", "make_graphed_callables"],
+)
+def test_memory_that_is_not_pytorchs_own_is_refused(gpu: every_byte.VirtualGPU, name: str) -> None:
+    with pytest.raises(
+        NotImplementedError, match=rf"^torch\.cuda\.{name} is not replayed .*here|of"
+    ):
+        getattr(torch.cuda, name)(100)
+    assert isinstance(getattr(torch.cuda, name), type) is name[0].isupper()
 
 
 def test_what_inference_mode_made_is_read_outside_of_it(gpu: every_byte.VirtualGPU) -> None:
