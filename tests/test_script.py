@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import every_byte
-from every_byte.virtual.values import UnknownValueError
 
 ARTICLE = """
 import torch
@@ -353,11 +352,24 @@ def test_generation_ends_by_its_length(
     assert llama.generate(ids, max_new_tokens=4, **options).shape == (1, 20)
 
 
-def test_beam_search_is_refused_not_cut_short(gpu: every_byte.VirtualGPU, llama: Any) -> None:
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"early_stopping": True}])
+def test_beam_search_goes_on_to_its_length_and_says_so(
+    gpu: every_byte.VirtualGPU, llama: Any, options: dict[str, Any]
+) -> None:
     llama.cuda().eval()
-    ids = torch.randint(3, 1000, (1, 16), device="cuda")
-    with pytest.raises(UnknownValueError, match=r"beam search at .* take num_beams=1"):
-        llama.generate(ids, max_new_tokens=4, num_beams=2)
+    ids = torch.randint(3, 1000, (2, 16), device="cuda")
+    found = llama.generate(
+        ids,
+        max_new_tokens=5,
+        num_beams=3,
+        num_return_sequences=2,
+        output_scores=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    assert found.sequences.shape == (4, 21) and len(found.scores) == 5
+    assert all(score.shape == (6, 1000) for score in found.scores)
+    assert any("answered True" in str(a) for a in gpu.memory.values.assumptions)
 
 
 def test_a_trainer_takes_the_card_by_itself(

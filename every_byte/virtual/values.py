@@ -297,6 +297,15 @@ def _are_corners(func: Any, args: tuple[Any, ...]) -> bool:
     )
 
 
+def _goes_on(func: Any) -> bool:
+    """Whether it is asked if a beam search of transformers may find better beams: until its end.
+
+    It would end as soon as an answer is False (``_check_early_stop_heuristic`` in
+    ``transformers/generation/utils.py`` of 5.23).
+    """
+    return func._schema.name == "aten::gt" and _is_within("_check_early_stop_heuristic")
+
+
 def _is_traced() -> bool:
     """Whether ``make_fx`` writes down each operation of this thread: then none is ours."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
@@ -454,7 +463,7 @@ class Values:
         for tensor in made:
             if tensor.dtype in WHOLE:
                 copy = _blank(tensor, None if healthy is not None else self._origin(func))
-                if healthy or (healthy is None and _are_corners(func, args)):
+                if healthy or (healthy is None and (_are_corners(func, args) or _goes_on(func))):
                     _on_host(tensor, copy).fill_(True)
 
     def _note_in_place(
@@ -551,11 +560,6 @@ class Values:
             UnknownValueError: it is refused.
         """
         line = program_line()
-        if _is_within("_beam_search"):  # of transformers: any assumption ends it too early
-            raise UnknownValueError(
-                f"beam search at {line} ends by scores, which a virtual GPU does not have: take "
-                "num_beams=1 and a batch as many times as large, which needs the same memory"
-            )
         if self.unknown == "refuse":
             made = f" of {origin}" if origin else ""
             raise UnknownValueError(
