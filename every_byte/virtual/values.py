@@ -52,6 +52,9 @@ LARGEST = 32 * MiB
 LARGEST_FLOAT = 4096
 """The same for a storage of floating-point numbers."""
 
+LARGEST_CAST = 4 * MiB
+"""The same for floating-point numbers that are whole numbers cast, or ones, as masks are."""
+
 _FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 _HOST = torch.device("cpu")
 
@@ -169,13 +172,19 @@ def _unwritten(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=_HOST)
 
 
-def _is_small(tensor: Tensor) -> bool:
+def _is_small(tensor: Tensor, is_cast: bool = False) -> bool:
     """Whether the values of a meta tensor's storage are kept, where they are known."""
     if tensor.layout is not torch.strided:
         return False
     if tensor.dtype in WHOLE:
         return tensor.untyped_storage().nbytes() <= LARGEST
-    return tensor.dtype in _FLOATS and tensor.untyped_storage().nbytes() <= LARGEST_FLOAT
+    largest = LARGEST_CAST if is_cast else LARGEST_FLOAT
+    return tensor.dtype in _FLOATS and tensor.untyped_storage().nbytes() <= largest
+
+
+def _is_cast(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operation only gives whole numbers another dtype, or makes ones."""
+    return func is aten.ones.default or (func is aten._to_copy.default and args[0].dtype in WHOLE)
 
 
 def _blank(tensor: Tensor, origin: str | None = None) -> _Copy:
@@ -435,7 +444,7 @@ class Values:
             self._note_in_place(func, about, args, kwargs)
             return
         if isinstance(result, Tensor):
-            if not result.is_meta or not _is_small(result):
+            if not result.is_meta or not _is_small(result, _is_cast(func, args)):
                 return
             made = [result]
         else:
@@ -457,7 +466,7 @@ class Values:
             except Exception:  # the host's kernel may not have this dtype or layout
                 origin = self._origin(func)
             else:
-                self._keep(result, on_host, origin, args, kwargs)
+                self._keep(func, result, on_host, origin, args, kwargs)
                 return
         healthy = _healthy(func, args)
         for tensor in made:
@@ -517,13 +526,19 @@ class Values:
         return func(*tree_map(_value, args), **given)
 
     def _keep(
-        self, result: Any, on_host: Any, origin: str | None, args: Any, kwargs: dict[str, Any]
+        self,
+        func: Any,
+        result: Any,
+        on_host: Any,
+        origin: str | None,
+        args: Any,
+        kwargs: dict[str, Any],
     ) -> None:
         shared = {id(t.untyped_storage()) for t in _tensors((*args, *kwargs.values()))}
         for tensor, host in zip(tree_leaves(result), tree_leaves(on_host), strict=False):
             if not (isinstance(tensor, Tensor) and isinstance(host, Tensor) and tensor.is_meta):
                 continue
-            if not _is_small(tensor) or _copy_of(tensor) is not None:
+            if _copy_of(tensor) is not None or not _is_small(tensor, _is_cast(func, args)):
                 continue
             if id(host.untyped_storage()) in shared or (
                 host.stride() != tensor.stride()
