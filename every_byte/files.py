@@ -1,5 +1,6 @@
 """Writing whole or not at all: to a path that somebody gave, over nothing that is not ours."""
 
+import ctypes
 import errno
 import os
 import secrets
@@ -151,10 +152,16 @@ def remove_left_over(place: Path) -> None:
 def swap(new: Path, place: Path, aside: Path) -> None:
     """Move a folder to where another one may be, which goes `aside`, and comes back on failure.
 
+    Linux and macOS exchange the two at once, so that whatever kill comes, one is in place. Where
+    the system or the file system can't, there is a moment between two moves.
+
     Raises:
         OSError: it cannot be moved.
     """
     while True:
+        if place.exists() and _exchange(new, place):
+            new.rename(aside)
+            return
         with suppress(FileNotFoundError):
             place.rename(aside)
         try:
@@ -167,3 +174,18 @@ def swap(new: Path, place: Path, aside: Path) -> None:
                 aside.rename(place)
             raise
         return
+
+
+_AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2  # linux/fcntl.h, linux/fs.h, sys/stdio.h
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False where that cannot be had."""
+    system: Any = ctypes.CDLL(None) if os.name == "posix" else None
+    paths = os.fsencode(one), os.fsencode(other)
+    if hasattr(system, "renameat2"):  # Linux, since glibc 2.28
+        here = ctypes.c_int(_AT_FDCWD)
+        return not system.renameat2(here, paths[0], here, paths[1], _RENAME_EXCHANGE)
+    if hasattr(system, "renamex_np"):  # macOS
+        return not system.renamex_np(*paths, _RENAME_SWAP)
+    return False

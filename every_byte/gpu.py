@@ -13,6 +13,7 @@ import os
 import pickle
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
@@ -31,7 +32,7 @@ from every_byte.cuda import CudaMemory
 from every_byte.data import ALSO_NAMED, cards
 from every_byte.files import written
 from every_byte.memory import DeviceMemory
-from every_byte.tracker import Breakdown, Timeline, Tracker
+from every_byte.tracker import Breakdown, Timeline, Tracker, uncounted
 from every_byte.virtual.memory import CUBLAS_WORKSPACE, VirtualMemory
 from every_byte.virtual.rules import Rules
 
@@ -68,16 +69,24 @@ class GPU(Generic[_Memory]):
         Raises:
             RuntimeError: it is replayed and not open: nobody would count what is made there.
         """
-        if self.memory.is_replayed and self not in GPU._open:
-            raise RuntimeError(
-                f"{self.memory} is not open: what is made on its device now would be counted by "
-                "nobody; begin with open(), or `with gpu:`"
-            )
+        self.check_open()
         return self._device
 
     @device.setter
     def device(self, device: torch.device) -> None:
         self._device = device
+
+    def check_open(self) -> None:
+        """Refuse to make tensors that nobody would count.
+
+        Raises:
+            RuntimeError: it is replayed and not open.
+        """
+        if self.memory.is_replayed and self not in GPU._open:
+            raise RuntimeError(
+                f"{self.memory} is not open: what is made on its device now would be counted by "
+                "nobody; begin with open(), or `with gpu:`"
+            )
 
     def open(self) -> Self:
         """Begin to account for the device's memory. Returns itself.
@@ -106,6 +115,9 @@ class GPU(Generic[_Memory]):
     def close(self) -> None:
         """Stop looking. Tensors that live on stay accounted for. Harmless if closed.
 
+        Asked afterwards, a virtual GPU warns of tensors on its device that nobody counts, such
+        as those made there since.
+
         Raises:
             RuntimeError: a GPU opened later is still open; or this one was opened in
                 another thread.
@@ -128,11 +140,23 @@ class GPU(Generic[_Memory]):
 
         Raises:
             RuntimeError: it is replayed, and the GPU was never open.
+
+        Warns:
+            UserWarning: it is open no more, and tensors on its device are counted by nobody.
         """
-        if self.memory.is_replayed and not self._was_open:
+        if not self.memory.is_replayed or self in GPU._open:
+            return self.memory
+        if not self._was_open:
             raise RuntimeError(
                 f"{self.memory} was never open and saw no tensor made: begin with open(), or "
                 "`with gpu:`"
+            )
+        if unseen := uncounted(self.memory.device):
+            warnings.warn(
+                f"{self.memory} is closed, and its figures leave out {unseen:,} bytes of "
+                f"tensors on {self.memory.device} that nobody counts: those that are to be on it "
+                "have to be made while it is open",
+                stacklevel=3,
             )
         return self.memory
 

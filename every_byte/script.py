@@ -27,7 +27,7 @@ from every_byte.estimate import CONTEXT
 from every_byte.gpu import VirtualGPU
 from every_byte.tracker import is_wrapper, untracked
 from every_byte.virtual import autocast
-from every_byte.virtual.cuda_names import cuda_names, index_of
+from every_byte.virtual.cuda_names import cuda_names, index_of, legacy_dtype
 from every_byte.virtual.values import as_indices
 
 _CUDA, _META = torch.device("cuda", 0), torch.device("meta")
@@ -96,6 +96,7 @@ class _AsCuda(TorchFunctionMode):
         if device is not None:
             if _is_cuda(device) or type(device) is int:
                 index_of(device)
+                self.gpu.check_open()
                 kwargs = {**kwargs, "device": _META}
                 kwargs.pop("pin_memory", None)
                 kwargs.pop("generator", None)
@@ -106,6 +107,7 @@ class _AsCuda(TorchFunctionMode):
             with untracked():
                 return func(*args, **kwargs)
         elif args and any(map(_is_cuda, args)):
+            self.gpu.check_open()
             args = tuple(_META if _is_cuda(arg) else arg for arg in args)
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
@@ -146,6 +148,7 @@ def _to(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
                 return func(*args, **kwargs)
         with untracked(), _plain():
             return torch.empty_like(args[0], device=_META)
+    mode.gpu.check_open()
     if comes_from_meta and not mode.is_ours(args[0]):
         raise NotImplementedError("Cannot copy out of meta tensor; no data!")
     if "device" in kwargs:
@@ -153,6 +156,16 @@ def _to(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
     else:
         args = (args[0], _META, *args[2:])
     return func(*args, **kwargs)
+
+
+def _type(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    """``tensor.type("torch.cuda.FloatTensor")``, the way of before ``.to()``."""
+    if len(args) == 1 and not kwargs and mode.is_ours(args[0]):
+        return func(*args).replace("torch.meta.", "torch.cuda.")
+    dtype = legacy_dtype(args[1]) if len(args) > 1 else None
+    if dtype is None:
+        return func(*args, **kwargs)
+    return _to(mode, Tensor.to, (args[0], _CUDA, dtype), {})
 
 
 def _cuda(mode: _AsCuda, func: Any, args: Any, kwargs: Any) -> Any:
@@ -277,6 +290,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.get_device: _answered(0),
     Tensor.to: _to,
     Tensor.cuda: _cuda,
+    Tensor.type: _type,
     Tensor.__repr__: _repr,
     Tensor.__format__: _format,
     Tensor.register_hook: _hooked,
@@ -410,6 +424,19 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
         )
         return model if model is not None else lambda function: function
 
+    def set_default_tensor_type(kind: Any) -> None:
+        dtype = legacy_dtype(kind)
+        if dtype is None:
+            set_default_type(kind)
+        else:
+            torch.set_default_dtype(dtype)
+            torch.set_default_device(_CUDA)
+
+    def export(*_: object, **__: object) -> None:
+        raise NotImplementedError(
+            "torch.export of a model on the virtual card is not replayed: export it before .cuda()"
+        )
+
     def entered(context: Any, device: Any) -> None:
         make_context(context, device)
         if _is_cuda(device):
@@ -419,6 +446,8 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
         if _is_meta(context.device):
             with untracked():
                 return function_of(context, func, types, args, kwargs)
+        if context.device == _CARD and func in _device_constructors():
+            mode.gpu.check_open()
         return function_of(context, func, types, args, kwargs)
 
     def address(storage: Any) -> int:
@@ -429,6 +458,7 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
     def saved_by(hooks: Any, pack: Any, unpack: Any) -> None:
         make_hooks(hooks, _in_backward(mode, pack), _in_backward(mode, unpack))
 
+    set_default_type = torch.set_default_tensor_type
     make_hooks = torch.autograd.graph.saved_tensors_hooks.__init__
     apply = _in_backward(mode, torch.autograd.function.BackwardCFunction.apply)
     group_others = torch._C._group_tensors_by_device_and_dtype
@@ -453,6 +483,8 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
             (torch._C, "_gather", gather),
             (torch, "load", load),
             (torch, "compile", compile),
+            (torch.export, "export", export),
+            (torch, "set_default_tensor_type", set_default_tensor_type),
             (torch, "Generator", _AnyGenerator),
             (DeviceContext, "__init__", entered),
             (DeviceContext, "__torch_function__", within),

@@ -7,6 +7,7 @@ behind `every_byte.memory.DeviceMemory`.
 """
 
 import _thread
+import gc
 import os
 import threading
 import weakref
@@ -19,7 +20,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._C import _functorch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -205,6 +208,15 @@ def _composed(func: Any, *args: Any, **kwargs: Any) -> Any:
     return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
 
 
+def _is_missing(func: Any, error: BaseException) -> bool:
+    """Whether PyTorch has no kernel of an own operation for ``meta``, which it says at length."""
+    return (
+        isinstance(error, NotImplementedError)
+        and func.namespace == "aten"
+        and any(words in str(error) for words in ("with Meta tensors", "from the 'Meta' backend"))
+    )
+
+
 def _arrives_whole(args: tuple[Any, ...]) -> bool:
     """Whether autograd, which takes composite operations apart, is passed by.
 
@@ -223,8 +235,26 @@ def is_wrapper(kind: type) -> bool:
     )
 
 
+def are_fake(types: Iterable[type]) -> bool:
+    """Whether an operation is of tensors that have a shape and no memory on any device.
+
+    Those of ``FunctionalTensorMode`` hold such a tensor. C++ asks one for its device by an
+    operation, ``prim::device``, where an exception ends the process
+    (``ConcretePyInterpreterVTable::device`` in torch/csrc/PyInterpreter.cpp of PyTorch 2.14).
+    """
+    return any(issubclass(kind, _FAKE) for kind in types)
+
+
+_FAKE = FakeTensor, FunctionalTensor
+
+
 def _parts(tensor: object) -> list[object]:
-    """The tensors that hold a tensor's bytes: of a ``DTensor``, this GPU's part of it."""
+    """The tensors that hold a tensor's bytes: of a ``DTensor``, this GPU's part of it.
+
+    Of what ``torch.func`` wraps, what is within.
+    """
+    while isinstance(tensor, torch.Tensor) and _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
@@ -282,6 +312,36 @@ def is_tracked() -> bool:
 def is_accounted(tensor: torch.Tensor) -> bool:
     """Whether the tracker in use looks at this thread, and counts a tensor's storage."""
     return is_tracked() and _running[-1].accounts_for(tensor)
+
+
+_trackers: "weakref.WeakSet[Tracker]" = weakref.WeakSet()  # all that there are
+
+
+def uncounted(device: torch.device) -> int:
+    """Bytes of a device's tensors that no tracker counts, as far as Python knows them."""
+    if _uncounted(device):
+        gc.collect()
+    return sum(_uncounted(device).values())
+
+
+def _uncounted(device: torch.device) -> dict[int, int]:
+    kinds, new = set[type](), {torch.Tensor}
+    while new:
+        kinds |= new
+        new = {kind for known in new for kind in known.__subclasses__()} - kinds
+    kinds = {kind for kind in kinds if not is_wrapper(kind) and not issubclass(kind, _FAKE)}
+    found: dict[int, int] = {}
+    with torch._C.DisableTorchFunction():
+        for tensor in [each for each in gc.get_objects() if type(each) in kinds]:
+            if (
+                not _functorch.is_functorch_wrapped_tensor(tensor)
+                and tensor.device == device
+                and tensor.layout is torch.strided
+                and not any(tracker.accounts_for(tensor) for tracker in _trackers)
+            ):
+                storage = tensor.untyped_storage()
+                found[storage._cdata] = storage.nbytes()
+    return {storage: nbytes for storage, nbytes in found.items() if nbytes}
 
 
 class _Follow(TorchDispatchMode):
@@ -425,6 +485,7 @@ class Tracker(TorchDispatchMode):
         self._storages: dict[int, _Storage] = {}  # address of the StorageImpl: what it is
         self._recording: _Recording | None = None
         self._process = os.getpid()
+        _trackers.add(self)
 
     @property
     def in_use(self) -> bool:
@@ -490,7 +551,7 @@ class Tracker(TorchDispatchMode):
     ) -> Any:
         """Carry out an operation, then account for what it returns."""
         kwargs = kwargs or {}
-        if not self.in_use:
+        if not self.in_use or (types and are_fake(types)):
             return func(*args, **kwargs)
         if any(map(is_wrapper, types)):
             return NotImplemented  # such as DTensor: seen is what it does with its parts
@@ -527,8 +588,13 @@ class Tracker(TorchDispatchMode):
                 self._now.product = result.untyped_storage()._cdata
         except OutOfMemoryError as error:
             message = str(error)
-        except BaseException:
+        except BaseException as error:
             self._now.in_optimizer = False  # the hook at the step's end will not be called
+            if self.memory.is_replayed and _is_missing(func, error):
+                raise NotImplementedError(
+                    f"{func} is not replayed: PyTorch does not tell the shape of its result "
+                    "without computing it; take another operation, or compute it on the host"
+                ) from None
             raise
         else:
             self._sample()
@@ -554,6 +620,7 @@ class Tracker(TorchDispatchMode):
 
         Raises:
             TypeError: `model` is no module, or one of `optimizers` no optimizer.
+            RuntimeError: a tensor of theirs is on the device, and nobody saw it made.
         """
         with torch._C.DisableTorchFunction():  # every tensor tells its own device
             roles = self._roles(model, optimizers)
@@ -640,6 +707,8 @@ class Tracker(TorchDispatchMode):
                         storage = self._know(tensor.untyped_storage(), kind)
                     if storage is not None:
                         roles[storage] = kind
+                    elif not self.passes_unseen and self.memory.is_replayed:
+                        self._check_tensor(f"breakdown() of {kind}", tensor)
 
         for optimizer in filter(None, optimizers):
             note("optimizer states", *tree_leaves(list(optimizer.state.values())))
@@ -710,13 +779,13 @@ class Tracker(TorchDispatchMode):
             if tensor.device == self.memory.device:
                 self._check_tensor(func, tensor)
 
-    def _check_tensor(self, func: Any, tensor: torch.Tensor) -> None:
+    def _check_tensor(self, what: object, tensor: torch.Tensor) -> None:
         if tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
         if storage._cdata not in self._storages and storage.nbytes():
             raise RuntimeError(
-                f"{func} got a tensor of shape {tuple(tensor.shape)} on {self.memory.device} whose "
+                f"{what} got a tensor of shape {tuple(tensor.shape)} on {self.memory.device} whose "
                 f"{storage.nbytes():,} bytes no one accounts for: make it while the GPU in use is "
                 "open, not in untracked(), and not in a thread that ran before"
             )
@@ -724,7 +793,9 @@ class Tracker(TorchDispatchMode):
     def _see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         """Account for the storages that an operation made."""
         for tensor in (result,) if isinstance(result, torch.Tensor) else tree_leaves(result):
-            if not isinstance(tensor, torch.Tensor) or tensor.device != self.memory.device:
+            if not isinstance(tensor, torch.Tensor) or isinstance(tensor, _FAKE):
+                continue
+            if tensor.device != self.memory.device:
                 continue
             if tensor.layout is not torch.strided:
                 raise NotImplementedError(

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import every_byte
@@ -201,6 +203,18 @@ def test_recurrent_weights_are_one_block(gpu: every_byte.VirtualGPU, name: str) 
     model(random(4, 16, 64))[0].sum().backward()
 
 
+def test_a_report_looks_within_torch_func(gpu: every_byte.VirtualGPU) -> None:
+    model, seen = nn.Linear(128, 1, bias=False).cuda(), []
+
+    model.register_forward_pre_hook(lambda *_: seen.append(gpu.breakdown(model)["parameters"]))
+
+    def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> Any:
+        return torch.func.functional_call(model, parameters, (x,)).mean()
+
+    torch.func.grad(loss)(dict(model.named_parameters()), torch.randn(4, 128, device="cuda"))
+    assert seen == [512]
+
+
 def test_a_triton_kernel_takes_no_memory(gpu: every_byte.VirtualGPU) -> None:
     triton = pytest.importorskip("triton")
 
@@ -260,3 +274,95 @@ def test_accelerate_takes_the_card(gpu: every_byte.VirtualGPU) -> None:
         assert gpu.breakdown(model, optimizer.optimizer)["optimizer states"] == 2 * 4 * 129 * 128
     finally:
         accelerate.state.AcceleratorState._reset_state(True)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(300, 300)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) * torch.ones(300, 300, device=x.device).triu()[0]
+
+
+def test_an_exported_model_takes_what_the_model_takes() -> None:
+    with every_byte.VirtualGPU("RTX 4090") as gpu:
+        model, x = Masked().to(gpu.device), torch.zeros(2, 300, device=gpu.device)
+        model(x)  # takes the workspace
+        held = gpu.memory_allocated()
+        exported = torch.export.export(model, (x,)).module()
+        assert gpu.memory_allocated() == held
+        gpu.reset_peak_memory_stats()
+        model(x)
+        expected = gpu.max_memory_allocated()
+        gpu.reset_peak_memory_stats()
+        exported(x)
+        assert gpu.max_memory_allocated() == expected
+
+
+def test_shapes_alone_take_no_memory(gpu: every_byte.VirtualGPU) -> None:
+    with FakeTensorMode() as mode:
+        x = torch.zeros(3, 9, device="cuda")
+        fakes = [torch.zeros(99), nn.Linear(9, 9, device="cuda")(x)]
+    x = torch.zeros(3, 9, device="cuda")
+    fakes.append(mode.from_tensor(x) * 2)
+    assert gpu.memory_allocated() == gpu.max_memory_allocated() == 512
+    assert [fake.shape for fake in fakes] == [(99,), (3, 9), (3, 9)]
+
+
+def test_make_fx_writes_down_the_programs_own_operations(gpu: every_byte.VirtualGPU) -> None:
+    x = torch.zeros(3, 9, device="cuda")
+    x.sin()
+    graph = make_fx(lambda x: x.sin() + 1)(x).graph
+    assert [node.name for node in graph.nodes] == ["x_1", "sin", "add", "output"]
+
+
+def test_export_is_refused_in_one_line(gpu: every_byte.VirtualGPU) -> None:
+    with pytest.raises(NotImplementedError, match=r"export it before \.cuda\(\)$"):
+        torch.export.export(nn.Linear(9, 9).cuda(), (torch.zeros(3, 9, device="cuda"),))
+
+
+@pytest.mark.parametrize("front", ["as_cuda", "VirtualGPU"])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        (
+            "torch.nested.nested_tensor",
+            lambda d: torch.nested.nested_tensor([torch.zeros(3, device=d)]),
+        ),
+        ("torch.sparse_coo_tensor", lambda d: torch.sparse_coo_tensor([[0]], [1.0], device=d)),
+        (
+            "torch.quantize_per_tensor",
+            lambda d: torch.quantize_per_tensor(torch.zeros(3, device=d), 1.0, 0, torch.qint8),
+        ),
+        (
+            "torch.sparse_coo",
+            lambda d: (
+                nn.Embedding(9, 4, sparse=True, device=d)(torch.tensor([1], device=d))
+                .sum()
+                .backward()
+            ),
+        ),
+        ("aten._to_sparse.default", lambda d: torch.zeros(3, device=d).to_sparse()),
+        ("aten.to_mkldnn.default", lambda d: torch.zeros(3, device=d).to_mkldnn()),
+    ],
+)
+def test_what_is_not_replayed_is_refused_by_name_in_one_line(
+    front: str, name: str, make: Callable[[Any], Any]
+) -> None:
+    with every_byte.as_cuda("T4") if front == "as_cuda" else every_byte.VirtualGPU("T4") as gpu:
+        with pytest.raises(NotImplementedError, match=f"^[^\n]*{name}[^\n]*$"):
+            make(gpu.device)
+
+
+def test_a_transformer_in_inference_says_that_it_takes_no_fast_path(
+    gpu: every_byte.VirtualGPU,
+) -> None:
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).cuda()
+    x, mask = random(2, 8, 64), torch.zeros(2, 8, dtype=torch.bool, device="cuda")
+    model(x, src_key_padding_mask=mask)
+    assert not gpu.estimates
+    with torch.no_grad():
+        assert model.eval()(x, src_key_padding_mask=mask).shape == x.shape
+    assert "without PyTorch's fast path" in gpu.estimates[0]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from every_byte import files
 from every_byte.files import check_writable, folder_beside, swap, written
 
 
@@ -122,7 +123,12 @@ def test_what_a_kill_leaves_the_next_run_removes(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [".gpt2.of-another-program"]
 
 
-def test_a_folder_takes_another_ones_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_folder_takes_another_ones_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    if not at_once:  # as where a file system cannot exchange two folders
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     place = tmp_path / "book"
     for text in ("first", "second"):
         with folder_beside(place) as beside:
@@ -130,10 +136,31 @@ def test_a_folder_takes_another_ones_place(tmp_path: Path) -> None:
             new.mkdir()
             (new / "page").write_text(text)
             swap(new, place, beside / "old")
+            assert (beside / "old" / "page").exists() is (text == "second")
         assert (place / "page").read_text() == text
     with folder_beside(place) as beside, pytest.raises(FileNotFoundError):
         swap(beside / "none", place, beside / "old")
     assert (place / "page").read_text() == "second"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS exchanges likewise, Windows does not")
+def test_at_no_moment_is_there_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, new = tmp_path / "book", tmp_path / "new"
+    for folder in (place, new):
+        folder.mkdir()
+        (folder / "page").write_text(folder.name)
+    seen = []
+    rename = Path.rename
+
+    def renamed(path: Path, target: Path) -> Path:
+        seen.append((place / "page").read_text())
+        done = rename(path, target)
+        seen.append((place / "page").read_text())
+        return done
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    swap(new, place, tmp_path / "old")
+    assert set(seen) == {"new"} and (tmp_path / "old" / "page").read_text() == "book"
 
 
 def test_each_fault_stands_in_the_table_of_promises() -> None:

@@ -372,7 +372,6 @@ REFUSED = {
         "process",
         "sparse",
         "dlpack",
-        "legacy",
     },
     "VirtualGPU": {"cuda", "generator", "pinned", "process", "sparse", "dlpack", "legacy"},
 }
@@ -393,3 +392,22 @@ def test_a_way_is_counted_or_refused(front: str, way: str) -> None:
 )
 def test_any_program_is_counted_or_refused(front: str, program: list[tuple[str, str]]) -> None:
     check(front, program)
+
+
+def test_what_is_made_on_a_closed_gpus_device_is_told_of() -> None:
+    gpu = VirtualGPU("RTX 4090").open()
+    device = gpu.device
+    gpu.close()
+    kept = layer(device)
+    with pytest.warns(UserWarning, match="is closed, and its figures leave out") as told:
+        gpu.max_memory_allocated()
+    words = str(told[0].message).replace(",", "").split()
+    assert int(words[words.index("bytes") - 1]) >= sum(p.nbytes for p in kept.parameters())
+
+
+@pytest.mark.parametrize("way", ["empty", "to", "cuda", "from data", "context", "default"])
+def test_nothing_is_made_on_a_card_that_was_closed(way: str) -> None:
+    with as_cuda("RTX 4090") as gpu:
+        gpu.close()
+        with pytest.raises(RuntimeError, match="is not open: what is made on its device now"):
+            WAYS[way]("cuda")

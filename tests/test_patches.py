@@ -17,7 +17,10 @@ ROOT = Path(__file__).parent.parent
 TABLE = {private.name for private in PRIVATE_NAMES}
 # One is recognised on the stack, so that beam search is refused by name; one tells what a
 # lever would change.
-OF_TRANSFORMERS = {"_beam_search": "GenerationMixin", "_attn_implementation": "PreTrainedConfig"}
+OF_TRANSFORMERS = {
+    "_check_early_stop_heuristic": "GenerationMixin",
+    "_attn_implementation": "PreTrainedConfig",
+}
 DOCUMENTED = {"_saved_"}  # of a graph's nodes: "Autograd mechanics" in PyTorch's documentation
 OF_BITSANDBYTES = {
     *("_gemm_4bit_custom_max_m", "_gemm_4bit_use_custom_cuda", "_gpu_dispatch_props")

@@ -62,6 +62,22 @@ def test_eight_bits_on_a_card_are_its_weight_and_a_scale_for_each_row() -> None:
         layer(torch.empty(8, 256, device=gpu.device, dtype=torch.float16))
 
 
+@pytest.mark.parametrize("kind", [LinearNF4, Linear8bitLt])
+def test_a_script_takes_what_a_virtual_gpu_takes(
+    kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+    options = {"has_fp16_weights": False} if kind is Linear8bitLt else {}
+    for front in (card(), every_byte.as_cuda("H200", torch_version="2.11")):
+        monkeypatch.setattr("bitsandbytes.functional.name2qmap", {})  # as in a new process
+        with front as gpu:
+            layer = kind(256, 512, **options).to(gpu.device)
+            taken.append((gpu.memory_allocated(), gpu.max_memory_allocated()))
+            layer(torch.zeros(4, 256, dtype=torch.float16, device=gpu.device))
+            taken[-1] += (gpu.max_memory_allocated(),)
+    assert taken[0] == taken[1] and taken[0][0] > 256 * 512 // 2
+
+
 def test_whether_there_are_outliers_is_an_assumption() -> None:
     layer = Linear8bitLt(256, 512, bias=False, has_fp16_weights=False, threshold=6.0)
     with card() as gpu:

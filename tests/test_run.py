@@ -95,6 +95,7 @@ def test_out_of_memory_is_pytorchs_own_and_status_3(
         ("import sys; sys.exit('no data')", 1, "no data\n"),
         ("1 / 0", 1, "ZeroDivisionError"),
         ("x = (", 2, "train.py, line 1: '(' was never closed\n"),
+        ("x = 1\0", 2, "source code string cannot contain null bytes\n"),
         ("import torch; torch.zeros(9999, device='cuda').normal_().mean().item()", 0, ""),
     ],
 )
@@ -289,6 +290,10 @@ def test_progress_is_told_now_and_then(gpu: Any) -> None:
         ("import flash_attn", 'line 1 of {path} needs flash_attn, .* attn_implementation="sdpa"'),
         ("import triton.language", "line 1 of {path} needs triton, .* plain PyTorch"),
         (
+            "raise AssertionError('libcuda.so cannot found!\\nPlease make sure')",  # autotune's
+            "line 1 of {path} needs triton, .* plain PyTorch",
+        ),
+        (
             "raise OSError('CUDA_HOME environment variable is not set. Please set it')",
             "line 1 of {path} needs a CUDA extension that it builds",
         ),
@@ -328,11 +333,13 @@ def test_a_module_is_run(
     assert "there is no such module" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("end", "status"), [("1 / 0", 1), ("exit(4)", 4)])
 def test_an_error_is_not_reported_as_a_fit(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], end: str, status: int
 ) -> None:
-    text = "import torch\nx = torch.zeros(9, device='cuda')\n1 / 0\n"
-    assert main(["run", script(tmp_path, text), "--card", "T4", "--torch", "2.14", "--json"]) == 1
+    text = f"import torch\nx = torch.zeros(9, device='cuda')\n{end}\n"
+    run = ["run", script(tmp_path, text), "--card", "T4", "--torch", "2.14", "--json"]
+    assert main(run) == status
     assert json.loads(capsys.readouterr().out)["failed"] is True
 
 

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import every_byte
-from every_byte.virtual.values import UnknownValueError
 
 ARTICLE = """
 import torch
@@ -228,10 +227,42 @@ def test_what_is_asked_of_torch_cuda(gpu: every_byte.VirtualGPU) -> None:
     with cuda.device(0):
         cuda.empty_cache()
     cuda.reset_peak_memory_stats()
+    assert cuda.device_memory_used() >= cuda.memory_reserved()
     cuda.set_per_process_memory_fraction(0.5)
+    assert cuda.get_per_process_memory_fraction() == 0.5
     with pytest.raises(cuda.OutOfMemoryError, match=r"Tried to allocate 13\.00 GiB\. GPU 0 has"):
         torch.empty(13 * 2**30, dtype=torch.uint8, device="cuda")
     assert x.is_cuda
+
+
+def test_old_kinds_of_tensors(gpu: every_byte.VirtualGPU) -> None:
+    kind: Any = torch.cuda.FloatTensor
+    x, y = kind(3, 4).fill_(1.0), kind([1.0, 2.0])
+    z = torch.ones(300).type("torch.cuda.LongTensor")
+    assert x.is_cuda and (x.shape, y.tolist()) == ((3, 4), [1.0, 2.0])
+    assert z.is_cuda and z.dtype is torch.int64 and z.type() == "torch.cuda.LongTensor"
+    assert isinstance(x, kind) and not isinstance(z, kind)
+    assert torch.ones(3).type() == "torch.FloatTensor"
+    assert gpu.memory_allocated() == 512 + 512 + 2560
+    torch.set_default_tensor_type("torch.cuda.HalfTensor")
+    try:
+        assert torch.ones(3).is_cuda and torch.ones(3).dtype is torch.float16
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_tensor_type("torch.FloatTensor")
+    assert torch.ones(3).is_cpu and torch.ones(3).dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CUDAGraph", "MemPool", "caching_allocator_alloc", "make_graphed_callables"],
+)
+def test_memory_that_is_not_pytorchs_own_is_refused(gpu: every_byte.VirtualGPU, name: str) -> None:
+    with pytest.raises(
+        NotImplementedError, match=rf"^torch\.cuda\.{name} is not replayed .*here|of"
+    ):
+        getattr(torch.cuda, name)(100)
+    assert isinstance(getattr(torch.cuda, name), type) is name[0].isupper()
 
 
 def test_what_inference_mode_made_is_read_outside_of_it(gpu: every_byte.VirtualGPU) -> None:
@@ -321,11 +352,24 @@ def test_generation_ends_by_its_length(
     assert llama.generate(ids, max_new_tokens=4, **options).shape == (1, 20)
 
 
-def test_beam_search_is_refused_not_cut_short(gpu: every_byte.VirtualGPU, llama: Any) -> None:
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"early_stopping": True}])
+def test_beam_search_goes_on_to_its_length_and_says_so(
+    gpu: every_byte.VirtualGPU, llama: Any, options: dict[str, Any]
+) -> None:
     llama.cuda().eval()
-    ids = torch.randint(3, 1000, (1, 16), device="cuda")
-    with pytest.raises(UnknownValueError, match=r"beam search at .* take num_beams=1"):
-        llama.generate(ids, max_new_tokens=4, num_beams=2)
+    ids = torch.randint(3, 1000, (2, 16), device="cuda")
+    found = llama.generate(
+        ids,
+        max_new_tokens=5,
+        num_beams=3,
+        num_return_sequences=2,
+        output_scores=True,
+        return_dict_in_generate=True,
+        **options,
+    )
+    assert found.sequences.shape == (4, 21) and len(found.scores) == 5
+    assert all(score.shape == (6, 1000) for score in found.scores)
+    assert any("answered True" in str(a) for a in gpu.memory.values.assumptions)
 
 
 def test_a_trainer_takes_the_card_by_itself(

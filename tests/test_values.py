@@ -192,3 +192,12 @@ def test_an_unknown_tensor_has_its_shape_and_strides_on_the_host(gpu: VirtualGPU
     assert torch.empty((), device="meta").cpu().isnan()
     model = nn.Linear(100, 100).to("meta").cpu()
     assert model.weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_a_mask_of_floating_point_is_known(gpu: VirtualGPU, long: bool) -> None:
+    dtype = torch.int64 if long else torch.float32
+    mask = torch.ones(300, 300, dtype=dtype, device="meta").float()
+    small = nn.functional.interpolate(mask[None, None], size=(12, 12))
+    assert small[0, 0].sum(dim=1)[0].long().item() == 12
+    assert not gpu.memory.values.assumptions

@@ -29,7 +29,7 @@ _EXTENSIONS = {
 
 _MESSAGES = (
     (r"flash[ _-]?attn|flash ?attention[ _-]?[23]", "flash_attn"),
-    (r"active drivers|triton|cannot be accessed from Triton", "triton"),
+    (r"active drivers|triton|cannot be accessed from Triton|libcuda\.so cannot", "triton"),
 )
 
 _NO_META = (  # of an operator with Python's definition, and with C++'s
@@ -64,7 +64,7 @@ def _package(error: BaseException) -> str | None:
         name = (error.name or "").partition(".")[0]
         if name in _EXTENSIONS:
             return name
-    if isinstance(error, (ImportError, RuntimeError, ValueError, OSError)):
+    if isinstance(error, (ImportError, RuntimeError, ValueError, OSError, AssertionError)):
         for pattern, package in _MESSAGES:
             if re.search(pattern, str(error), re.IGNORECASE):
                 return package

@@ -159,6 +159,7 @@ def run(options: argparse.Namespace) -> int:
             status = INTERRUPTED
         except SystemExit as end:
             status = _status(end.code)
+            failed = status != DONE
         except torch.OutOfMemoryError as error:
             _show(error)
             status, fits = DOES_NOT_FIT, False
@@ -229,7 +230,8 @@ def _code(script: str) -> Any:
     except OSError as error:
         raise Refused(f"{script}: {error.strerror or error}; expected a Python script") from None
     except SyntaxError as error:
-        raise Refused(f"{script}, line {error.lineno}: {error.msg}") from None
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise Refused(f"{script}{line}: {error.msg}") from None
     except ValueError as error:
         raise Refused(f"{script} is no Python script: {error}") from None
 

@@ -129,6 +129,72 @@ class Event:
         return 0.0
 
 
+class _Legacy(type):
+    """The kind of ``torch.cuda.FloatTensor`` and its like, of before PyTorch 0.4."""
+
+    dtype: torch.dtype
+
+    def __call__(cls, *args: Any, **_: Any) -> torch.Tensor:
+        if len(args) == 1 and not isinstance(args[0], (int, torch.Size)):
+            return torch.tensor(args[0], dtype=cls.dtype, device="cuda")
+        return torch.empty(*(args or (0,)), dtype=cls.dtype, device="cuda")
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, torch.Tensor) and (
+            instance.is_cuda and instance.dtype is cls.dtype
+        )
+
+
+LEGACY: dict[str, Any] = {
+    name: _Legacy(name, (), {"dtype": dtype, "__module__": "torch.cuda"})
+    for name, dtype in {
+        "HalfTensor": torch.float16,
+        "BFloat16Tensor": torch.bfloat16,
+        "FloatTensor": torch.float32,
+        "DoubleTensor": torch.float64,
+        "BoolTensor": torch.bool,
+        "ByteTensor": torch.uint8,
+        "CharTensor": torch.int8,
+        "ShortTensor": torch.int16,
+        "IntTensor": torch.int32,
+        "LongTensor": torch.int64,
+    }.items()
+}
+"""Names of ``torch.cuda``: the old kinds of tensor."""
+
+
+def legacy_dtype(kind: Any) -> torch.dtype | None:
+    """The dtype of an old kind of CUDA tensor, or of its name; None if it is none."""
+    if isinstance(kind, str) and kind.startswith("torch.cuda."):
+        kind = LEGACY.get(kind.removeprefix("torch.cuda."))
+    return kind.dtype if isinstance(kind, _Legacy) else None
+
+
+_GRAPHS = "CUDA graphs keep memory of their own; run without them here"
+_POOLS = "memory of other pools and allocators; leave PyTorch's own in place here"
+_RAW = "memory without a tensor; make a tensor of torch.uint8 instead"
+_HANDLES = "what the libraries of a real GPU know; leave it out here"
+_REFUSED = {
+    **dict.fromkeys(("CUDAGraph", "graph", "make_graphed_callables"), _GRAPHS),
+    **dict.fromkeys(("MemPool", "use_mem_pool"), _POOLS),
+    **dict.fromkeys(("CUDAPluggableAllocator", "change_current_allocator"), _POOLS),
+    **dict.fromkeys(("caching_allocator_alloc", "caching_allocator_delete"), _RAW),
+    **dict.fromkeys(("current_blas_handle", "current_solver_handle", "GreenContext"), _HANDLES),
+}
+"""Names of ``torch.cuda`` that are not replayed, and what is not."""
+
+
+def _refusals() -> dict[str, Any]:
+    def refusal(name: str, what: str) -> Any:
+        def refuse(*_: object, **__: object) -> None:
+            raise NotImplementedError(f"torch.cuda.{name} is not replayed on a virtual GPU: {what}")
+
+        is_class = isinstance(getattr(torch.cuda, name), type)
+        return type(name, (), {"__init__": refuse}) if is_class else refuse
+
+    return {n: refusal(n, what) for n, what in _REFUSED.items() if hasattr(torch.cuda, n)}
+
+
 _cards: list[Card] = []  # in use; the last one answers
 
 
@@ -239,6 +305,9 @@ def _answers(card: Card) -> dict[str, Callable[..., Any] | type]:
             raise ValueError(f"Invalid fraction value: {fraction}. Allowed range: 0~1")
         total = card.mem_get_info()[1]
         memory.capacity = min(memory.capacity or total, int(total * fraction))
+        of_the_card[0] = fraction
+
+    of_the_card = [1.0]
 
     def record_history(enabled: Any = "all", *_: object, **options: Any) -> None:
         more = {"max_entries": options["max_entries"]} if "max_entries" in options else {}
@@ -274,6 +343,9 @@ def _answers(card: Card) -> dict[str, Callable[..., Any] | type]:
         "set_stream": set_stream,
         "current_stream": current_stream,
         "default_stream": default_stream,
+        **LEGACY,
+        **_refusals(),
+        **{n: of_device(lambda: 0) for n in ("clock_rate", "power_draw", "temperature")},
         "utilization": of_device(lambda: 0),
         "memory_usage": of_device(lambda: 0),
         # random numbers are drawn on the host
@@ -302,6 +374,8 @@ def _answers(card: Card) -> dict[str, Callable[..., Any] | type]:
         "memory_stats": of_device(lambda: memory_stats(card)),
         "memory_snapshot": lambda *_, **__: card.memory_snapshot(),
         "set_per_process_memory_fraction": refuse_fraction,
+        "get_per_process_memory_fraction": of_device(lambda: of_the_card[0]),
+        "device_memory_used": of_device(lambda: card.mem_get_info()[1] - card.mem_get_info()[0]),
         "list_gpu_processes": of_device(lambda: f"GPU:0\nprocess: this one, on {memory.name}"),
         "get_allocator_backend": lambda: "native",
         "_record_memory_history": record_history,

@@ -7,7 +7,7 @@ against the code, so a new version of PyTorch is checked by reading its failures
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -16,8 +16,10 @@ from typing import Any, Literal, cast
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import optimizer  # deleted from torch.optim, but a module
 from torch.utils import _foreach_utils
+from torch.utils._pytree import tree_leaves
 
 from every_byte.tracker import is_accounted, is_tracked, untracked
 
@@ -79,6 +81,21 @@ PRIVATE_NAMES = (
         "torch._subclasses.fake_tensor.FakeTensor",
         "tells a tensor of shapes alone from one that carries out operations on tensors it holds",
         "what such a tensor holds is counted by nobody, or shapes are counted",
+    ),
+    PrivateName(
+        "torch._subclasses.fake_tensor.FakeTensorMode",
+        "makes such tensors of shapes alone, on no GPU",
+        "torch.export's shapes are counted",
+    ),
+    PrivateName(
+        "torch._subclasses.functional_tensor.FunctionalTensor",
+        "is one that holds such a tensor",
+        "a program that torch.export made cannot be decomposed",
+    ),
+    PrivateName(
+        "torch._C._get_dispatch_mode",
+        "tells whether make_fx writes down operations, by _TorchDispatchModeKey",
+        "what the replay makes in an operation's place is written down, too",
     ),
     PrivateName(
         "torch.utils._pytree.tree_leaves",
@@ -276,6 +293,11 @@ PRIVATE_NAMES = (
     ),
     # Values, and an unchanged CUDA script
     PrivateName(
+        "torch._C._TorchDispatchModeKey",
+        "names the mode of make_fx",
+        "what the replay makes in an operation's place is written down, too",
+    ),
+    PrivateName(
         "torch._C.DisableTorchFunction",
         "asks a tensor for its own device, where meta tensors say that they are CUDA's",
         "as_cuda() accounts for nothing",
@@ -428,7 +450,7 @@ def modules_move_as_on_cuda(quantising: bool) -> Iterator[None]:
             if comes and quantising and is_tracked():
                 for parameter in own:  # PyTorch could not swap them
                     if _is_quantised(parameter):
-                        _quantise(parameter)
+                        _quantise(parameter, fn)
                     elif not _is_meta(parameter):
                         moved = torch.nn.Parameter(fn(parameter.data), parameter.requires_grad)
                         torch.utils.swap_tensors(parameter, moved)
@@ -466,7 +488,7 @@ def _is_quantised(parameter: torch.Tensor) -> bool:
     return type(parameter).__module__ == "bitsandbytes.nn.modules" and not _is_meta(parameter)
 
 
-def _quantise(parameter: Any) -> None:
+def _quantise(parameter: Any, to_card: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Let a parameter of bitsandbytes' on the host become what it is on the card.
 
     ``_quantize`` of ``Params4bit`` and ``Int8Params`` in ``bitsandbytes/nn/modules.py`` of
@@ -477,7 +499,7 @@ def _quantise(parameter: Any) -> None:
     on_host = parameter.data.contiguous()
     if kind.__name__ == "Params4bit" and not parameter.bnb_quantized:
         data, state = functional.quantize_4bit(
-            on_host.to("meta"),
+            to_card(on_host),
             blocksize=parameter.blocksize,
             compress_statistics=parameter.compress_statistics,
             quant_type=parameter.quant_type,
@@ -491,7 +513,7 @@ def _quantise(parameter: Any) -> None:
         and on_host.is_floating_point()
         and not parameter.has_fp16_weights
     ):
-        data, scales, _ = functional.int8_vectorwise_quant(on_host.to("meta", torch.float16))
+        data, scales, _ = functional.int8_vectorwise_quant(to_card(on_host.to(torch.float16)))
         told = {"CB": data, "SCB": scales}
     else:
         refuse_quantised(parameter)
@@ -580,6 +602,80 @@ def four_bits_are_refused() -> Iterator[None]:
         return make(cls, data, *args, **kwargs)
 
     with mock.patch.object(torch.Tensor, "_make_subclass", made):
+        yield
+
+
+@contextmanager
+def fake_tensors_take_nothing() -> Iterator[None]:
+    """Let the tensors of ``FakeTensorMode`` be on no GPU: they are shapes, made on ``meta``.
+
+    ``torch.export``, ``make_fx`` and DTensor try operations on them.
+    """
+    made = untracked()(FakeTensorMode.__torch_dispatch__)
+    with mock.patch.object(FakeTensorMode, "__torch_dispatch__", made):
+        yield
+
+
+@contextmanager
+def no_fast_path(estimates: dict[str, None]) -> Iterator[None]:
+    """Let ``nn.MultiheadAttention`` and ``nn.TransformerEncoder`` go their usual way in inference.
+
+    There a card takes fused kernels and, for padded batches, nested tensors
+    (``torch/nn/modules/transformer.py`` of PyTorch 2.14); neither is replayed.
+    """
+    known = torch.backends.mha.get_fastpath_enabled
+
+    def none() -> bool:
+        if known() and is_tracked() and not torch.is_grad_enabled():
+            estimates[
+                "nn.TransformerEncoder and nn.MultiheadAttention in inference: replayed without "
+                "PyTorch's fast path; a card has other temporaries there"
+            ] = None
+        return False
+
+    with mock.patch.object(torch.backends.mha, "get_fastpath_enabled", none):
+        yield
+
+
+_LAYOUTS = {
+    torch: (
+        *("sparse_coo_tensor", "sparse_csr_tensor", "sparse_csc_tensor", "sparse_bsr_tensor"),
+        *("sparse_bsc_tensor", "sparse_compressed_tensor"),
+        *("quantize_per_tensor", "quantize_per_channel"),
+    ),
+    torch.nested: ("nested_tensor", "as_nested_tensor"),
+}
+
+
+@contextmanager
+def only_dense_tensors() -> Iterator[None]:
+    """Refuse what makes tensors of other layouts, and quantised ones, by its own name.
+
+    Some of it PyTorch refuses on ``meta`` with an internal assertion.
+    """
+
+    def refusing(name: str, make: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(make)
+        def made(*args: Any, **kwargs: Any) -> Any:
+            device = kwargs.get("device")
+            there = any(
+                isinstance(leaf, torch.Tensor) and _is_meta(leaf) for leaf in tree_leaves(args)
+            ) or (device is not None and torch.device(device).type in ("meta", "cuda"))
+            if there and is_tracked() and kwargs.get("layout") is not torch.jagged:
+                raise NotImplementedError(
+                    f"torch.{name} on a virtual GPU: only dense tensors are accounted for, and "
+                    "nested ones of layout=torch.jagged; take one of these"
+                )
+            return make(*args, **kwargs)
+
+        return made
+
+    with ExitStack() as stack:
+        for module, names in _LAYOUTS.items():
+            for name in names:
+                shown = f"nested.{name}" if module is torch.nested else name
+                patch = refusing(shown, getattr(module, name))
+                stack.enter_context(mock.patch.object(module, name, patch))
         yield
 
 

@@ -34,6 +34,7 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves, tree_map
 
+from every_byte.tracker import are_fake
 from every_byte.units import MiB
 from every_byte.virtual.shapes import on_meta
 
@@ -50,6 +51,9 @@ LARGEST = 32 * MiB
 
 LARGEST_FLOAT = 4096
 """The same for a storage of floating-point numbers."""
+
+LARGEST_CAST = 4 * MiB
+"""The same for floating-point numbers that are whole numbers cast, or ones, as masks are."""
 
 _FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 _HOST = torch.device("cpu")
@@ -168,13 +172,19 @@ def _unwritten(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=_HOST)
 
 
-def _is_small(tensor: Tensor) -> bool:
+def _is_small(tensor: Tensor, is_cast: bool = False) -> bool:
     """Whether the values of a meta tensor's storage are kept, where they are known."""
     if tensor.layout is not torch.strided:
         return False
     if tensor.dtype in WHOLE:
         return tensor.untyped_storage().nbytes() <= LARGEST
-    return tensor.dtype in _FLOATS and tensor.untyped_storage().nbytes() <= LARGEST_FLOAT
+    largest = LARGEST_CAST if is_cast else LARGEST_FLOAT
+    return tensor.dtype in _FLOATS and tensor.untyped_storage().nbytes() <= largest
+
+
+def _is_cast(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operation only gives whole numbers another dtype, or makes ones."""
+    return func is aten.ones.default or (func is aten._to_copy.default and args[0].dtype in WHOLE)
 
 
 def _blank(tensor: Tensor, origin: str | None = None) -> _Copy:
@@ -296,6 +306,20 @@ def _are_corners(func: Any, args: tuple[Any, ...]) -> bool:
     )
 
 
+def _goes_on(func: Any) -> bool:
+    """Whether it is asked if a beam search of transformers may find better beams: until its end.
+
+    It would end as soon as an answer is False (``_check_early_stop_heuristic`` in
+    ``transformers/generation/utils.py`` of 5.23).
+    """
+    return func._schema.name == "aten::gt" and _is_within("_check_early_stop_heuristic")
+
+
+def _is_traced() -> bool:
+    """Whether ``make_fx`` writes down each operation of this thread: then none is ours."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
 _active: list["Values"] = []
 
 
@@ -357,7 +381,7 @@ class Values:
 
     def dispatch(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Carry out an operation on ``meta``, and on the host where its values are known."""
-        if _active[-1:] != [self]:
+        if _active[-1:] != [self] or _is_traced() or (types and are_fake(types)):
             return func(*args, **kwargs)
         if types and any(map(is_traceable_wrapper_subclass_type, types)):
             return NotImplemented  # seen is what it does with its parts
@@ -420,7 +444,7 @@ class Values:
             self._note_in_place(func, about, args, kwargs)
             return
         if isinstance(result, Tensor):
-            if not result.is_meta or not _is_small(result):
+            if not result.is_meta or not _is_small(result, _is_cast(func, args)):
                 return
             made = [result]
         else:
@@ -442,13 +466,13 @@ class Values:
             except Exception:  # the host's kernel may not have this dtype or layout
                 origin = self._origin(func)
             else:
-                self._keep(result, on_host, origin, args, kwargs)
+                self._keep(func, result, on_host, origin, args, kwargs)
                 return
         healthy = _healthy(func, args)
         for tensor in made:
             if tensor.dtype in WHOLE:
                 copy = _blank(tensor, None if healthy is not None else self._origin(func))
-                if healthy or (healthy is None and _are_corners(func, args)):
+                if healthy or (healthy is None and (_are_corners(func, args) or _goes_on(func))):
                     _on_host(tensor, copy).fill_(True)
 
     def _note_in_place(
@@ -502,13 +526,19 @@ class Values:
         return func(*tree_map(_value, args), **given)
 
     def _keep(
-        self, result: Any, on_host: Any, origin: str | None, args: Any, kwargs: dict[str, Any]
+        self,
+        func: Any,
+        result: Any,
+        on_host: Any,
+        origin: str | None,
+        args: Any,
+        kwargs: dict[str, Any],
     ) -> None:
         shared = {id(t.untyped_storage()) for t in _tensors((*args, *kwargs.values()))}
         for tensor, host in zip(tree_leaves(result), tree_leaves(on_host), strict=False):
             if not (isinstance(tensor, Tensor) and isinstance(host, Tensor) and tensor.is_meta):
                 continue
-            if not _is_small(tensor) or _copy_of(tensor) is not None:
+            if _copy_of(tensor) is not None or not _is_small(tensor, _is_cast(func, args)):
                 continue
             if id(host.untyped_storage()) in shared or (
                 host.stride() != tensor.stride()
@@ -545,11 +575,6 @@ class Values:
             UnknownValueError: it is refused.
         """
         line = program_line()
-        if _is_within("_beam_search"):  # of transformers: any assumption ends it too early
-            raise UnknownValueError(
-                f"beam search at {line} ends by scores, which a virtual GPU does not have: take "
-                "num_beams=1 and a batch as many times as large, which needs the same memory"
-            )
         if self.unknown == "refuse":
             made = f" of {origin}" if origin else ""
             raise UnknownValueError(
