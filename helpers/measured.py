@@ -3,14 +3,19 @@
 import json
 import lzma
 import tomllib
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 RECORDS = Path(__file__).parent.parent / "book" / "records"
 WORKLOADS = RECORDS.parent.parent / "tests" / "data" / "h200-torch-2.11" / "workloads.json.xz"
+UNWATCHED = RECORDS.parent.parent / "tests" / "data" / "h100-torch-2.11" / "unwatched.json.xz"
 CARD = "NVIDIA H200, torch 2.11.0"
 NOT_KNOWN = "Not known."
+
+Figures = dict[str, list[int]]
+"""At each checkpoint (allocated, reserved, peak allocated, peak reserved), in bytes."""
 
 
 def of_articles(*scripts: str) -> list[dict[str, Any]]:
@@ -51,6 +56,43 @@ def of_workloads() -> dict[str, Any]:
     with lzma.open(WORKLOADS, "rt") as file:
         found: dict[str, Any] = json.load(file)["workloads"]
     return found
+
+
+def read_unwatched(path: Path = UNWATCHED) -> dict[str, Any]:
+    """What ``python -m benchmarks.unwatched`` measured on a card, and replayed.
+
+    "machine"; "programs" by name, each with its "figures" (`Figures`) or its "error";
+    "replayed" with "versions" and "programs" likewise; "least" by name: the fewest bytes that
+    the replay said would do, and whether the program "ran" with them on the card and
+    "ran out below" with 2 MiB less.
+    """
+    with lzma.open(path, "rt") as file:
+        found: dict[str, Any] = json.load(file)
+    return found
+
+
+def unwatched_pairs(told: dict[str, Any]) -> Iterator[tuple[str, Figures, Figures]]:
+    """The programs that ran on both: their names, what was measured, what is replayed."""
+    for name, of in told["programs"].items():
+        again = told["replayed"]["programs"].get(name, {})
+        if "figures" in of and "figures" in again:
+            yield name, of["figures"], again["figures"]
+
+
+def peak_off(measured: Figures, again: Figures) -> float:
+    """How much higher the replay's peak is than the measured one, as a share of it."""
+    one, other = (max(row[2] for row in of.values()) for of in (measured, again))
+    return other / one - 1
+
+
+def of_ladder() -> dict[str, dict[str, Any]]:
+    """Fine-tunings of Llama-3.1-8B that an H100 carried out, by the rungs of chapter 14.
+
+    Each has its "peak" and "reserved" in bytes and its "seconds" a step, or the "message" of
+    the error that it stopped with.
+    """
+    told = tomllib.loads((RECORDS / "ladder.toml").read_text("utf-8"))["rung"]
+    return {rung["name"]: rung for rung in told}
 
 
 def cause_of(signature: str) -> str:

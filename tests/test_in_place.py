@@ -171,19 +171,21 @@ def taken(gpu: VirtualGPU, run: Callable[[], object]) -> list[int]:
 
 
 @pytest.mark.parametrize("graded", [True, False])
-def test_linear_adds_its_bias_to_a_product_of_its_own(graded: bool) -> None:
+@pytest.mark.parametrize(("watched", "more"), [(False, []), (True, [240])])
+def test_linear_adds_its_bias_to_a_product_of_its_own(
+    watched: bool, more: list[int], graded: bool
+) -> None:
     """As measured on an H100: nn.MultiheadAttention gives it an input that is not contiguous."""
-    for watched, more in ((False, []), (True, [240])):
-        with VirtualGPU(watched=watched) as gpu, torch.set_grad_enabled(graded):
-            with gpu.device:
-                layer, x = nn.Linear(8, 4), torch.zeros(3, 5, 8).transpose(0, 1)
-            layer(x)  # takes cuBLAS's workspace
-            assert taken(gpu, lambda: layer(x)) == [480, 240, *more]
-            own = taken(gpu, lambda: x @ layer.weight.t() + layer.bias)
-            assert own == [480, 240, 240]  # here the program holds the product
-            if graded:
-                layer(x).sum().backward()
-                assert layer.bias.grad is not None and layer.bias.grad.shape == (4,)
+    with VirtualGPU(watched=watched) as gpu, torch.set_grad_enabled(graded):
+        with gpu.device:
+            layer, x = nn.Linear(8, 4), torch.zeros(3, 5, 8).transpose(0, 1)
+        layer(x)  # takes cuBLAS's workspace
+        assert taken(gpu, lambda: layer(x)) == [480, 240, *more]
+        own = taken(gpu, lambda: x @ layer.weight.t() + layer.bias)
+        assert own == [480, 240, 240]  # here the program holds the product
+        if graded:
+            layer(x).sum().backward()
+            assert layer.bias.grad is not None and layer.bias.grad.shape == (4,)
 
 
 def test_linear_gives_the_same_gradients_where_it_adds_in_place() -> None:

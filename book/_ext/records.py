@@ -2,8 +2,8 @@
 
 ``{measured}`` draws all of it in one figure, ``{records}`` shows the records of readers and
 authors beside their replays, ``{context}`` and ``{articles}`` what else was measured on the
-same cards, ``{series}``, ``{printed}`` and ``{published}`` what others printed, beside
-its replay.
+same cards, ``{unwatched}`` programs that ran while nobody looked on, and ``{series}``,
+``{printed}`` and ``{published}`` what others printed, beside its replay.
 """
 
 import io
@@ -26,8 +26,8 @@ from sphinx.util.docutils import SphinxDirective
 from torch import nn
 
 from every_byte.gpu import VirtualGPU
-from every_byte.units import MiB, binary
-from helpers.measured import cause_of
+from every_byte.units import GB, MiB, binary
+from helpers.measured import Figures, cause_of, peak_off, read_unwatched, unwatched_pairs
 from helpers.plots import use_book_style
 from helpers.record import Row, compared, notes, problems, replays_of, summary
 from helpers.tables import table
@@ -270,6 +270,51 @@ def runs_counted(measured: Path, replayed: Path) -> str:
     )
 
 
+def program_pairs(told: dict[str, Any]) -> list[Pair]:
+    """Every figure of the programs that ran on a card while nobody looked on."""
+    return [
+        Pair(nbytes, other, nbytes == other)
+        for _, measured, again in unwatched_pairs(told)
+        for checkpoint, figures in measured.items()
+        for nbytes, other in zip(figures, again.get(checkpoint, []), strict=True)
+    ]
+
+
+def programs(told: dict[str, Any]) -> str:
+    """How the programs that nobody watched agree with their replay, as Markdown."""
+    every = list(unwatched_pairs(told))
+    same = sum(measured == again for _, measured, again in every)
+    peaks = {name: peak_off(measured, again) for name, measured, again in every}
+    peak_alone = sum(not off for off in peaks.values()) - same
+    within = sum(abs(off) <= 0.01 for off in peaks.values())
+    parts = [
+        f"{len(every)} programs ran on both. Of {same}, **every figure is equal to the byte**, and "
+        f"of {peak_alone} more the peak. {within} peaks ({100 * within / len(every):.0f} %) are "
+        "within 1 %."
+    ]
+    others = sorted((item for item in every if peaks[item[0]]), key=lambda o: -abs(peaks[o[0]]))
+    lines = [
+        [f"`{name}`", f"{_peak(measured) / GB:.3f}", f"{100 * peaks[name]:+.4f} %"]
+        for name, measured, _ in others
+    ]
+    some = table(["program", "peak, measured (GB)", "replayed, off by"], lines).data
+    parts.append(f"````{{dropdown}} The {len(lines)} peaks that are not equal\n{some}\n````")
+    least = told["least"]
+    right = sum(one["ran"] and one["ran out below"] for one in least.values())
+    not_so = [n for n, one in least.items() if not (one["ran"] and one["ran out below"])]
+    parts.append(
+        f"And does it fit? Of {len(least)} of these runs we computed beforehand the least memory "
+        "with which they get to their end, then gave the card's allocator exactly that, and 2 MiB "
+        f"less. {right} ran with it and ran out of memory with less. The others: "
+        f"{', '.join(f'`{name}`' for name in not_so)}."
+    )
+    return "\n\n".join(parts)
+
+
+def _peak(figures: Figures) -> int:
+    return max(row[2] for row in figures.values())
+
+
 def published_pairs(series: Path, replayed: Path) -> list[Pair]:
     """Every figure of published series, which are in MiB as float32 holds them."""
     told = tomllib.loads(series.read_text("utf-8"))["series"]
@@ -285,8 +330,9 @@ def all_pairs() -> dict[str, list[Pair]]:
     """What is measured and replayed, by source."""
     again = FOLDER / "replayed" / "proof.json"
     return {
-        "the book's experiments, H200": recorded_pairs(found(FOLDER)),
+        "the book's experiments, H100 and H200": recorded_pairs(found(FOLDER)),
         "other models' runs, H200": run_pairs(MEASURED, again),
+        "programs that nobody watched, H100": program_pairs(read_unwatched()),
         "published by others": published_pairs(FOLDER / "liger.toml", again),
     }
 
@@ -309,7 +355,7 @@ def figure(pairs: Mapping[str, Sequence[Pair]]) -> str:
     shown, axes = plt.subplots(figsize=(5.4, 5.2))
     ends = (1e7, 1e11)
     axes.plot(ends, ends, color="black", linewidth=0.6)
-    marks = {"o": "#0a7d5c", "s": "#2f6fd0", "^": "#c2570c"}
+    marks = {"o": "#0a7d5c", "s": "#2f6fd0", "D": "#7a3fa0", "^": "#c2570c"}
     for (name, some), (mark, color) in zip(pairs.items(), marks.items(), strict=True):
         label = f"{name}: {_share(some)} equal"
         for equal in (True, False):
@@ -458,6 +504,14 @@ class Articles(SphinxDirective):
         return self.parse_text_to_nodes(articles(FOLDER / "articles.toml"))
 
 
+class Unwatched(SphinxDirective):
+    """``{unwatched}``: programs on a card while nobody looked on, and their replay."""
+
+    def run(self) -> list[nodes.Node]:
+        """How they agree, the peaks that differ, and the least memory."""
+        return self.parse_text_to_nodes(programs(read_unwatched()))
+
+
 class Series(SphinxDirective):
     """``{series}``: what others published as data, beside its replay."""
 
@@ -504,4 +558,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("printed", Printed)
     app.add_directive("published", Published)
     app.add_directive("series", Series)
+    app.add_directive("unwatched", Unwatched)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

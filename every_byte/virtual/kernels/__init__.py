@@ -19,6 +19,7 @@ from every_byte.virtual.kernels import (
     fused_attention,
     grouped,
     indexing,
+    losses,
     normalisation,
     quantised,
     recurrent,
@@ -60,6 +61,7 @@ _WITH_RULES = {
     **_OF_A_CARD_COMPOSITES,
     **fused_attention.WITH_RULES,
     **convolution.WITH_RULES,
+    **losses.WITH_RULES,
 }
 _in_force: list[Rules | None] = []  # of the GPUs that are open
 

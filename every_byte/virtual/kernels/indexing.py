@@ -142,7 +142,7 @@ def temporaries(
         return held
     if packet is aten.topk:
         return _of_the_largest(rules, *args, **kwargs)
-    if packet is aten.cumsum:
+    if packet in (aten.cumsum, aten.cumprod, aten.logcumsumexp):
         # cumsum_cuda_kernel in native/cuda/ScanKernels.cpp: a whole tensor by cub, rows not.
         tensor, dim = args[0], args[1]
         wanted = kwargs.get("dtype") or (

@@ -2,11 +2,15 @@
 
 The order of allocations is that of ``_cudnn_rnn`` and its gradient in
 ``aten/src/ATen/native/cudnn/RNN.cpp`` of PyTorch 2.11. The reserve and the workspace are
-cuDNN's own; what is here follows from what they have to keep. An LSTM's reserve agrees with
-an H200's (cuDNN 9) and, as a GRU's, with what pytorch#2895 has of a P100; workspaces with one
-LSTM measured on the H200. Not measured: a plain RNN, both directions, dropout, projections.
+cuDNN's own; what is here follows from what they have to keep. Reserves agree with an H100's and
+an H200's (cuDNN 9) and, an LSTM's and a GRU's, with what pytorch#2895 has of a P100. Workspaces
+are an H200's of one LSTM of 1,024 numbers, and of smaller ones a bound: see `_NARROW`. Not
+measured: dropout, projections.
+
+Cells are PyTorch's own kernels: ``_thnn_fused_lstm_cell`` in aten/src/ATen/native/cuda/RNN.cu.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,16 +22,21 @@ from every_byte.virtual.kernels.borrowing import borrow
 aten = torch.ops.aten
 
 ESTIMATE = (
-    "cuDNN's workspace and reserve of recurrent layers: an LSTM's equal on an H200, a GRU's "
-    "and a plain RNN's workspace not measured"
+    "cuDNN's workspace of recurrent layers: equal for an LSTM of 1,024 numbers on an H200, else "
+    "a bound that one layer of 512 of each kind gave on an H100"
 )
 OPERATIONS = (aten._cudnn_rnn, aten._cudnn_rnn_backward)
 
 _RELU, _TANH, _LSTM, _GRU = range(4)  # cudnnRNNMode_t
 # Numbers kept of a step for each of the hidden size: an LSTM's four gates and its cell, a
-# GRU's three gates and what they are made of; of a plain RNN, taken to be at most two.
-_KEPT = {_RELU: 2, _TANH: 2, _LSTM: 5, _GRU: 6}
+# GRU's three gates and what they are made of; a plain RNN's output.
+_KEPT = {_RELU: 1, _TANH: 1, _LSTM: 5, _GRU: 6}
 _RESERVE_END, _WORKSPACE_END = 256, 512
+# Below 1,024 numbers cuDNN takes other kernels, with more workspace. As much, for each number
+# kept in a step of a layer, an H100 had (batch 16, 64 steps, 256 numbers in, 512 hidden, 2 layers,
+# FP32): 7.15, 10.5 and 9, and 12.32 of an LSTM in both directions. Rounded up, it is a bound.
+_NARROW = {_RELU: 7.25, _TANH: 7.25, _LSTM: 10.5, _GRU: 9.0}
+_NARROW_BELOW, _BOTH_DIRECTIONS = 1024, 1.18
 
 
 def _spaces(
@@ -47,10 +56,11 @@ def _spaces(
     kept = _KEPT[mode] * layers
     width = hidden * directions * size
     between = layers - 1  # outputs of the layers that are not the last
-    return (
-        (kept + between) * rows * width + _RESERVE_END,
-        (rows + 2 * batch) * kept * width + _WORKSPACE_END,
-    )
+    workspace = (rows + 2 * batch) * kept * width + _WORKSPACE_END
+    if hidden < _NARROW_BELOW:
+        wider = _NARROW[mode] * (1 if directions == 1 else _BOTH_DIRECTIONS)
+        workspace = max(workspace, math.ceil(wider * layers * rows * width))
+    return (kept + between) * rows * width + _RESERVE_END, workspace
 
 
 def _sizes(
@@ -219,6 +229,79 @@ def _layers(operation: Any, mode: int) -> Callable[..., Any]:
     return layers
 
 
+# Cells
+
+
+def _lstm_cell(
+    input: Tensor,
+    hx: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``LSTMCell`` in native/RNN.cpp, of tensors on CUDA."""
+    gates = input @ w_ih.t(), hx[0] @ w_hh.t()
+    hy, cy, _ = aten._thnn_fused_lstm_cell(*gates, hx[1], b_ih, b_hh)
+    return hy, cy
+
+
+def _gru_cell(
+    input: Tensor,
+    hx: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    """``GRUCell`` in native/RNN.cpp, of tensors on CUDA."""
+    gates = input @ w_ih.t(), hx @ w_hh.t()
+    hy: Tensor = aten._thnn_fused_gru_cell(*gates, hx, b_ih, b_hh)[0]
+    return hy
+
+
+def _fused_lstm(
+    input_gates: Tensor, hidden_gates: Tensor, cx: Tensor, *biases: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    workspace = _empty(input_gates)
+    return _empty(cx), _empty(cx), workspace
+
+
+def _fused_lstm_backward(
+    grad_hy: Tensor | None,
+    grad_cy: Tensor | None,
+    cx: Tensor,
+    cy: Tensor,
+    workspace: Tensor,
+    has_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if grad_hy is None and grad_cy is None:
+        return None, None, None
+    of_gates, of_cell = _empty(workspace), _empty(cx)
+    return of_gates, of_cell, of_gates.sum(0) if has_bias else None
+
+
+def _fused_gru(
+    input_gates: Tensor, hidden_gates: Tensor, hx: Tensor, *biases: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    workspace = hx.new_empty(hx.size(0), 5 * hx.size(1))
+    return _empty(hx), workspace
+
+
+def _fused_gru_backward(
+    grad_hy: Tensor, workspace: Tensor, has_bias: bool
+) -> tuple[Tensor | None, ...]:
+    wide = workspace.size(0), 3 * workspace.size(1) // 5
+    of_input, of_hidden = workspace.new_empty(wide), workspace.new_empty(wide)
+    of_hx = _empty(grad_hy)
+    biases = (of_input.sum(0), of_hidden.sum(0)) if has_bias else (None, None)
+    return of_input, of_hidden, of_hx, *biases
+
+
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
 COMPOSITES: dict[Any, Callable[..., Any]] = {
     operation: _layers(operation, mode)
     for packet, mode in (
@@ -226,9 +309,13 @@ COMPOSITES: dict[Any, Callable[..., Any]] = {
         *((aten.rnn_tanh, _TANH), (aten.rnn_relu, _RELU)),
     )
     for operation in (packet.input, packet.data)
-}
+} | {aten.lstm_cell.default: _lstm_cell, aten.gru_cell.default: _gru_cell}
 KERNELS: dict[Any, Callable[..., Any]] = {
     aten._cudnn_rnn.default: _cudnn_rnn,
     aten._cudnn_rnn_backward.default: _cudnn_rnn_backward,
+    aten._thnn_fused_lstm_cell.default: _fused_lstm,
+    aten._thnn_fused_lstm_cell_backward_impl.default: _fused_lstm_backward,
+    aten._thnn_fused_gru_cell.default: _fused_gru,
+    aten._thnn_fused_gru_cell_backward.default: _fused_gru_backward,
     **COMPOSITES,  # in inference mode they arrive whole
 }

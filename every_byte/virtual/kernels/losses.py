@@ -1,0 +1,105 @@
+"""Losses that CUDA writes element by element, and then adds up.
+
+The elements are as large as the input. Some losses write their sum into the block of elements
+that they were given for it, and keep the whole block: ``mse_loss`` and ``smooth_l1_loss`` in
+aten/src/ATen/native/BinaryOps.cpp and Loss.cpp, ``binary_cross_entropy`` in
+aten/src/ATen/native/cuda/Loss.cu (PyTorch 2.11). All but the last are as an H100 took them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from every_byte.virtual.kernels.reductions import reduction_temporaries
+from every_byte.virtual.rules import Rules
+
+aten = torch.ops.aten
+
+_NONE = 0  # of at::Reduction
+
+
+def _elements(*of: Tensor) -> Tensor:
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in of))
+    dtype = of[0].dtype
+    for other in of[1:]:
+        dtype = torch.promote_types(dtype, other.dtype)
+    return of[0].new_empty(shape, dtype=dtype)
+
+
+def _add_up(rules: Rules, elements: Tensor) -> None:
+    """Take what a sum over everything borrows, and give it back."""
+    sizes = reduction_temporaries(aten.mean.default, (elements,), {}, rules) or []
+    _held = [elements.new_empty(size, dtype=torch.uint8) for size in sizes]
+
+
+def _as_a_number(block: Tensor) -> Tensor:
+    """One number in a block that stays as large as it was."""
+    return block.as_strided((), ()) if block.numel() else block.new_empty(())
+
+
+def _into_its_elements(
+    rules: Rules, self: Tensor, target: Tensor, reduction: int = 1, *_: Any, **__: Any
+) -> Tensor:
+    output = _elements(self, target)
+    if reduction == _NONE:
+        return output
+    elements = _elements(self, target)
+    _add_up(rules, elements)
+    return _as_a_number(output)
+
+
+def _huber(
+    rules: Rules, self: Tensor, target: Tensor, reduction: int = 1, *_: Any, **__: Any
+) -> Tensor:
+    elements = _elements(self, target)
+    if reduction == _NONE:
+        return elements
+    result = elements.new_empty(())
+    _add_up(rules, elements)
+    return result
+
+
+def _with_logits(
+    rules: Rules,
+    self: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: int = 1,
+) -> Tensor:
+    """``binary_cross_entropy_with_logits`` in native/Loss.cpp: two tensors of its own."""
+    log_sigmoid = _elements(self)
+    if pos_weight is not None:
+        less = _elements(pos_weight)
+        log_weight = _elements(less, target)
+        del less, log_weight
+    elements = _elements(target)
+    if reduction == _NONE:
+        return elements
+    result = elements.new_empty(())
+    _add_up(rules, elements)
+    del log_sigmoid
+    return result
+
+
+def _binary_cross_entropy(
+    rules: Rules, self: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1
+) -> Tensor:
+    elements = _elements(self)
+    if reduction == _NONE:
+        return elements
+    result = elements.new_empty(())
+    _add_up(rules, elements)
+    del result
+    return _as_a_number(elements)
+
+
+WITH_RULES: dict[Any, Callable[..., Any]] = {
+    aten.mse_loss.default: _into_its_elements,
+    aten.smooth_l1_loss.default: _into_its_elements,
+    aten.huber_loss.default: _huber,
+    aten.binary_cross_entropy_with_logits.default: _with_logits,
+    aten.binary_cross_entropy.default: _binary_cross_entropy,
+}

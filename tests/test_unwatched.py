@@ -1,0 +1,102 @@
+"""Programs that ran on an H100 while nobody looked on, replayed on the virtual one."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from benchmarks import unwatched
+from benchmarks.proof import equal
+from every_byte.gpu import VirtualGPU
+from helpers import signatures
+from helpers.measured import UNWATCHED, peak_off, read_unwatched, unwatched_pairs
+
+EXTENSION = "records"
+TOLD = read_unwatched()
+# Of every kind one; those of transformers take what 5.17 takes with the version installed, too.
+EQUAL = (
+    *("embedding-layernorm", "gpt2-infer-fp16", "gpt2-fp32-dropout", "llama1b-bf16-sgd", "lstm"),
+    *("recurrent/LSTMCell", "recurrent/GRU", "libraries/torch: checkpoint"),
+)
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_a_program_takes_what_it_took_on_the_card(name: str) -> None:
+    """Allocated, reserved, and both peaks, at every checkpoint."""
+    assert unwatched.replayed(name, "H100", "2.11") == TOLD["programs"][name]["figures"]
+
+
+@pytest.mark.parametrize("name", ["recurrent/RNN", "recurrent/bidirectional LSTM"])
+def test_a_bound_of_recurrent_layers_holds(name: str) -> None:
+    measured = TOLD["programs"][name]["figures"]
+    assert 0 <= peak_off(measured, unwatched.replayed(name, "H100", "2.11")) < 0.05
+
+
+@pytest.mark.parametrize("name", ["gpt2-infer-fp16", "lstm"])
+def test_the_least_memory_is_what_was_said_before_the_card_was_asked(name: str) -> None:
+    assert unwatched.least(name, "H100", "2.11") == TOLD["least"][name]["bytes"]
+    assert TOLD["least"][name]["ran"] and TOLD["least"][name]["ran out below"]
+
+
+def test_language_models_are_equal_to_the_byte() -> None:
+    """All that need no data to know what they do: allocated and peak, and most reserved."""
+    same, reserved = 0, 0
+    for name, measured, again in unwatched_pairs(TOLD):
+        if not name.startswith("transformers, text/"):
+            continue
+        for checkpoint, row in measured.items():
+            if (name, checkpoint) == ("transformers, text/pegasus", "built"):
+                continue  # a peak while it is made
+            assert again[checkpoint][0] == row[0] and again[checkpoint][2] == row[2], name
+        same += 1
+        reserved += all(again[c][1] == row[1] for c, row in measured.items())
+    assert same >= 38 and reserved >= same - 3
+
+
+def test_the_page_counts_them(extension: Any) -> None:
+    text = extension.programs(TOLD)
+    pairs = list(unwatched_pairs(TOLD))
+    same = sum(measured == again for _, measured, again in pairs)
+    assert f"{len(pairs)} programs ran on both. Of {same}, **every figure" in text
+    assert len(extension.program_pairs(TOLD)) == 4 * sum(len(of) for _, of, _ in pairs)
+
+
+KERNELS = list(signatures.measured(UNWATCHED.with_name("kernels.json.xz")))
+LOSSES = ("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits")
+SCANS = ("cumsum", "cumprod", "logcumsumexp")
+
+
+@pytest.mark.parametrize("name", [*LOSSES, *SCANS])
+def test_losses_and_scans_take_what_they_took_on_the_card(name: str) -> None:
+    found = [one for one in KERNELS if one.operation == f"aten.{name}.default"]
+    assert found
+    with VirtualGPU("H100", capacity=1 << 50, torch="2.11") as gpu:
+        for one in found:
+            assert equal(one, signatures.replayed(gpu, one.signature)), one
+
+
+def test_a_loss_keeps_its_elements_as_long_as_it_lives() -> None:
+    """mse_loss writes its mean into the block of its elements."""
+    import torch
+
+    with VirtualGPU("H100", torch="2.11") as gpu:
+        x = torch.empty(1 << 20, device=gpu.device)
+        loss = torch.nn.functional.mse_loss(x, x)
+        assert loss.shape == () and gpu.memory_allocated() == 2 * x.nbytes
+        assert gpu.max_memory_allocated() >= 3 * x.nbytes
+        del loss
+        assert gpu.memory_allocated() == x.nbytes
+
+
+def test_operations_at_sizes_that_no_rule_was_fitted_to() -> None:
+    """An eighth of reductions, norms, embeddings, losses, products, attention, bitsandbytes."""
+    every, same = Counter[str](), Counter[str]()
+    with VirtualGPU("H100", capacity=1 << 50, torch="2.11") as gpu:
+        for one in KERNELS[::8]:
+            group = one.group.rpartition(" ")[2]
+            if group in ("conv", "misc"):
+                continue
+            every[group] += 1
+            same[group] += equal(one, signatures.replayed(gpu, one.signature))
+    assert {group for group in every if same[group] == every[group]} >= {"bnb", "red"}
+    assert same["emb"] / every["emb"] > 0.99 and same["att"] / every["att"] > 0.95
