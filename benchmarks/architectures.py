@@ -502,7 +502,7 @@ def _llama(**more: Any) -> Any:
     return transformers.LlamaForCausalLM(config)
 
 
-def _closes(gpu: "every_byte.VirtualGPU", model: nn.Module, did: str) -> Checked:
+def closes(gpu: "every_byte.VirtualGPU", model: nn.Module, did: str) -> Checked:
     """The figures after a library's training: its tensors are found by Python alone.
 
     Raises:
@@ -560,7 +560,7 @@ def _accelerate(gpu: "every_byte.VirtualGPU", name: str) -> Checked:
             optimizer.step()
             optimizer.zero_grad()
     del loss, ids
-    return _closes(gpu, model, "four training steps")
+    return closes(gpu, model, "four training steps")
 
 
 def _rows(many: int = 6) -> list[dict[str, Any]]:
@@ -608,7 +608,7 @@ def _trl(gpu: "every_byte.VirtualGPU", name: str) -> Checked:
                 processing_class=tokenizer,
             )
         trainer.train()
-    return _closes(gpu, trainer.model, "three training steps")
+    return closes(gpu, trainer.model, "three training steps")
 
 
 def _tokenizer(transformers: Any) -> Any:
@@ -654,7 +654,7 @@ def _lightning(gpu: "every_byte.VirtualGPU", name: str) -> Checked:
             default_root_dir=folder,
         )
         trainer.fit(module, data)
-    return _closes(gpu, module, "three training steps")
+    return closes(gpu, module, "three training steps")
 
 
 def _trainer(gpu: "every_byte.VirtualGPU", name: str) -> Checked:
@@ -665,7 +665,7 @@ def _trainer(gpu: "every_byte.VirtualGPU", name: str) -> Checked:
         ids = torch.randint(0, 1000, (2, 64)).cuda()
         with torch.no_grad():
             model(input_ids=ids)
-        return _closes(gpu, model, "loading and a forward pass")
+        return closes(gpu, model, "loading and a forward pass")
     precision = name.partition(", ")[2]
     more = {precision: True} if precision else {}
     with tempfile.TemporaryDirectory() as folder:
@@ -673,7 +673,7 @@ def _trainer(gpu: "every_byte.VirtualGPU", name: str) -> Checked:
         trainer = transformers.Trainer(_llama(), arguments, train_dataset=_rows())
         trainer.data_collator = transformers.default_data_collator
         trainer.train()
-    return _closes(gpu, trainer.model, "three training steps")
+    return closes(gpu, trainer.model, "three training steps")
 
 
 def _torch(gpu: "every_byte.VirtualGPU", name: str) -> Checked:
@@ -691,7 +691,7 @@ def _torch(gpu: "every_byte.VirtualGPU", name: str) -> Checked:
         scaler.step(optimizer)
         scaler.update()
         del loss
-        return _closes(gpu, model, "a training step")
+        return closes(gpu, model, "a training step")
     if name == "checkpoint":
         from torch.utils.checkpoint import checkpoint_sequential
 

@@ -703,13 +703,14 @@ def test_the_figure_counts_what_is_equal_and_what_is_not(extension: Any) -> None
         "a": [pair(1e6, 1_000_000, True), pair(2e6, 2_000_001, False)],
         "b": [pair(5e9, 5_000_000_000, True)],
         "c": [pair(7e8, 7, False)],
+        "d": [pair(3e8, 300_000_000, True), pair(4e8, 4, False)],
     }
     said = extension.told(pairs)
-    assert said.startswith("2 of 4 figures (50.0 %) are equal to the last digit. a: 1 of 2")
+    assert said.startswith("3 of 6 figures (50.0 %) are equal to the last digit. a: 1 of 2")
     drawn = extension.figure(pairs)
     assert "a: 1 of 2 figures (50.0 %) equal" in drawn and drawn == extension.figure(pairs)
     shown = extension.all_pairs()
-    assert len(shown) == 3 and all(len(some) >= 190 for some in shown.values())
+    assert len(shown) == 4 and all(len(some) >= 190 for some in shown.values())
     for some in shown.values():
         assert any(p.equal for p in some)
 
