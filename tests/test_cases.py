@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 import every_byte
 
@@ -370,6 +371,11 @@ def test_what_is_not_replayed_is_refused_by_name_in_one_line(
     with every_byte.as_cuda("T4") if front == "as_cuda" else every_byte.VirtualGPU("T4") as gpu:
         with pytest.raises(NotImplementedError, match=f"^[^\n]*{name}[^\n]*$"):
             make(gpu.device)
+
+
+def test_what_a_compiler_makes_memory_for_is_refused_by_name(gpu: every_byte.VirtualGPU) -> None:
+    with pytest.raises(NotImplementedError, match=r"^flex_attention is not replayed: .*plain op"):
+        flex_attention(*torch.zeros(3, 1, 2, 128, 64, device="cuda").unbind())
 
 
 def test_a_transformer_in_inference_says_that_it_takes_no_fast_path(
