@@ -724,6 +724,23 @@ def test_a_recorded_step_adds_up(gpu: VirtualGPU) -> None:
     assert steps[-1]["temporaries"] == 0
 
 
+def test_the_block_that_is_being_made_counts_once_at_the_highest(
+    gpu: VirtualGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    malloc = gpu.memory.malloc
+
+    def looked_at(nbytes: int, stream: int | None = None) -> int:
+        handle = malloc(nbytes, stream)
+        timeline.look(handle)
+        return handle
+
+    with gpu.record() as timeline:
+        monkeypatch.setattr(gpu.memory, "malloc", looked_at)
+        x = torch.empty(1000, device=gpu.device)
+    assert timeline.highest["activations"] == x.nbytes
+    assert timeline.highest.total == 4096 and timeline.highest["workspaces"] == 0
+
+
 def test_a_recording_that_ends_in_an_error_is_kept() -> None:
     with VirtualGPU(capacity=100 * MiB) as gpu:
         with pytest.raises(torch.OutOfMemoryError), gpu.record() as recorded:
