@@ -400,3 +400,16 @@ def test_what_is_on_the_host_computes_as_without_a_gpu(inference: bool) -> None:
         assert gpu.memory_allocated() == 0
     for a, b in zip(alone, beside, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("channels", "filters"), [(3, 64), (64, 3)])
+def test_in_channels_last_only_what_is_not_aligned_is_copied(channels: int, filters: int) -> None:
+    with VirtualGPU("H200", torch="2.11") as gpu, torch.no_grad():
+        last = torch.channels_last
+        layer = nn.Conv2d(channels, filters, 3, padding=1).to(gpu.device, FP16, memory_format=last)
+        x = torch.empty(4, channels, 32, 32, device=gpu.device, dtype=FP16).to(memory_format=last)
+        gpu.reset_peak_memory_stats()
+        kept = layer(x)
+        borrowed = gpu.max_memory_allocated() - gpu.memory_allocated()
+    assert kept.shape[1] == filters
+    assert borrowed == 2 * (4 * 32 * 32 * 8 + 8 * 64 * 3 * 3)  # 3 channels are padded to 8

@@ -1085,6 +1085,8 @@ def test_an_index_that_is_a_list_is_counted_as_what_it_becomes(gpu: VirtualGPU) 
     # On CUDA the list is a tensor of two whole numbers for the moment, and goes with the call.
     assert gpu.memory_allocated() == before + 512
     assert gpu.max_memory_allocated() == before + 2 * 512
-    x[[0, 1]] = 1.0
+    with gpu.record() as timeline:
+        x[[0, 1]] = 1.0
+    assert max(step["batch"] for step in timeline.steps) == 2 * 8
     assert gpu.memory_allocated() == before + 512
     assert gpu.breakdown().total == gpu.memory_allocated()
