@@ -413,3 +413,13 @@ def test_in_channels_last_only_what_is_not_aligned_is_copied(channels: int, filt
         borrowed = gpu.max_memory_allocated() - gpu.memory_allocated()
     assert kept.shape[1] == filters
     assert borrowed == 2 * (4 * 32 * 32 * 8 + 8 * 64 * 3 * 3)  # 3 channels are padded to 8
+
+
+@pytest.mark.parametrize(("many", "key"), [(1000, 4), (10**6, 8)])
+def test_a_permutation_sorts_keys_of_few_equals(many: int, key: int) -> None:
+    with VirtualGPU("H200", torch="2.11") as gpu:
+        gpu.reset_peak_memory_stats()
+        kept = torch.randperm(many, device=gpu.device)
+        borrowed = gpu.max_memory_allocated() - gpu.memory_allocated()
+    least = kept.nbytes + 2 * key * many  # numbers, and keys before and after
+    assert least <= borrowed < 2 * least
