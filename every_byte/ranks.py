@@ -117,7 +117,10 @@ def first_of(gpus: int) -> Iterator[None]:
             (
                 FullyShardedDataParallel,
                 "__init__",
-                _refused("FullyShardedDataParallel", "take fully_shard, its newer form"),
+                _refused(
+                    "FullyShardedDataParallel",
+                    "take fully_shard, its newer form (of Accelerate: fsdp_version=2)",
+                ),
             ),
             *(
                 (FSDPState, name, _as_the_script(getattr(FSDPState, name)))

@@ -424,6 +424,14 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
         )
         return model if model is not None else lambda function: function
 
+    def ctc_loss(log_probs: Tensor, targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # As where no mode looks: the lengths are read on the host ("Fast path" of ctc_loss in
+        # aten/src/ATen/native/LossCTC.cpp of PyTorch 2.14).
+        if mode.is_ours(log_probs):
+            args = tuple(a.tolist() if isinstance(a, Tensor) else a for a in args)
+            kwargs = {k: a.tolist() if isinstance(a, Tensor) else a for k, a in kwargs.items()}
+        return ctc_loss_of_others(log_probs, targets, *args, **kwargs)
+
     def set_default_tensor_type(kind: Any) -> None:
         dtype = legacy_dtype(kind)
         if dtype is None:
@@ -458,7 +466,7 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
     def saved_by(hooks: Any, pack: Any, unpack: Any) -> None:
         make_hooks(hooks, _in_backward(mode, pack), _in_backward(mode, unpack))
 
-    set_default_type = torch.set_default_tensor_type
+    ctc_loss_of_others, set_default_type = torch.ctc_loss, torch.set_default_tensor_type
     make_hooks = torch.autograd.graph.saved_tensors_hooks.__init__
     apply = _in_backward(mode, torch.autograd.function.BackwardCFunction.apply)
     group_others = torch._C._group_tensors_by_device_and_dtype
@@ -483,6 +491,7 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
             (torch._C, "_gather", gather),
             (torch, "load", load),
             (torch, "compile", compile),
+            (torch, "ctc_loss", ctc_loss),
             (torch.export, "export", export),
             (torch, "set_default_tensor_type", set_default_tensor_type),
             (torch, "Generator", _AnyGenerator),

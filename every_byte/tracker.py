@@ -477,6 +477,8 @@ class Tracker(TorchDispatchMode):
             they are made what they are where nobody does (`every_byte.in_place`).
     """
 
+    supports_higher_order_operators = True  # such as flex_attention, to be refused by name
+
     def __init__(self, memory: DeviceMemory, watched: bool = True) -> None:
         super().__init__()
         self.memory, self.watched = memory, watched
@@ -553,6 +555,11 @@ class Tracker(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self.in_use or (types and are_fake(types)):
             return func(*args, **kwargs)
+        if not hasattr(func, "_schema") and self.memory.is_replayed:
+            raise NotImplementedError(
+                f"{func} is not replayed: its memory is that of a program that a compiler makes; "
+                "take plain operations, such as scaled_dot_product_attention"
+            )
         if any(map(is_wrapper, types)):
             return NotImplemented  # such as DTensor: seen is what it does with its parts
         if self.memory.is_replayed:

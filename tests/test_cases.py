@@ -9,6 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 import every_byte
 
@@ -91,6 +92,7 @@ RUN: dict[str, Callable[[], Any]] = {
     "per-sample gradients": lambda: torch.func.vmap(
         torch.func.grad(lambda w, x: (w * x).sum()), in_dims=(None, 0)
     )(random(3), random(5, 3)),
+    "allclose": lambda: 1 / torch.allclose(random(3000), random(3000)),
     "print": lambda: print(random(4, 4)),
 }
 
@@ -98,6 +100,22 @@ RUN: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("name", RUN)
 def test_what_scripts_call_runs(gpu: every_byte.VirtualGPU, name: str) -> None:
     RUN[name]()
+
+
+@pytest.mark.parametrize("where", ["list", "cpu", "cuda"])
+def test_lengths_of_ctc_are_read_on_the_host(gpu: every_byte.VirtualGPU, where: str) -> None:
+    lengths: list[Any] = [[50] * 4, [7, 8, 9, 7]]
+    if where != "list":
+        lengths = [torch.tensor(each, device=where) for each in lengths]
+    x, targets = random(50, 4, 20), torch.ones(4, 10, dtype=torch.int64)
+    held = gpu.memory_allocated()
+    loss = F.ctc_loss(x.log_softmax(-1), targets, *lengths)
+    kept = 16384 + 15360 + 512 + 512 + 512  # log_softmax, states, targets, losses, their mean
+    assert gpu.memory_allocated() <= held + kept + 3 * 512  # the lengths as a divisor
+    states = 4 * 50 * (2 * 9 + 1) * 4
+    assert gpu.memory_allocated() >= held + x.nbytes + states
+    loss.backward()
+    assert x.grad is not None and gpu.memory_allocated() <= held + 16384 + 2 * 512
 
 
 def test_results_that_go_to_the_host_leave_the_card(gpu: every_byte.VirtualGPU) -> None:
@@ -353,6 +371,11 @@ def test_what_is_not_replayed_is_refused_by_name_in_one_line(
     with every_byte.as_cuda("T4") if front == "as_cuda" else every_byte.VirtualGPU("T4") as gpu:
         with pytest.raises(NotImplementedError, match=f"^[^\n]*{name}[^\n]*$"):
             make(gpu.device)
+
+
+def test_what_a_compiler_makes_memory_for_is_refused_by_name(gpu: every_byte.VirtualGPU) -> None:
+    with pytest.raises(NotImplementedError, match=r"^flex_attention is not replayed: .*plain op"):
+        flex_attention(*torch.zeros(3, 1, 2, 128, 64, device="cuda").unbind())
 
 
 def test_a_transformer_in_inference_says_that_it_takes_no_fast_path(

@@ -400,3 +400,39 @@ def test_what_is_on_the_host_computes_as_without_a_gpu(inference: bool) -> None:
         assert gpu.memory_allocated() == 0
     for a, b in zip(alone, beside, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("channels", "filters"), [(3, 64), (64, 3)])
+def test_in_channels_last_only_what_is_not_aligned_is_copied(channels: int, filters: int) -> None:
+    with VirtualGPU("H200", torch="2.11") as gpu, torch.no_grad():
+        last = torch.channels_last
+        layer = nn.Conv2d(channels, filters, 3, padding=1).to(gpu.device, FP16, memory_format=last)
+        x = torch.empty(4, channels, 32, 32, device=gpu.device, dtype=FP16).to(memory_format=last)
+        gpu.reset_peak_memory_stats()
+        kept = layer(x)
+        borrowed = gpu.max_memory_allocated() - gpu.memory_allocated()
+    assert kept.shape[1] == filters
+    assert borrowed == 2 * (4 * 32 * 32 * 8 + 8 * 64 * 3 * 3)  # 3 channels are padded to 8
+
+
+@pytest.mark.parametrize(("many", "key"), [(1000, 4), (10**6, 8)])
+def test_a_permutation_sorts_keys_of_few_equals(many: int, key: int) -> None:
+    with VirtualGPU("H200", torch="2.11") as gpu:
+        gpu.reset_peak_memory_stats()
+        kept = torch.randperm(many, device=gpu.device)
+        borrowed = gpu.max_memory_allocated() - gpu.memory_allocated()
+    least = kept.nbytes + 2 * key * many  # numbers, and keys before and after
+    assert least <= borrowed < 2 * least
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16])
+def test_a_pointwise_convolution_is_copied_in_half_precision_alone(dtype: torch.dtype) -> None:
+    with VirtualGPU("H200", torch="2.11") as gpu, torch.no_grad():
+        layer = nn.Conv2d(64, 128, 1).to(gpu.device, dtype)
+        x = torch.empty(4, 64, 32, 32, device=gpu.device, dtype=dtype)
+        gpu.reset_peak_memory_stats()
+        kept = layer(x)
+        borrowed = gpu.max_memory_allocated() - gpu.memory_allocated()
+    # A kernel for NCHW borrows nearly nothing; one for NHWC both tensors (pytorch#123533).
+    copies = x.nbytes + kept.nbytes
+    assert borrowed <= 512 if dtype is FP32 else copies <= borrowed <= copies + 512

@@ -744,6 +744,23 @@ def test_a_recorded_step_adds_up(gpu: VirtualGPU) -> None:
     assert steps[-1]["temporaries"] == 0
 
 
+def test_the_block_that_is_being_made_counts_once_at_the_highest(
+    gpu: VirtualGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    malloc = gpu.memory.malloc
+
+    def looked_at(nbytes: int, stream: int | None = None) -> int:
+        handle = malloc(nbytes, stream)
+        timeline.look(handle)
+        return handle
+
+    with gpu.record() as timeline:
+        monkeypatch.setattr(gpu.memory, "malloc", looked_at)
+        x = torch.empty(1000, device=gpu.device)
+    assert timeline.highest["activations"] == x.nbytes
+    assert timeline.highest.total == 4096 and timeline.highest["workspaces"] == 0
+
+
 def test_a_recording_that_ends_in_an_error_is_kept() -> None:
     with VirtualGPU(capacity=100 * MiB) as gpu:
         with pytest.raises(torch.OutOfMemoryError), gpu.record() as recorded:
@@ -1088,6 +1105,8 @@ def test_an_index_that_is_a_list_is_counted_as_what_it_becomes(gpu: VirtualGPU) 
     # On CUDA the list is a tensor of two whole numbers for the moment, and goes with the call.
     assert gpu.memory_allocated() == before + 512
     assert gpu.max_memory_allocated() == before + 2 * 512
-    x[[0, 1]] = 1.0
+    with gpu.record() as timeline:
+        x[[0, 1]] = 1.0
+    assert max(step["batch"] for step in timeline.steps) == 2 * 8
     assert gpu.memory_allocated() == before + 512
     assert gpu.breakdown().total == gpu.memory_allocated()

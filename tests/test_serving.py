@@ -115,3 +115,10 @@ def test_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in (["--vllm"], ["--vllm", "--card", "H100", "--rank", "8"]):
         assert cli.main(["estimate", "gpt2", *wrong]) == 2
     assert "rank is given: expected of dtype, quantised" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("int8", 8), ("int4", 4)])
+def test_each_64_numbers_of_a_quantised_cache_have_a_scale_and_a_shift(
+    dtype: str, bits: int
+) -> None:
+    assert 64 * serving.cache_bytes(dtype) == 64 * bits // 8 + 2 + 2

@@ -305,9 +305,9 @@ def _answers(card: Card) -> dict[str, Callable[..., Any] | type]:
             raise ValueError(f"Invalid fraction value: {fraction}. Allowed range: 0~1")
         total = card.mem_get_info()[1]
         memory.capacity = min(memory.capacity or total, int(total * fraction))
-        of_the_card[0] = fraction
+        allowed[0] = fraction
 
-    of_the_card = [1.0]
+    allowed = [1.0]
 
     def record_history(enabled: Any = "all", *_: object, **options: Any) -> None:
         more = {"max_entries": options["max_entries"]} if "max_entries" in options else {}
@@ -374,7 +374,7 @@ def _answers(card: Card) -> dict[str, Callable[..., Any] | type]:
         "memory_stats": of_device(lambda: memory_stats(card)),
         "memory_snapshot": lambda *_, **__: card.memory_snapshot(),
         "set_per_process_memory_fraction": refuse_fraction,
-        "get_per_process_memory_fraction": of_device(lambda: of_the_card[0]),
+        "get_per_process_memory_fraction": of_device(lambda: allowed[0]),
         "device_memory_used": of_device(lambda: card.mem_get_info()[1] - card.mem_get_info()[0]),
         "list_gpu_processes": of_device(lambda: f"GPU:0\nprocess: this one, on {memory.name}"),
         "get_allocator_backend": lambda: "native",

@@ -637,6 +637,17 @@ def _equal(values: Values, func: Any, args: Any, kwargs: Any) -> Any:
     return answer
 
 
+def _allclose(values: Values, func: Any, args: Any, kwargs: Any) -> Any:
+    """Of unknown numbers it is True: programs that check so go on."""
+    if not any(t.is_meta for t in args[:2]):
+        return NotImplemented
+    known, origin = _known(args[:2])
+    answer = func(*map(_value, args), **kwargs) if known else True
+    if not known or origin:
+        values._read("allclose()", origin or "", str(answer))
+    return answer
+
+
 def _host_copy(values: Values, tensor: Tensor, operation: str) -> Tensor:
     """A meta tensor's values, on the host, with the same strides."""
     copy = _copy_of(tensor)
@@ -832,6 +843,7 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
     "aten::_local_scalar_dense": _item,
     "aten::item": _item,
     "aten::equal": _equal,
+    "aten::allclose": _allclose,
     "aten::_to_copy": _to_copy,
     "aten::copy_": _copy_,
     "aten::nonzero": _sized("nonzero()", _all_of_it),

@@ -1,4 +1,4 @@
-"""The CTC loss where its lengths are tensors: PyTorch has no ``meta`` kernel for it.
+"""The CTC loss: PyTorch has no ``meta`` kernel for its backward, nor where lengths are tensors.
 
 ``ctc_loss_tensor`` and ``ctc_loss_backward_tensor`` in ``aten/src/ATen/native/LossCTC.cpp`` of
 PyTorch 2.14 read the lengths on the host; ``ctc_loss_gpu_template`` and its backward, in
@@ -28,12 +28,25 @@ def _ctc_loss(
     blank: int = 0,
     zero_infinity: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    lengths = [
+    inputs, outputs = (
         torch.empty(each.shape, dtype=torch.int64, device="cpu").copy_(each).tolist()
         for each in (input_lengths, target_lengths)
-    ]
+    )
+    return _of_lists(log_probs, targets, inputs, outputs, blank, zero_infinity)
+
+
+def _of_lists(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: list[int],
+    target_lengths: list[int],
+    blank: int = 0,
+    zero_infinity: bool = False,
+) -> tuple[Tensor, Tensor]:
     _kept = _on_the_card(log_probs)
-    return aten._ctc_loss(log_probs, targets, *lengths, blank, zero_infinity)
+    length, batch, _ = log_probs.shape
+    states = 2 * max(target_lengths) + 1
+    return log_probs.new_empty(batch), log_probs.new_empty(batch, length, states)
 
 
 def _ctc_loss_backward(
@@ -55,4 +68,6 @@ def _ctc_loss_backward(
 KERNELS: dict[Any, Callable[..., Any]] = {
     aten._ctc_loss.Tensor: _ctc_loss,
     aten._ctc_loss_backward.Tensor: _ctc_loss_backward,
+    aten._ctc_loss.default: _of_lists,
+    aten._ctc_loss_backward.default: _ctc_loss_backward,
 }
