@@ -140,9 +140,9 @@ def shown(records: Sequence[Record], known: Sequence[dict[str, Any]]) -> str:
     off = [(record, row) for record, row in rows if any(row.difference.values())]
     if off:
         # Numbered as they are needed: Markdown leaves no number out.
-        met = {number for _, row in off for number in causes_of(row, known)}
+        met = {number for record, row in off for number in causes_of(row, known, record.card)}
         needed = [cause for number, cause in enumerate(known, 1) if number in met]
-        why = [(record, row, causes_of(row, needed)) for record, row in off]
+        why = [(record, row, causes_of(row, needed, record.card)) for record, row in off]
         parts += ["**What differs**, and the cause by its number below:", differences(why)]
         parts.append("\n".join(f"{n}. {cause['text']}" for n, cause in enumerate(needed, 1)))
     else:
@@ -182,13 +182,17 @@ def _pairs(row: Row) -> Iterator[int]:
         yield row.replayed[figure]
 
 
-def causes_of(row: Row, known: Sequence[dict[str, Any]]) -> list[int]:
-    """The numbers of the causes that name this experiment, and a figure or kind that is off."""
+def causes_of(row: Row, known: Sequence[dict[str, Any]], card: str) -> list[int]:
+    """The numbers of the causes that name this experiment, and a figure or kind that is off.
+
+    And the card, where a cause names one.
+    """
     off = {figure for figure, nbytes in row.difference.items() if nbytes} | row.by_kind().keys()
     return [
         number
         for number, cause in enumerate(known, 1)
         if off & set(cause["of"])
+        and cause.get("card", card) == card
         and any(fnmatch(row.experiment, pattern) for pattern in cause["experiments"])
     ]
 
@@ -330,9 +334,9 @@ def all_pairs() -> dict[str, list[Pair]]:
     """What is measured and replayed, by source."""
     again = FOLDER / "replayed" / "proof.json"
     return {
-        "the book's experiments, H100 and H200": recorded_pairs(found(FOLDER)),
+        "the book's experiments, both cards": recorded_pairs(found(FOLDER)),
         "other models' runs, H200": run_pairs(MEASURED, again),
-        "programs that nobody watched, H100": program_pairs(read_unwatched()),
+        "unwatched programs, H100": program_pairs(read_unwatched()),
         "published by others": published_pairs(FOLDER / "liger.toml", again),
     }
 
@@ -340,13 +344,26 @@ def all_pairs() -> dict[str, list[Pair]]:
 def told(pairs: Mapping[str, Sequence[Pair]]) -> str:
     """What the figure shows, in words: the alternative text, and the share that is equal."""
     every = [pair for some in pairs.values() for pair in some]
+    near = sum(abs(pair.replayed - pair.measured) <= pair.measured / 100 for pair in every)
     parts = [f"{name}: {_share(some)}" for name, some in pairs.items()]
-    return f"{_share(every)} are equal to the last digit. {'; '.join(parts)}."
+    return (
+        f"{_share(every)} are equal to the last digit, {_of(near, len(every))} within 1 %. "
+        f"{'; '.join(parts)}."
+    )
 
 
 def _share(pairs: Sequence[Pair]) -> str:
     same = sum(pair.equal for pair in pairs)
-    return f"{same:,} of {len(pairs):,} figures ({math.floor(1000 * same / len(pairs)) / 10} %)"
+    return f"{same:,} of {len(pairs):,} figures ({_percent(same, len(pairs))})"
+
+
+def _of(many: int, every: int) -> str:
+    return f"{many:,} ({_percent(many, every)})"
+
+
+def _percent(many: int, every: int) -> str:
+    """Cut off, so that 100 % is all."""
+    return f"{math.floor(1000 * many / every) / 10} %"
 
 
 def figure(pairs: Mapping[str, Sequence[Pair]]) -> str:
@@ -357,7 +374,7 @@ def figure(pairs: Mapping[str, Sequence[Pair]]) -> str:
     axes.plot(ends, ends, color="black", linewidth=0.6)
     marks = {"o": "#0a7d5c", "s": "#2f6fd0", "D": "#7a3fa0", "^": "#c2570c"}
     for (name, some), (mark, color) in zip(pairs.items(), marks.items(), strict=True):
-        label = f"{name}: {_share(some)} equal"
+        label = f"{name}: {sum(p.equal for p in some):,} of {len(some):,} equal"
         for equal in (True, False):
             # Points that would fall on one another are drawn once.
             places = {
@@ -472,9 +489,9 @@ class Measured(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """The share that is equal in words, then the figure."""
         pairs = all_pairs()
-        said = told(pairs)
+        said, within = told(pairs), " within 1 %."
         counted = runs_counted(MEASURED, FOLDER / "replayed" / "proof.json")
-        text = self.parse_text_to_nodes(f"**{said.partition(' digit.')[0]} digit.** {counted}")
+        text = self.parse_text_to_nodes(f"**{said.partition(within)[0]}{within}** {counted}")
         svg = inline(figure(pairs), "measured", f"Measured against replayed bytes. {said}")
         return [*text, nodes.raw("", svg, format="html")]
 
