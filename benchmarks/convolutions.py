@@ -29,7 +29,6 @@ TRIED = {
     "_HUGE": (1 << 23, 1 << 24, 1 << 25, 1 << 26, 1 << 27),
     "_DEEP": (2048, 2304, 4096, 4608, 8192),
     "_ROWS": (128, 256, 512),
-    "_BATCHES": (8, 16, 32),
 }
 OPERATIONS = ("aten.convolution.default", "aten.convolution_backward.default")
 
