@@ -425,7 +425,7 @@ def test_a_permutation_sorts_keys_of_few_equals(many: int, key: int) -> None:
     assert least <= borrowed < 2 * least
 
 
-@pytest.mark.parametrize("dtype", [FP32, FP16])
+@pytest.mark.parametrize("dtype", [FP32, FP16, torch.bfloat16])
 def test_a_pointwise_convolution_is_copied_in_half_precision_alone(dtype: torch.dtype) -> None:
     with VirtualGPU("H200", torch="2.11") as gpu, torch.no_grad():
         layer = nn.Conv2d(64, 128, 1).to(gpu.device, dtype)
@@ -433,6 +433,7 @@ def test_a_pointwise_convolution_is_copied_in_half_precision_alone(dtype: torch.
         gpu.reset_peak_memory_stats()
         kept = layer(x)
         borrowed = gpu.max_memory_allocated() - gpu.memory_allocated()
-    # A kernel for NCHW borrows nearly nothing; one for NHWC both tensors (pytorch#123533).
+    # A kernel for NCHW borrows nearly nothing, as in BF16 on an H100; one for NHWC both tensors
+    # (pytorch#123533).
     copies = x.nbytes + kept.nbytes
-    assert borrowed <= 512 if dtype is FP32 else copies <= borrowed <= copies + 512
+    assert copies <= borrowed <= copies + 512 if dtype is FP16 else borrowed <= 512

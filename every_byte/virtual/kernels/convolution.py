@@ -80,7 +80,7 @@ def workspace(
                 return x.nbytes + weight.nbytes + _VECTOR
         copied = sum(padded(t) for t in (x, y) if t.size(1) % vector)
         return (copied + filters if unaligned else 0) + partial
-    if size < 4 and gradient_of == "":
+    if x.dtype is torch.bfloat16 and gradient_of == "":  # FP16: as published, pytorch#123533
         if not several and all(n == 1 for n in stride):
             return 0  # a matrix product, which takes NCHW as it is
         if several and channels[0] < _FEW_OF_AN_IMAGE:
