@@ -803,23 +803,37 @@ def _send(case: Case, to: Any) -> None:
         to.send(result(case))
 
 
-def in_its_own_process(case: Case) -> dict[str, Any]:
-    """The result of a case, which may take `SECONDS` and `MEMORY` and no more."""
-    fork = multiprocessing.get_context("fork")
-    here, there = fork.Pipe(duplex=False)
-    process = fork.Process(target=_send, args=(case, there))
+def in_a_process(send: Callable[..., None], *args: Any, method: str = "fork") -> Any:
+    """What ``send(*args, connection)`` sends from a process of its own.
+
+    Raises:
+        TimeoutError: nothing comes in `SECONDS`; the process is ended.
+        EOFError: it ends without.
+    """
+    context: Any = multiprocessing.get_context(method)
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=send, args=(*args, there))
     process.start()
     there.close()
-    row = {"group": case.group, "name": case.name, "result": "refused"}
     try:
-        if here.poll(SECONDS):
-            return here.recv()
-        return {**row, "why": f"takes more than {SECONDS} s on the host"}
-    except EOFError:
-        return {**row, "why": f"ends its process, which may take {MEMORY / GiB:.0f} GiB"}
+        if not here.poll(SECONDS):
+            raise TimeoutError(f"takes more than {SECONDS} s on the host")
+        return here.recv()
     finally:
         process.kill()
         process.join()
+
+
+def in_its_own_process(case: Case) -> dict[str, Any]:
+    """The result of a case, which may take `SECONDS` and `MEMORY` and no more."""
+    try:
+        found: dict[str, Any] = in_a_process(_send, case)
+        return found
+    except TimeoutError as error:
+        why = str(error)
+    except EOFError:
+        why = f"ends its process, which may take {MEMORY / GiB:.0f} GiB"
+    return {"group": case.group, "name": case.name, "result": "refused", "why": why}
 
 
 def versions() -> dict[str, str]:

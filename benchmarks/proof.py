@@ -25,7 +25,7 @@ from every_byte.allocator import Recorded
 from every_byte.gpu import VirtualGPU
 from every_byte.units import MiB
 from helpers import signatures, workloads
-from helpers.measured import cause_of, of_workloads
+from helpers.measured import Figures, cause_of, of_workloads
 from helpers.record import compared, replays_of
 
 ROOT = Path(__file__).parent.parent
@@ -60,8 +60,6 @@ ASSUMING = (
 )
 CONVOLUTIONS = ("tv-resnet*", "tv-vgg*", "tv-mobilenet*", "unet-*", "lstm")
 """Names of runs by what the goals say of them; the others are transformers."""
-
-Figures = dict[str, list[int]]
 
 
 class Goal(NamedTuple):

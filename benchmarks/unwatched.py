@@ -15,7 +15,6 @@ import argparse
 import gc
 import json
 import lzma
-import multiprocessing
 import os
 import sys
 import warnings
@@ -33,14 +32,14 @@ from benchmarks import architectures
 from every_byte import as_cuda
 from every_byte.allocator import CachingAllocator, OutOfMemoryError
 from every_byte.allocator.placement import Downwards
-from every_byte.data import ALSO_NAMED
+from every_byte.files import written
 from every_byte.units import MiB
 from helpers import workloads
-from helpers.measured import UNWATCHED, Figures, peak_off, read_unwatched, unwatched_pairs
-from helpers.record import versions
+from helpers.measured import Figures, peak, peak_off, read_unwatched, unwatched_pairs
+from helpers.record import machine, rules_of, versions
 from helpers.workloads import FIGURES
 
-SECONDS = 300  # that a program may take
+_XZ = b"\xfd7zXZ"  # that a file begins with
 
 
 class _Looks(Figures):
@@ -130,7 +129,7 @@ def least(name: str, card: str, torch_version: str) -> int:
         trace = torch.cuda.memory._snapshot()["device_traces"][0]
     asked = [e for e in trace if e["action"] in ("alloc", "free_completed")]
     step = 2 * MiB
-    below = max(row[2] for row in figures.values()) // step - 1
+    below = peak(figures) // step - 1
     enough = -(-max(row[3] for row in figures.values()) // step)
     while enough - below > 1:
         middle = (enough + below) // 2
@@ -169,28 +168,19 @@ def _send(name: str, on: tuple[str, str] | None, to: Any) -> None:
 def in_its_own_process(name: str, on: tuple[str, str] | None) -> dict[str, Any]:
     """The "figures" of a program, or its "error"; `on`: a virtual card and PyTorch's version."""
     # On a card without this one's imports: some of them use CUDA, and cannot be forked then.
-    context: Any = multiprocessing.get_context("spawn" if on is None else "fork")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(name, on, there))
-    process.start()
-    there.close()
+    method = "spawn" if on is None else "fork"
     try:
-        if here.poll(SECONDS):
-            found: dict[str, Any] = here.recv()
-            return found
-        return {"error": f"takes more than {SECONDS} s"}
+        found: dict[str, Any] = architectures.in_a_process(_send, name, on, method=method)
+        return found
+    except TimeoutError as error:
+        return {"error": str(error)}
     except EOFError:
         return {"error": "ends its process"}
-    finally:
-        process.kill()
-        process.join()
 
 
 def _write(path: Path, what: dict[str, Any]) -> None:
-    beside = path.with_name(path.name + ".new")
-    with lzma.open(beside, "wt") as file:
-        json.dump(what, file, separators=(",", ":"))
-    os.replace(beside, path)
+    with written(path, "a file of programs", lambda head: head.startswith(_XZ)) as file:
+        file.write(lzma.compress(json.dumps(what, separators=(",", ":")).encode()))
 
 
 def _printed(told: dict[str, Any]) -> None:
@@ -203,6 +193,40 @@ def _printed(told: dict[str, Any]) -> None:
     print(f"{same} of {every} programs: every figure equal to the byte")
 
 
+_Begun = tuple[dict[str, Any], dict[str, Any], tuple[str, str] | None]
+
+
+def _measurements(path: Path) -> _Begun:
+    """A file to be, its programs, and no virtual card.
+
+    Raises:
+        OSError: there is a file, or no GPU.
+    """
+    if path.exists():
+        raise FileExistsError(f"{path} exists: remove it, or name another file")
+    if not torch.cuda.is_available():
+        raise OSError("torch.cuda.is_available() is False: --measure needs a GPU")
+    told: dict[str, Any] = {"machine": machine(), "programs": {}}
+    return told, told["programs"], None
+
+
+def _replays(path: Path) -> _Begun:
+    """What a file has, its replays, and the virtual card with its version of PyTorch.
+
+    Raises:
+        OSError, ValueError: it is no such file, or of a card that is not known.
+    """
+    told = read_unwatched(path)
+    if not isinstance(told, dict) or not told.keys() >= {"machine", "programs"}:
+        raise ValueError(f"{path} is no file of --measure")
+    card, version = rules_of(told["machine"])
+    if card is None:
+        raise ValueError(f"{path} is of {told['machine']['card']!r}, which every_byte doesn't know")
+    again = {"programs": {}} | told.get("replayed", {}) | {"versions": versions()}
+    told["replayed"] = again
+    return told, again["programs"], (card, version)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.unwatched", description=__doc__)
@@ -212,30 +236,32 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     path = asked.measure or asked.replay
     if path is None:
-        _printed(read_unwatched(UNWATCHED))
+        _printed(read_unwatched())
         return 0
-    if asked.measure is not None:
-        if not torch.cuda.is_available():
-            print("torch.cuda.is_available() is False: --measure needs a GPU", file=sys.stderr)
-            return 1
-        about = {"versions": versions(), "card": torch.cuda.get_device_name()}
-        told: dict[str, Any] = {"machine": about, "programs": {}}
-        into, on = told["programs"], None
-    else:
-        told = read_unwatched(path)
-        told["replayed"] = {"programs": {}} | told.get("replayed", {}) | {"versions": versions()}
-        card = told["machine"]["card"].removeprefix("NVIDIA ")
-        version = ".".join(told["machine"]["versions"]["torch"].split(".")[:2])
-        into, on = told["replayed"]["programs"], (ALSO_NAMED.get(card, card), version)
-        for module in ("transformers.trainer", "torchvision", "timm", "peft", "diffusers"):
-            with suppress(ImportError):
+    try:
+        told, into, on = _replays(path) if asked.replay else _measurements(path)
+        known = list(told["programs"]) if asked.replay else names()
+        if missing := set(asked.only or ()) - set(known):
+            raise ValueError(f"--only is {sorted(missing)[0]!r}: expected one of the programs")
+    except (OSError, ValueError, lzma.LZMAError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    for module in (
+        "torch._dynamo",
+        "transformers.trainer",
+        "torchvision",
+        "timm",
+        "peft",
+        "diffusers",
+    ):
+        with suppress(ImportError):
+            if on is not None:
                 import_module(module)  # once, for all processes
-        with as_cuda(on[0], torch_version=on[1]):
-            torch.ones(1, device="cuda")
     gc.freeze()  # collecting garbage need not look at what was imported
-    for name in asked.only or (names() if on is None else told["programs"]):
+    todo = asked.only or known
+    for number, name in enumerate(todo, 1):
         into[name] = in_its_own_process(name, on)
-        print(name, into[name].get("error", ""), flush=True)
+        print(f"[{number}/{len(todo)}]", name, into[name].get("error", ""), flush=True)
         _write(path, told)
     return 0
 

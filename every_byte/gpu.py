@@ -29,7 +29,7 @@ from typing_extensions import TypeVar
 
 from every_byte.allocator import SegmentInfo
 from every_byte.cuda import CudaMemory
-from every_byte.data import ALSO_NAMED, cards
+from every_byte.data import cards, named
 from every_byte.files import written
 from every_byte.memory import DeviceMemory
 from every_byte.tracker import Breakdown, Timeline, Tracker, uncounted
@@ -404,10 +404,10 @@ class VirtualGPU(GPU[VirtualMemory]):
                 name or "Virtual GPU", capacity, alloc_conf, context, values=values
             )
         else:
-            card = ALSO_NAMED.get(card, card)
-            if card not in cards():
+            here = named(card)
+            if here is None:
                 raise ValueError(f"card is {card!r}: expected one of {', '.join(cards())}")
-            known = cards()[card]
+            known = cards()[here]
             capacity = known.memory if capacity is None else capacity
             rules = Rules.of(known, torch)
             note = (
@@ -417,7 +417,7 @@ class VirtualGPU(GPU[VirtualMemory]):
                 else "no CUDA device in use, figures are by PyTorch's source, not measured"
             )
             note += rules.older
-            memory = VirtualMemory(name or card, capacity, alloc_conf, context, rules, note, values)
+            memory = VirtualMemory(name or here, capacity, alloc_conf, context, rules, note, values)
         super().__init__(memory, watched)
 
     @property

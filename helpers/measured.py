@@ -79,10 +79,14 @@ def unwatched_pairs(told: dict[str, Any]) -> Iterator[tuple[str, Figures, Figure
             yield name, of["figures"], again["figures"]
 
 
+def peak(figures: Figures) -> int:
+    """The most bytes that were allocated at any time."""
+    return max(allocated for _, _, allocated, _ in figures.values())
+
+
 def peak_off(measured: Figures, again: Figures) -> float:
     """How much higher the replay's peak is than the measured one, as a share of it."""
-    one, other = (max(row[2] for row in of.values()) for of in (measured, again))
-    return other / one - 1
+    return peak(again) / peak(measured) - 1
 
 
 def of_ladder() -> dict[str, dict[str, Any]]:

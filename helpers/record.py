@@ -35,7 +35,7 @@ from unittest import mock
 import torch
 
 from every_byte.allocator.replay import replay_trace
-from every_byte.data import ALSO_NAMED, cards
+from every_byte.data import named
 from every_byte.gpu import GPU, CudaGPU, VirtualGPU
 from every_byte.tracker import KINDS, untracked
 from every_byte.virtual.memory import CUBLAS_WORKSPACE
@@ -190,6 +190,11 @@ def measure(experiment: Experiment) -> Result:
     return result
 
 
+def rules_of(machine: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The name here of a record's card, if it is known, and its version of PyTorch, as "2.11"."""
+    return named(machine["card"]), ".".join(machine["versions"]["torch"].split(".")[:2])
+
+
 def replay(name: str, measured: Result, machine: Mapping[str, Any]) -> Result:
     """The same experiment on a virtual GPU: its checkpoints and messages, or why there are none.
 
@@ -202,11 +207,8 @@ def replay(name: str, measured: Result, machine: Mapping[str, Any]) -> Result:
         machine: what the record says of the card; see `machine`.
     """
     experiment = _experiment(name)
-    card = machine["card"].removeprefix("NVIDIA ")
-    card = ALSO_NAMED.get(card, card)
-    like: Result = {"card": card if card in cards() else None}
-    if like["card"]:
-        like["torch"] = ".".join(machine["versions"]["torch"].split(".")[:2])
+    card, version = rules_of(machine)
+    like: Result = {"card": card, "torch": card and version}
     total: int = machine["memory"]
     gpu = VirtualGPU(**like, capacity=total, alloc_conf=measured["alloc_conf"])
     if experiment.capacity is not None:

@@ -257,7 +257,7 @@ PRICE = {
     "SDPA": "none",
     "LoRA": "quality, where the task is far",
     "weights in 4 bits": "time, if tokens are few",
-    "checkpointing": "20 to 43 % more time",
+    "checkpointing": "20 to 56 % more time",
     "loss in chunks": "2 % of the arithmetic",
     "one text at a time": "time, more so in 4 bits",
     "AdamW in 8 bits": "none was found",
@@ -333,7 +333,7 @@ table(["rung", f"{LLAMA} (GB)", "saves", f"{QWEN} (GB)", "price"], rows)
 #
 # Of each layer only the input is kept, and the rest is computed again in backward ([Chen et al. 2016](https://arxiv.org/abs/1604.06174)).
 #
-# *The price:* one more forward pass. The paper measured 30 % more time. transformers' documentation said [about 20 %](https://huggingface.co/docs/transformers/v4.47.1/en/perf_train_gpu_one), and today gives no number. On our H100 it was 43 %. The result is the same.
+# *The price:* one more forward pass. The paper measured 30 % more time. transformers' documentation said [about 20 %](https://huggingface.co/docs/transformers/v4.47.1/en/perf_train_gpu_one), and today gives no number. On our H100, on top of 4 bits, it was 56 %. The result is the same.
 
 # %% [markdown]
 # ### The loss in chunks
@@ -505,18 +505,18 @@ for name, on_card in of_ladder().items():
     if "message" in on_card:
         rows.append((name, "out of memory", f"{peak / GB:.4g}", "", ""))
         continue
-    off = f"{peak / on_card['peak'] - 1:+.1%}"
+    off = f"{100 * (peak / on_card['peak'] - 1):+.1f} %"
     shown = (f"{n / GB:.4g}" for n in (on_card["peak"], peak))
     rows.append((name, *shown, off, f"{on_card['seconds']:.2f}"))
 table(
-    ["rung", "H100 (GB)", "replayed (GB)", "off by", "s per step"],
+    ["rung", "measured (GB)", "replayed (GB)", "off by", "s per step"],
     rows,
 )
 
 # %% [markdown]
 # No peak is off by more than a hundredth. What differs is mostly cuBLAS's workspace: 67 MB on an H100, 17 MB on an RTX 4090. By the H100's own rules, at full depth and with the same versions of the libraries, `every-byte run` gives 7,281,765,888 B for the last rung. That is what the card printed.
 #
-# The last column is the price in time, on that card and for 4,096 tokens a step. **Checkpointing** took 43 % more. **4 bits** took nothing more with four texts at once, and the step became three times as long with **one text at a time**: each product turns its whole matrix back into BF16, however few the tokens are.
+# The last column is the price in time, measured on that card and for 4,096 tokens a step. Each rung is on top of those before it. **4 bits** took nothing more with four texts at once. **Checkpointing** then took 56 % more: the layers are computed once more, and their matrices turned back from 4 bits once more. With **one text at a time** the step became three times as long, for each product turns its whole matrix back into BF16, however few the tokens are.
 
 # %% [markdown]
 # ## What to remember

@@ -1,7 +1,10 @@
 """Programs that ran on an H100 while nobody looked on, replayed on the virtual one."""
 
+import json
+import lzma
 from collections import Counter
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +63,36 @@ def test_the_page_counts_them(extension: Any) -> None:
     same = sum(measured == again for _, measured, again in pairs)
     assert f"{len(pairs)} programs ran on both. Of {same}, **every figure" in text
     assert len(extension.program_pairs(TOLD)) == 4 * sum(len(of) for _, of, _ in pairs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--measure", str(UNWATCHED)], "exists: remove it, or name another file"),
+        (["--replay", str(UNWATCHED), "--only", "gpt5"], "--only is 'gpt5': expected one of"),
+        (["--replay", __file__], "Input format not supported"),
+        (["--replay", str(UNWATCHED.with_name("kernels.json.xz"))], "is no file of --measure"),
+        (["--replay", "nowhere.xz"], "No such file"),
+    ],
+)
+def test_what_cannot_be_measured_or_replayed_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = UNWATCHED.read_bytes()
+    assert unwatched.main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert UNWATCHED.read_bytes() == before
+
+
+def test_a_replay_goes_into_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "measured.json.xz"
+    path.write_bytes(UNWATCHED.read_bytes())
+    told = read_unwatched(path)
+    del told["replayed"]
+    path.write_bytes(lzma.compress(json.dumps(told).encode()))
+    assert unwatched.main(["--replay", str(path), "--only", "recurrent/LSTMCell"]) == 0
+    ((name, measured, again),) = unwatched_pairs(read_unwatched(path))
+    assert name == "recurrent/LSTMCell" and measured == again
 
 
 KERNELS = list(signatures.measured(UNWATCHED.with_name("kernels.json.xz")))

@@ -27,7 +27,7 @@ from torch import nn
 
 from every_byte.gpu import VirtualGPU
 from every_byte.units import GB, MiB, binary
-from helpers.measured import Figures, cause_of, peak_off, read_unwatched, unwatched_pairs
+from helpers.measured import cause_of, peak, peak_off, read_unwatched, unwatched_pairs
 from helpers.plots import use_book_style
 from helpers.record import Row, compared, notes, problems, replays_of, summary
 from helpers.tables import table
@@ -298,7 +298,7 @@ def programs(told: dict[str, Any]) -> str:
     ]
     others = sorted((item for item in every if peaks[item[0]]), key=lambda o: -abs(peaks[o[0]]))
     lines = [
-        [f"`{name}`", f"{_peak(measured) / GB:.3f}", f"{100 * peaks[name]:+.4f} %"]
+        [f"`{name}`", f"{peak(measured) / GB:.3f}", f"{100 * peaks[name]:+.4f} %"]
         for name, measured, _ in others
     ]
     some = table(["program", "peak, measured (GB)", "replayed, off by"], lines).data
@@ -307,16 +307,12 @@ def programs(told: dict[str, Any]) -> str:
     right = sum(one["ran"] and one["ran out below"] for one in least.values())
     not_so = [n for n, one in least.items() if not (one["ran"] and one["ran out below"])]
     parts.append(
-        f"And does it fit? Of {len(least)} of these runs we computed beforehand the least memory "
-        "with which they get to their end, then gave the card's allocator exactly that, and 2 MiB "
-        f"less. {right} ran with it and ran out of memory with less. The others: "
+        f"And does it fit? For {len(least)} of these runs we computed beforehand the least memory "
+        "that gets them to their end. Then we gave them exactly that on the card, and 2 MiB less. "
+        f"{right} ran with it and ran out of memory with less. The others: "
         f"{', '.join(f'`{name}`' for name in not_so)}."
     )
     return "\n\n".join(parts)
-
-
-def _peak(figures: Figures) -> int:
-    return max(row[2] for row in figures.values())
 
 
 def published_pairs(series: Path, replayed: Path) -> list[Pair]:

@@ -49,7 +49,7 @@ class Card:
 
     @property
     def context(self) -> int:
-        """Bytes of the CUDA context: measured on the H200, estimated on other cards.
+        """Bytes of the CUDA context: measured on the H100 and H200, estimated on other cards.
 
         It grows with the card's multiprocessors, for CUDA sets memory aside for all
         threads that they can run: in proportion on cards with more than the H200 has.
@@ -100,8 +100,18 @@ def cards() -> dict[str, Card]:
     return {name: Card(**card) for name, card in read("cards.toml").items()}
 
 
-ALSO_NAMED = {"RTX 4050": "RTX 4050 Laptop", "H100 80GB HBM3": "H100"}
+_ALSO_NAMED = {"RTX 4050": "RTX 4050 Laptop", "H100 80GB HBM3": "H100"}
 """Other names of cards: there is no other RTX 4050; the driver's name of the H100 (SXM)."""
+
+
+def named(name: str) -> str | None:
+    """The name in `cards` of a card as people, or ``torch.cuda.get_device_name()``, call it.
+
+    None if it is not there.
+    """
+    plain = name.removeprefix("NVIDIA ")
+    found = _ALSO_NAMED.get(plain, plain)
+    return found if found in cards() else None
 
 
 def unknown_card(memory: int) -> Card:

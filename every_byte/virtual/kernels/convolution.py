@@ -35,7 +35,7 @@ _SMALL_DEPTH = 128  # numbers that a weight multiplies per output: below, a kern
 _FEW_CHANNELS = 32
 _FEW_OF_AN_IMAGE = 4  # its colours, or those of its latents
 # A kernel that reads NHWC and writes NCHW is taken where these hold, as measured: numbers
-# summed per output, outputs per channel, outputs.
+# summed per output, outputs per channel, outputs, unless of so many channels.
 _SHALLOW, _MANY_ROWS, _HUGE, _WIDE = 576, 12_544, 1 << 25, 128
 _DEEP = 4096  # numbers that are summed, from which on the sum is split, as measured
 _ROWS = 256  # of a partial sum, at least
@@ -63,6 +63,7 @@ def workspace(
     channels = (weight.size(1), weight.size(0))
     vector = _VECTOR // size
     unaligned = any(n % vector for n in channels)
+    is_product = not several and all(n == 1 for n in stride)
 
     def padded(tensor: Tensor) -> int:
         many = tensor.size(1)
@@ -74,19 +75,19 @@ def workspace(
         partial = _partial_sums(y, weight, rules)
     if _is_channels_last(x) or _is_channels_last(weight):
         if gradient_of == "":
-            if not several and all(n == 1 for n in stride):
+            if is_product:
                 return 0
             if size == 4 and channels[0] <= _FEW_OF_AN_IMAGE and several:
                 return x.nbytes + weight.nbytes + _VECTOR
         copied = sum(padded(t) for t in (x, y) if t.size(1) % vector)
         return (copied + filters if unaligned else 0) + partial
     if x.dtype is torch.bfloat16 and gradient_of == "":  # FP16: as published, pytorch#123533
-        if not several and all(n == 1 for n in stride):
-            return 0  # a matrix product, which takes NCHW as it is
+        if is_product:
+            return 0  # takes NCHW as it is
         if several and channels[0] < _FEW_OF_AN_IMAGE:
             return 0
     if size == 4:
-        if not several and all(n == 1 for n in stride) and not math.prod(x.shape[2:]) % 4:
+        if is_product and not math.prod(x.shape[2:]) % 4:
             if gradient_of != "weight":
                 return _DIRECT
             if min(channels) >= _FEW_CHANNELS and not unaligned:

@@ -1,9 +1,9 @@
 """Losses that CUDA writes element by element, and then adds up.
 
-The elements are as large as the input. Some losses write their sum into the block of elements
-that they were given for it, and keep the whole block: ``mse_loss`` and ``smooth_l1_loss`` in
-aten/src/ATen/native/BinaryOps.cpp and Loss.cpp, ``binary_cross_entropy`` in
-aten/src/ATen/native/cuda/Loss.cu (PyTorch 2.11). All but the last are as an H100 took them.
+The elements are as large as the input. Some losses keep such a block for their one number:
+``mse_loss`` and ``smooth_l1_loss``, whose result is made as large as the input and then resized
+(aten/src/ATen/native/Loss.cpp), and ``binary_cross_entropy``, which resizes its elements
+(aten/src/ATen/native/cuda/Loss.cu). All but the last are as an H100 took them (PyTorch 2.11).
 """
 
 from collections.abc import Callable
@@ -34,6 +34,15 @@ def _add_up(rules: Rules, elements: Tensor) -> None:
     _held = [elements.new_empty(size, dtype=torch.uint8) for size in sizes]
 
 
+def _reduced(rules: Rules, elements: Tensor, reduction: int) -> Tensor:
+    """``apply_loss_reduction`` in native/Loss.cpp."""
+    if reduction == _NONE:
+        return elements
+    result = elements.new_empty(())
+    _add_up(rules, elements)
+    return result
+
+
 def _as_a_number(block: Tensor) -> Tensor:
     """One number in a block that stays as large as it was."""
     return block.as_strided((), ()) if block.numel() else block.new_empty(())
@@ -53,12 +62,7 @@ def _into_its_elements(
 def _huber(
     rules: Rules, self: Tensor, target: Tensor, reduction: int = 1, *_: Any, **__: Any
 ) -> Tensor:
-    elements = _elements(self, target)
-    if reduction == _NONE:
-        return elements
-    result = elements.new_empty(())
-    _add_up(rules, elements)
-    return result
+    return _reduced(rules, _elements(self, target), reduction)
 
 
 def _with_logits(
@@ -70,29 +74,20 @@ def _with_logits(
     reduction: int = 1,
 ) -> Tensor:
     """``binary_cross_entropy_with_logits`` in native/Loss.cpp: two tensors of its own."""
-    log_sigmoid = _elements(self)
+    _log_sigmoid = _elements(self)
     if pos_weight is not None:
         less = _elements(pos_weight)
         log_weight = _elements(less, target)
         del less, log_weight
-    elements = _elements(target)
-    if reduction == _NONE:
-        return elements
-    result = elements.new_empty(())
-    _add_up(rules, elements)
-    del log_sigmoid
-    return result
+    return _reduced(rules, _elements(target), reduction)
 
 
 def _binary_cross_entropy(
     rules: Rules, self: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1
 ) -> Tensor:
     elements = _elements(self)
-    if reduction == _NONE:
+    if _reduced(rules, elements, reduction) is elements:
         return elements
-    result = elements.new_empty(())
-    _add_up(rules, elements)
-    del result
     return _as_a_number(elements)
 
 
