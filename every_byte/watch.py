@@ -91,6 +91,18 @@ class _Trained(torch.nn.Module):
         super().__init__()
         self.optimizers: list[torch.optim.Optimizer] = []
         self.models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._parts: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+    def add(self, module: torch.nn.Module) -> bool:
+        """Take a module that is at work; False if it is a part of one that is known.
+
+        Parts come by themselves where checkpointing computes a layer again, in backward.
+        """
+        if module in self._parts:
+            return False
+        self.models.add(module)
+        self._parts.update(module.modules())
+        return True
 
     def modules(self, remove_duplicate: bool = True) -> Iterator[torch.nn.Module]:
         """Those of all models."""
@@ -179,8 +191,7 @@ class Watch:
             free(handle)
 
         def enters(module: torch.nn.Module, _: object) -> None:
-            if not self._forward and module not in trained.models:
-                trained.models.add(module)
+            if not self._forward and trained.add(module):
                 self.timeline.see()
             self._forward += 1
             self._has_begun = True

@@ -284,6 +284,37 @@ def test_progress_is_told_now_and_then(gpu: Any) -> None:
     ]
 
 
+def test_layers_that_are_computed_again_are_not_models_of_their_own(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each look at the model would be one for each of its layers: quadratic."""
+    from torch.utils.checkpoint import checkpoint
+
+    from every_byte.tracker import Timeline
+    from every_byte.watch import Watch
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                x = checkpoint(layer, x, use_reentrant=False)
+            return x
+
+    model = Deep().to(gpu.device)
+    other = nn.Linear(8, 8, device=gpu.device)
+    watch, looks = Watch(gpu), list[int]()
+    with watch.watching():
+        monkeypatch.setattr(Timeline, "see", lambda _: looks.append(1))
+        for _ in range(2):
+            model(torch.ones(2, 8, device=gpu.device)).sum().backward()
+        other(torch.ones(2, 8, device=gpu.device))
+    assert len(looks) == 2  # at the model and at the other one
+    assert watch.timeline.steps[-1]["gradients"] == 3 * (8 * 8 + 8) * 4
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
