@@ -355,7 +355,8 @@ class VirtualGPU(GPU[VirtualMemory]):
 
     Args:
         card: the card to be, such as ``"RTX 4090"``; see `every_byte.data.cards`.
-        capacity: bytes that it has; the card's if None, no bound without a card either.
+        capacity: bytes that programs can have of it; the card's `every_byte.data.Card.usable`
+            if None, no bound without a card either.
             Past it, operations raise ``torch.OutOfMemoryError`` as on CUDA.
         name: what it calls itself; the card's name if None.
         alloc_conf: settings as in ``PYTORCH_ALLOC_CONF``, which itself is not read;
@@ -408,7 +409,7 @@ class VirtualGPU(GPU[VirtualMemory]):
             if here is None:
                 raise ValueError(f"card is {card!r}: expected one of {', '.join(cards())}")
             known = cards()[here]
-            capacity = known.memory if capacity is None else capacity
+            capacity = known.usable if capacity is None else capacity
             rules = Rules.of(known, torch)
             note = (
                 f"no CUDA device in use, figures are replayed by rules measured with "

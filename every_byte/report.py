@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from every_byte.data import cards
-from every_byte.estimate import CONTEXT
 from every_byte.units import GB, grouped, short
 from every_byte.watch import Place, Watch
 
@@ -57,7 +56,8 @@ class Report:
 
     Attributes:
         card: its name.
-        capacity: bytes that it has.
+        capacity: bytes that programs can have of it.
+        context: bytes of them that a CUDA context takes.
         fits: whether the program ended before memory did.
         failed: whether the program ended with an error: the same holds then.
         interrupted: whether it was ended by Ctrl-C: all figures are of what it did until then.
@@ -79,6 +79,7 @@ class Report:
 
     card: str
     capacity: int
+    context: int
     fits: bool
     peak: int
     line: str
@@ -114,6 +115,7 @@ class Report:
         return cls(
             card=gpu.memory.name,
             capacity=gpu.capacity or 0,
+            context=gpu.memory.context,
             fits=fits,
             interrupted=interrupted,
             failed=failed,
@@ -122,7 +124,7 @@ class Report:
             line=str(watch.place),
             source=watch.place.source,
             phase=watch.place.phase,
-            reserved=gpu.max_memory_reserved(),
+            reserved=watch.reserved,
             by_kind={kind: n for kind, n in watch.timeline.highest.items() if n},
             after_step=watch.after_step,
             left=[
@@ -178,7 +180,7 @@ class Report:
             yield "All figures are replayed."
 
     def _verdict(self) -> Iterator[str]:
-        size = f"{self.capacity / GB:.2f} GB"
+        size = f"{self.capacity / GB:.2f} GB usable"
         if self.interrupted:
             yield "Interrupted: this is what the script did until then."
         if self.failed:
@@ -187,14 +189,14 @@ class Report:
             yield f"This is the first of {self.gpus} GPUs; NCCL's own memory is not counted."
         if self.fits:
             so_far = " so far" if self.interrupted or self.failed else ""
-            context = f"{CONTEXT / GB:.2f} GB"
+            context = f"{self.context / GB:.2f} GB"
             yield f"It fits on the {self.card} ({size}){so_far}, with a CUDA context of {context}."
         else:
             yield f"It does NOT fit on the {self.card} ({size}): memory ran out."
             if self.needed is not None:
                 yield (
                     f"Without a bound it takes {self.needed / GB:.2f} GB, and a CUDA context of "
-                    f"{CONTEXT / GB:.2f} GB."
+                    f"{self.context / GB:.2f} GB."
                 )
         others = self.others()
         for fits, words in (

@@ -23,7 +23,7 @@ from torch.utils._device import DeviceContext, _device_constructors
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
-from every_byte.estimate import CONTEXT
+from every_byte.data import cards, named
 from every_byte.gpu import VirtualGPU
 from every_byte.tracker import is_wrapper, untracked
 from every_byte.virtual import autocast
@@ -523,12 +523,12 @@ def as_cuda(
 
     Args:
         card: such as "RTX 4090"; see `every_byte.data.cards`.
-        capacity: bytes that it has; the card's if None.
+        capacity: bytes that programs can have of it; the card's if None.
         values: what happens where the program reads a value that depends on weights or
             activations; "assume" goes on, and ``gpu.memory.values.assumptions`` lists it.
         alloc_conf: as of `every_byte.gpu.VirtualGPU`.
         context: bytes that the process holds beside PyTorch's; if None, a CUDA context's on
-            a card that is named (`every_byte.estimate.CONTEXT`), and nothing without one.
+            a card that is named (`every_byte.data.Card.context`), and nothing without one.
         torch_version: whose rules the card follows, such as "2.11"; the installed one's if None.
 
     Raises:
@@ -538,7 +538,8 @@ def as_cuda(
     if any(isinstance(m, _AsCuda) for m in torch.overrides._get_current_function_mode_stack()):
         raise RuntimeError("as_cuda() is in use already: leave it before it is entered again")
     if context is None:
-        context = 0 if card is None else CONTEXT
+        here = named(card) if isinstance(card, str) else None
+        context = 0 if here is None else cards()[here].context
     gpu = VirtualGPU(
         card,
         capacity,

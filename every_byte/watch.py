@@ -137,7 +137,8 @@ class Watch:
         steps: optimizer steps after which the program is ended by `EnoughSteps`; 0: never.
         say: is given a line of progress every `EVERY` seconds.
         clock: tells the seconds.
-        peak: largest ``memory_allocated()``.
+        peak: largest ``memory_allocated()``, whatever the program resets.
+        reserved: largest ``memory_reserved()``, likewise.
         place: of the program, at the peak.
         after_step: ``memory_allocated()`` after each optimizer step.
         leaks: what the last step but one left behind, the largest first.
@@ -150,6 +151,7 @@ class Watch:
     say: Callable[[str], None] | None = None
     clock: Callable[[], float] = time.monotonic
     peak: int = 0
+    reserved: int = 0
     place: Place = field(default_factory=Place)
     after_step: list[int] = field(default_factory=list)
     leaks: list[Leak] = field(default_factory=list)
@@ -176,6 +178,7 @@ class Watch:
                 self.interrupted = False
                 raise KeyboardInterrupt
             handle = malloc(nbytes, stream)
+            self.reserved = max(self.reserved, memory.memory_reserved())
             if memory.memory_allocated() > self.peak:
                 self.peak, self.place = memory.memory_allocated(), self.now()
                 self.timeline.look(handle)

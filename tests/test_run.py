@@ -55,7 +55,7 @@ def test_a_run_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     said = capsys.readouterr().out
     assert "step 1 loss nan ['a', '--lr', '3'] __main__" in said
     assert "step 2 loss" not in said  # the third step of the optimizer ends it
-    assert "It fits on the RTX 4090 (25.77 GB)" in said
+    assert "It fits on the RTX 4090 (24.96 GB usable)" in said
     assert "in backward, at train.py:11" in said
     assert "train.py:15: item() answered nan, 2 times" in said
     assert "behind" not in said
@@ -138,14 +138,16 @@ def test_unknown_values_can_be_refused(tmp_path: Path, capsys: pytest.CaptureFix
 def test_room_for_the_cuda_context_is_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = "import torch\nx = torch.zeros(15 * 2**28, device='cuda')\n"  # 15 GiB
-    assert main(["run", script(tmp_path, text), "--card", "RTX 4080"]) == 0  # of 16 GiB
+    text = "import torch\nx = torch.zeros(14 * 2**28, device='cuda')\n"  # 14 GiB
+    assert (
+        main(["run", script(tmp_path, text), "--card", "RTX 4080"]) == 0
+    )  # of 16 GiB, 15.5 usable
     said = capsys.readouterr().out
-    assert "It fits on the RTX 4080 (17.18 GB)" in said
+    assert "It fits on the RTX 4080 (16.64 GB usable)" in said
     assert "too large for: RTX 4050 Laptop" in said
-    nearly = script(tmp_path, text.replace("15 * 2**28", "31 * 2**27"))  # 15.5 GiB
+    nearly = script(tmp_path, text.replace("14 * 2**28", "15 * 2**28"))  # and a context
     assert main(["run", nearly, "--card", "RTX 4080"]) == 3
-    assert "It does NOT fit on the RTX 4080 (17.18 GB)" in capsys.readouterr().out
+    assert "It does NOT fit on the RTX 4080 (16.64 GB usable)" in capsys.readouterr().out
 
 
 LEAKS = """
@@ -282,6 +284,24 @@ def test_progress_is_told_now_and_then(gpu: Any) -> None:
         "every-byte run: 11 s, 0 of 3 optimizer steps taken, peak so far 0.08 GB",
         "every-byte run: 22 s, 0 of 3 optimizer steps taken, peak so far 0.20 GB",
     ]
+
+
+def test_a_script_that_resets_its_peaks_hides_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = """
+import torch
+x = torch.zeros(10**9, device="cuda")
+del x
+torch.cuda.empty_cache()
+torch.cuda.reset_peak_memory_stats()
+y = torch.zeros(10, device="cuda")
+"""
+    assert main(["run", script(tmp_path, text), "--card", "RTX 5090", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["reserved"] >= told["peak"] >= 4 * 10**9
+    card = cards()["RTX 5090"]
+    assert (told["capacity"], told["context"]) == (card.usable, card.context)
 
 
 def test_layers_that_are_computed_again_are_not_models_of_their_own(

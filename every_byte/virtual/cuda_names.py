@@ -304,7 +304,7 @@ def _answers(card: Card) -> dict[str, Callable[..., Any] | type]:
         if not 0 <= fraction <= 1:
             raise ValueError(f"Invalid fraction value: {fraction}. Allowed range: 0~1")
         total = card.mem_get_info()[1]
-        memory.capacity = min(memory.capacity or total, int(total * fraction))
+        memory.allowed = int(total * fraction)
         allowed[0] = fraction
 
     allowed = [1.0]

@@ -244,6 +244,7 @@ class VirtualMemory(CachingAllocator):
             stack.enter_context(patches.optimizers_as_on_cuda())
             stack.enter_context(patches.modules_move_as_on_cuda(self.rules is not None))
             stack.enter_context(patches.recurrent_weights_are_flat())
+            stack.enter_context(patches.paged_states_lie_on_the_host(self.estimates))
             stack.enter_context(patches.nothing_is_compiled())
             stack.enter_context(patches.only_dense_tensors())
             stack.enter_context(patches.no_fast_path(self.estimates))

@@ -540,6 +540,47 @@ def _tables_of_a_gpu() -> Iterator[None]:
             sys.modules["bitsandbytes.functional"].name2qmap.update(before)
 
 
+PAGED = (
+    "a paged optimizer's states: counted as on the host; while there is room, CUDA keeps them on "
+    "the card, beside PyTorch's memory"
+)
+
+
+@contextmanager
+def paged_states_lie_on_the_host(estimates: dict[str, None]) -> Iterator[None]:
+    """Let bitsandbytes' paged optimizers keep their states where no allocator counts them.
+
+    On a card ``cudaMallocManaged`` gives them, and PyTorch has a tensor of the host around them
+    (``get_paged`` in ``bitsandbytes/functional.py`` of 0.50).
+    """
+
+    def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: object = None) -> Any:
+        estimates[PAGED] = None
+        tensor: Any = torch.empty(shape, dtype=dtype, device="cpu")  # no page of it is touched
+        tensor.is_paged, tensor.page_deviceid = True, 0
+        return tensor
+
+    def on_paged(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def called(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+            return None if tensor.is_paged else function(tensor, *args, **kwargs)
+
+        return called
+
+    def prepare(*_: object) -> None:
+        functional: Any = sys.modules.get("bitsandbytes.functional")
+        if functional is None or functional.get_paged is get_paged:
+            return
+        stack.enter_context(mock.patch.object(functional, "get_paged", get_paged))
+        for name in ("fill", "prefetch_tensor"):
+            function = on_paged(getattr(functional, name))
+            stack.enter_context(mock.patch.object(functional, name, function))
+
+    with ExitStack() as stack:
+        stack.callback(optimizer.register_optimizer_step_pre_hook(prepare).remove)
+        yield
+
+
 @contextmanager
 def recurrent_weights_are_flat() -> Iterator[None]:
     """Let recurrent layers keep their weights in one block, as cuDNN has them.
