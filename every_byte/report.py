@@ -133,6 +133,7 @@ class Report:
                     "made": leak.made,
                     "holder": leak.holder and leak.holder.name,
                     "kept": leak.holder and leak.holder.line,
+                    "each": leak.each,
                     "words": str(leak),
                 }
                 for leak in watch.leaks
@@ -225,7 +226,8 @@ class Report:
             after = ", ".join(_both(n) for n in self.after_step[-3:])
             yield f"Allocated after the last steps: {after}."
         for leak in self.left:
-            yield f"Each step leaves {_both(leak['bytes'])} behind{leak['words']}."
+            step = "Each step leaves" if leak["each"] else "The last step but one left"
+            yield f"{step} {_both(leak['bytes'])} behind{leak['words']}."
 
     def _savings(self) -> Iterator[str]:
         if self.levers:

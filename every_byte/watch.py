@@ -73,11 +73,14 @@ class Leak(NamedTuple):
         nbytes: of blocks.
         made: the line that made the tensors, ``file:number``.
         holder: what keeps them alive; None if it was not found.
+        each: whether what the program asked for has grown by as much in the step after, too. If
+            not, that step alone may have left it, such as a copy of the best model so far.
     """
 
     nbytes: int
     made: str
     holder: Holder | None
+    each: bool
 
     def __str__(self) -> str:
         kept = "" if self.holder is None else f", kept by {self.holder}"
@@ -245,15 +248,20 @@ class Watch:
         if last < 2 or self._asked[-1] <= self._asked[-2]:
             return
         left = {
-            handle: (block(nbytes), line)
+            handle: (nbytes, line)
             for handle, (step, nbytes, line) in list(self._births.items())
             if step == last - 1
         }
         found = holders(set(left), self.gpu)
-        sums: Counter[tuple[str, Holder | None]] = Counter()
+        blocks: Counter[tuple[str, Holder | None]] = Counter()
+        asked: Counter[tuple[str, Holder | None]] = Counter()
         for handle, (nbytes, line) in left.items():
-            sums[line, found.get(handle)] += nbytes
-        self.leaks = [Leak(nbytes, *key) for key, nbytes in sums.most_common(5)]
+            blocks[line, found.get(handle)] += block(nbytes)
+            asked[line, found.get(handle)] += nbytes
+        grown = self._asked[-1] - self._asked[-2]
+        self.leaks = [
+            Leak(nbytes, *key, each=asked[key] <= grown) for key, nbytes in blocks.most_common(5)
+        ]
 
     def now(self) -> Place:
         """Where the program is."""

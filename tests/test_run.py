@@ -184,6 +184,31 @@ for step in range(3):
 """
 
 
+def test_what_one_step_left_is_not_said_of_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = """
+import copy
+import torch
+from torch import nn
+model = nn.Linear(1000, 1000).cuda()
+opt, kept, best = torch.optim.SGD(model.parameters(), 0.1), [], None
+for i in range(4):
+    loss = model(torch.ones(4, 1000, device="cuda")).sum()
+    loss.backward()
+    opt.step()
+    opt.zero_grad()
+    kept.append(loss.detach())
+    if i == 0:
+        best = copy.deepcopy(model.state_dict())
+"""
+    assert main(["run", script(tmp_path, text), "--card", "RTX 4090"]) == 0
+    said = capsys.readouterr().out
+    assert "Each step leaves 512 B behind" in said
+    assert "The last step but one left 4.00 MB" in said
+    assert "Each step leaves 4" not in said
+
+
 def test_a_leak_is_found_where_blocks_happen_to_fit_better(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
