@@ -424,6 +424,18 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
         )
         return model if model is not None else lambda function: function
 
+    scripts: list[str] = []
+
+    def script(function: Any, *_: Any, **__: Any) -> Any:
+        # Its compiler reads torch's functions, and would find those that are patched here.
+        if not scripts:
+            scripts.append("said")
+            warnings.warn(
+                "torch.jit.script: the virtual card runs it eagerly; compiled, peaks may be lower",
+                stacklevel=2,
+            )
+        return function
+
     def ctc_loss(log_probs: Tensor, targets: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # As where no mode looks: the lengths are read on the host ("Fast path" of ctc_loss in
         # aten/src/ATen/native/LossCTC.cpp of PyTorch 2.14).
@@ -491,6 +503,7 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
             (torch._C, "_gather", gather),
             (torch, "load", load),
             (torch, "compile", compile),
+            (torch.jit, "script", script),
             (torch, "ctc_loss", ctc_loss),
             (torch.export, "export", export),
             (torch, "set_default_tensor_type", set_default_tensor_type),

@@ -66,6 +66,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from every_byte import VirtualGPU, as_cuda, estimate, open_gpu
+from every_byte.data import cards
 from every_byte.ranks import first_of
 from every_byte.units import GB, MB, GiB, MiB, binary
 from helpers import models
@@ -135,12 +136,12 @@ folder = tempfile.TemporaryDirectory()  # for files of this chapter
 # <a id="oom"></a>
 # ### `torch.OutOfMemoryError: CUDA out of memory. Tried to allocate … GPU 0 has a total capacity of …`
 #
-# Our card is a laptop's, with 6 GiB. PyTorch never gets all of it: the CUDA context, with the code of the driver and the libraries, takes its part. One published measurement found 0.47 GiB on an A100 {cite}`ml-engineering`. Our card's context takes as much; yours will differ.
+# Our card is a laptop's, with 6 GiB. PyTorch never gets all of it: the CUDA context, with the code of the driver and the libraries, takes its part. We measured 726 MB of it on an H200 and 737 MB on an H100, [step by step](../book/records.md#beside-pytorch-the-context); 0.47 GiB are published for an A100 {cite}`ml-engineering`. Nobody has measured the laptop's. We take the H200's for it, as the [estimator](../book/estimator.md) does. Yours will differ.
 #
 # On this card we fine-tune gpt2-large {cite}`radford2019`, with batch 1, 512 tokens and no dropout.
 
 # %%
-CONTEXT = round(0.47 * GiB)
+CONTEXT = cards()["RTX 4050 Laptop"].context
 
 
 def new_card(alloc_conf="", context=CONTEXT):

@@ -1,12 +1,15 @@
 """Cards, how many of them, and the levers."""
 
+import tomllib
 from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from every_byte.data import CONTEXT, Card, cards
+from every_byte.data import CONTEXT, Card, cards, named, read
 from every_byte.data.others import RULES, all_cards, kind_of, other_cards
 from every_byte.estimate import CHOICES, Setup, dimensions, fit, known_models, memory
 from every_byte.estimate.presets import PRESETS
@@ -60,9 +63,27 @@ def test_a_card_has_at_least_what_it_is_counted_with(name: str) -> None:
     assert 0.96 * card.memory < card.usable <= (SHOWN[name] + 0.005) * GiB
 
 
-def test_a_context_is_never_below_the_measured_one() -> None:
+def test_each_figure_of_each_card_has_its_source() -> None:
+    project = Path(__file__).parent.parent
+    for name, card in read("cards.toml").items():
+        sources = card.pop("sources")
+        assert sources.keys() == card.keys(), name
+        for source in chain.from_iterable(
+            [of] if isinstance(of, str) else of for of in sources.values()
+        ):
+            assert source.startswith("https://") or (project / source).is_file(), source
+        assert (card["memory"] == card["sold"] * GiB) or sources["memory"] != sources["sold"], name
+
+
+def test_a_context_is_the_measured_one_or_never_below() -> None:
     known = cards()
     assert known["H200"].context == known["T4"].context == CONTEXT
+    told = tomllib.loads((Path(__file__).parent.parent / "book/records/context.toml").read_text())
+    for measured in told["measured"]:
+        card = named(measured["card"])
+        assert card is not None
+        steps = {step["after"]: step["outside"] for step in measured["step"]}
+        assert known[card].context == steps["first convolution (cuDNN)"]
     assert known["B200"].context == -(-CONTEXT * 148 // 132)
 
 

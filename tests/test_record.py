@@ -720,7 +720,9 @@ def test_the_figure_counts_what_is_equal_and_what_is_not(extension: Any) -> None
 
 def test_what_else_the_card_measured_is_shown(extension: Any) -> None:
     text = " ".join(extension.context(ROOT / "book/records/context.toml").split())
-    assert "NVIDIA H200" in text and "| first matrix product | 718,077,952 | 721 |" in text
+    assert "NVIDIA H200" in text and "NVIDIA H100" in text
+    assert "| first matrix product | 718,077,952 | 721 | 718,077,952 | 719 |" in text
+    assert "| first backward pass of attention | | | 734,855,168 | 735 |" in text
     text = " ".join(extension.articles(ROOT / "book/records/articles.toml").split())
     assert "| Adam | after training | 884,695,552 |" in text
 

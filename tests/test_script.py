@@ -338,6 +338,22 @@ def test_memory_stats_count_segments_retries_and_failures() -> None:
         del kept, small, other
 
 
+def test_scripted_functions_run_eagerly_and_say_so_once(gpu: every_byte.VirtualGPU) -> None:
+    """TorchScript would compile our own torch.tensor, which takes keyword arguments."""
+    with pytest.warns(UserWarning, match="torch.jit.script: the virtual card runs it eagerly") as w:
+
+        @torch.jit.script
+        def scale(x: torch.Tensor) -> torch.Tensor:
+            return x * torch.tensor(2.0, device=x.device)
+
+        @torch.jit.script
+        def twice(x: torch.Tensor) -> torch.Tensor:
+            return scale(scale(x))
+
+    assert len(w) == 1
+    assert twice(torch.empty(4, device="cuda")).device.type == "cuda"
+
+
 def test_compiled_models_run_eagerly_and_say_so(gpu: every_byte.VirtualGPU) -> None:
     with pytest.warns(UserWarning, match="runs it eagerly"):
         model = torch.compile(nn.Linear(3, 3).cuda())

@@ -159,3 +159,23 @@ def test_a_step_is_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch) ->
     assert len(shapes.answers) > 50
     monkeypatch.setattr(shapes, "may_be_remembered", lambda func: False)
     assert step() == remembering[0] == remembering[1]
+
+
+@pytest.mark.parametrize(("name", "batch"), [("addmm", ()), ("baddbmm", (4,))])
+def test_a_product_that_names_its_dtype_takes_its_result_and_the_workspaces(
+    name: str, batch: tuple[int, ...]
+) -> None:
+    """Not as their decompositions, which take the dtype for a factor."""
+    product = getattr(torch, name)
+    with VirtualGPU("H100", torch="2.11") as gpu:
+        sizes = {"device": gpu.device, "dtype": torch.bfloat16}
+        a, b = torch.empty(*batch, 64, 32, **sizes), torch.empty(*batch, 32, 128, **sizes)
+        into = torch.empty(*batch, 64, 128, device=gpu.device)
+        before = gpu.memory_allocated()
+        product(into, a, b, out_dtype=torch.float32, out=into)
+        assert gpu.memory_allocated() - before == 32 << 20  # cuBLAS's workspace
+        found = product(into, a, b, out_dtype=torch.float32)
+        assert found.shape == into.shape and found.dtype is torch.float32
+        assert gpu.memory_allocated() - before == (32 << 20) + into.nbytes
+        with pytest.raises(RuntimeError, match=r"same reduction dim|batch2"):
+            product(into, a, a, out_dtype=torch.float32)

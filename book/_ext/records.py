@@ -13,6 +13,7 @@ import math
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -464,11 +465,22 @@ def _measured_on(told: dict[str, Any]) -> str:
 
 
 def context(path: Path) -> str:
-    """What a process holds on the card outside PyTorch's allocator, step by step."""
-    told = tomllib.loads(path.read_text("utf-8"))
-    rows = [(step["after"], step["outside"], step["nvidia_smi_mib"]) for step in told["step"]]
-    columns = ["after the", "outside PyTorch (B)", "nvidia-smi, all together (MiB)"]
-    return f"{_measured_on(told)}\n\n{table(columns, rows).data}"
+    """What a process holds on the cards outside PyTorch's allocator, step by step."""
+    cards = tomllib.loads(path.read_text("utf-8"))["measured"]
+    steps = [{step["after"]: step for step in told["step"]} for told in cards]
+    # In the order of the longest list, then what only another has.
+    lists = sorted(map(list, steps), key=len, reverse=True)
+    order = dict.fromkeys(chain.from_iterable(lists))
+    rows = [
+        (after, *(of.get(after, {}).get(figure, "") for of in steps for figure in _CONTEXT))
+        for after in order
+    ]
+    columns = [f"{told['card']}, {words}" for told in cards for words in _CONTEXT.values()]
+    said = "\n\n".join(map(_measured_on, cards))
+    return f"{said}\n\n{table(['after the', *columns], rows).data}"
+
+
+_CONTEXT = {"outside": "outside PyTorch (B)", "nvidia_smi_mib": "nvidia-smi, all together (MiB)"}
 
 
 def articles(path: Path) -> str:

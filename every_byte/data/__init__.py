@@ -29,6 +29,7 @@ class Card:
         measured: with what its kernels' allocations were measured; empty if they were not.
         available: bytes that ``torch.cuda.mem_get_info()`` tells of it, where that was
             measured; see `usable`.
+        measured_context: bytes of the CUDA context, where it was measured; see `context`.
     """
 
     sold: int
@@ -37,6 +38,7 @@ class Card:
     multiprocessors: int
     measured: str = ""
     available: int = 0
+    measured_context: int = 0
 
     @property
     def usable(self) -> int:
@@ -55,6 +57,8 @@ class Card:
         threads that they can run: in proportion on cards with more than the H200 has.
         On those with fewer the H200's, which is a bound.
         """
+        if self.measured_context:
+            return self.measured_context
         more = max(self.multiprocessors, CONTEXT_MULTIPROCESSORS)
         return -(-CONTEXT * more // CONTEXT_MULTIPROCESSORS)
 
@@ -97,7 +101,10 @@ def read(name: str) -> dict[str, Any]:
 @cache
 def cards() -> dict[str, Card]:
     """Name: card of the data file (``every_byte/data/cards.toml``), by memory."""
-    return {name: Card(**card) for name, card in read("cards.toml").items()}
+    return {
+        name: Card(**{figure: of for figure, of in card.items() if figure != "sources"})
+        for name, card in read("cards.toml").items()
+    }
 
 
 _ALSO_NAMED = {"RTX 4050": "RTX 4050 Laptop", "H100 80GB HBM3": "H100"}

@@ -119,8 +119,29 @@ def _answer(args: tuple[Any, ...], key: Any, result: Any, exact: bool) -> _Answe
     return _Answer(makes, None if results is not result else type(result))
 
 
+def _product(self: Tensor, first: Tensor, second: Tensor, dtype: torch.dtype, **_: Any) -> Tensor:
+    return (first @ second).to(dtype)
+
+
+def _into(self: Tensor, first: Tensor, second: Tensor, *_: Any, out: Tensor, **__: Any) -> Tensor:
+    return out.resize_((first @ second).shape)
+
+
+# Products whose ``meta`` kernel is their decomposition, which takes the dtype for a factor:
+# addmm's in PyTorch 2.11, baddbmm's still in 2.14. CUDA makes the result alone
+# (_addmm_dtype_cuda and _baddbmm_dtype_cuda in aten/src/ATen/native/cuda/Blas.cpp).
+_OF_DTYPE = {
+    getattr(packet, overload): made
+    for packet in (torch.ops.aten.addmm, torch.ops.aten.baddbmm)
+    for overload, made in (("dtype", _product), ("dtype_out", _into))
+    if overload in packet.overloads()
+}
+
+
 def on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Carry out an operation on ``meta``, or make its result as it was made before."""
+    if (made := _OF_DTYPE.get(func)) is not None:
+        return made(*args, **kwargs)
     if not args or not may_be_remembered(func):
         return func(*args, **kwargs)
     exact = torch.Tag.pointwise not in func.tags
