@@ -3,13 +3,15 @@
 ``python -m benchmarks.estimates --seeds 500 --results FILE`` goes on where FILE, a line of JSON
 for each seed, ends; then it prints a table, and fails where an estimate is more than `ABOVE`
 over the replay's peak, or more than `BELOW` under it, or where the replay runs out of memory
-on a card of which the estimate says that it fits.
+on a card of which the estimate says that it fits. ``--store`` keeps what the replays showed in
+``benchmarks/estimates.json``, against which the tests hold the estimates and the page.
 """
 
 import argparse
 import dataclasses
 import gc
 import json
+import math
 import random
 import sys
 import warnings
@@ -25,6 +27,7 @@ from every_byte import estimate
 from every_byte.data import cards
 from every_byte.estimate import Dimensions, Memory, Setup
 from every_byte.estimate.architecture import with_layers
+from every_byte.estimate.config import OTHER_NAMES, SAME_IN_BOTH
 from every_byte.gpu import VirtualGPU
 from every_byte.tracker import untracked
 from helpers.models import CAUSAL_SDPA
@@ -33,6 +36,7 @@ ABOVE, BELOW = 0.03, 0.005
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CARDS = ("H200", "A100 80 GB", "RTX 4090", "T4")
 TORCH = "2.11"
+STORED = Path(__file__).with_name("estimates.json")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -104,6 +108,8 @@ def build(
     """The real model of these sizes, on a device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if sizes.has("encoder") or sizes.has("images"):
+        return build_other(sizes, dtype, device, attention)
     given = {name: n for name, n in dataclasses.asdict(sizes).items() if n or name in KEPT}
     given |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     if sliding := given.pop("sliding_layers", 0):
@@ -122,6 +128,34 @@ def build(
     config = AutoConfig.for_model(given.pop("model_type"), attn_implementation=attention, **given)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def build_other(
+    sizes: Dimensions, dtype: torch.dtype, device: torch.device | str, attention: str
+) -> Any:
+    """The real encoder-decoder or vision transformer of these sizes, on a device."""
+    from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSeq2SeqLM
+
+    kind, given = sizes.model_type.partition("_")[0], dataclasses.asdict(sizes)
+    if sizes.has("images"):
+        side = math.isqrt(sizes.max_position_embeddings - 1) * sizes.patch_size
+        asked: dict[str, Any] = {"image_size": side, "num_labels": sizes.vocab_size}
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size"):
+            asked[name] = given[name]
+        asked["num_hidden_layers"] = sizes.num_hidden_layers
+    else:
+        asked = {other: given[name] for name, other in OTHER_NAMES[kind].items()}
+        asked |= {"vocab_size": sizes.vocab_size, "decoder_start_token_id": 0}
+        if kind == "bart":
+            asked |= {"encoder_layers": sizes.encoder_layers}
+            asked |= {"max_position_embeddings": sizes.max_position_embeddings}
+            asked |= {f"decoder_{name}": asked[f"encoder_{name}"] for name in SAME_IN_BOTH}
+        if sizes.has("gated"):
+            asked["feed_forward_proj"] = "gated-gelu"
+    config = AutoConfig.for_model(kind, attn_implementation=attention, **asked)
+    auto = AutoModelForImageClassification if sizes.has("images") else AutoModelForSeq2SeqLM
+    with torch.device(device):
+        return auto.from_config(config, dtype=dtype)
 
 
 class LoRA(nn.Module):
@@ -213,6 +247,9 @@ def replayed(case: Case) -> dict[str, int]:
 def _replayed(case: Case, capacity: int, context: int) -> int:
     setup, sizes = case.setup, case.sizes
     attention = "eager" if setup.attention == "eager" else CAUSAL_SDPA
+    other = sizes.has("encoder") or sizes.has("images")
+    if other and attention != "eager":
+        attention = "sdpa"
     dtype, batch, length = DTYPES[setup.dtype], setup.batch, setup.length
     with untracked():
         model = build(sizes, dtype, "meta", attention, 0.1 * setup.dropout)
@@ -220,6 +257,10 @@ def _replayed(case: Case, capacity: int, context: int) -> int:
         case.card, capacity=capacity, context=context, torch=TORCH, values="assume"
     ) as gpu:
         model = onto(model, gpu, setup.load)
+        if other:
+            with torch.inference_mode():
+                read = _labelled if sizes.has("images") else _written
+                return read(gpu, model.eval(), batch, length)
         ids = torch.zeros(batch, length, dtype=torch.int64).to(gpu.device)
         positions = torch.arange(length)[None].to(gpu.device)
         inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions}
@@ -257,6 +298,40 @@ def _inferred(gpu: VirtualGPU, model: Any, inputs: dict[str, Any], all_logits: b
         following, past = out.logits[:, -1:].argmax(-1), out.past_key_values
         del out
     return gpu.max_memory_allocated()
+
+
+def _labelled(gpu: VirtualGPU, model: Any, batch: int, _: int) -> int:
+    """The peak of a vision transformer that looks at images."""
+    side = model.config.image_size
+    pixels = torch.zeros(batch, 3, side, side, dtype=model.dtype).to(gpu.device)
+    model(pixel_values=pixels)
+    return gpu.max_memory_allocated()
+
+
+def _written(gpu: VirtualGPU, model: Any, batch: int, length: int) -> int:
+    """The peak of an encoder-decoder that reads a text and writes the end of one as long.
+
+    What was written up to there is there at once, as keys and values.
+    """
+    ids = torch.zeros(batch, length, dtype=torch.int64).to(gpu.device)
+    read = model.get_encoder()(input_ids=ids)
+    peak, past = gpu.max_memory_allocated(), None
+    for number in range(5):
+        out = model(
+            encoder_outputs=read,
+            decoder_input_ids=ids[:, :1],
+            past_key_values=past,
+            use_cache=True,
+        )
+        past, following = out.past_key_values, out.logits.argmax(-1)
+        del out, following
+        if not number:
+            for layer in past.self_attention_cache.layers:
+                heads, width = layer.keys.shape[1], layer.keys.shape[3]
+                shape = batch, heads, max(1, length - 4), width
+                layer.keys = torch.zeros(shape, dtype=model.dtype, device=gpu.device)
+                layer.values = torch.zeros(shape, dtype=model.dtype, device=gpu.device)
+    return max(peak, gpu.max_memory_allocated())
 
 
 def _trained(gpu: VirtualGPU, model: Any, inputs: dict[str, Any], setup: Setup) -> int:
@@ -309,6 +384,29 @@ def replayed_sharded(sizes: Dimensions, setup: Setup, card: str = "H200") -> int
 # All of them
 
 
+def stored() -> list[tuple[Case, int]]:
+    """The cases of ``estimates.json``, and the peak in bytes that the replay of each showed."""
+    known = json.loads(STORED.read_text("utf-8"))
+    peaks = enumerate(known["peaks"])
+    return [(random_case(seed, known["layers"]), peak) for seed, peak in peaks]
+
+
+def store(found: list[dict[str, Any]], layers: int | None) -> None:
+    """Write ``estimates.json``: of what versions, and each seed's peak, from 0 on.
+
+    Raises:
+        ValueError: a seed is missing, or its replay ran out of memory or failed.
+    """
+    import transformers
+
+    if bad := [n for n, one in enumerate(found) if one["seed"] != n or not one.get("fits")]:
+        raise ValueError(f"seed is {bad[0]}: expected all from 0 on, each of which ran")
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    rules, peaks = {"rules_of_torch": TORCH, "layers": layers}, [one["peak"] for one in found]
+    text = json.dumps({**versions, **rules, "peaks": peaks}, indent=0)
+    STORED.write_text(text + "\n", "utf-8")
+
+
 def compared(seeds: range, results: Path, layers: int | None) -> Iterator[dict[str, Any]]:
     """What each seed's replay showed, from the file as far as it goes, then replayed."""
     known: dict[int, dict[str, Any]] = {}
@@ -340,6 +438,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--layers", type=int, help="the most layers of a model; all by default")
     parser.add_argument("--results", type=Path, default=Path("estimates.jsonl"))
+    parser.add_argument("--store", action="store_true", help="write benchmarks/estimates.json")
     parser.add_argument("--worst", type=int, default=20, help="how many of the worst to print")
     asked = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
@@ -347,9 +446,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     logging.set_verbosity_error()
     rows, errors = [], []
-    for found in compared(
-        range(asked.first, asked.first + asked.seeds), asked.results, asked.layers
-    ):
+    seeds = range(asked.first, asked.first + asked.seeds)
+    results = list(compared(seeds, asked.results, asked.layers))
+    if asked.store:
+        store(results, asked.layers)
+    for found in results:
         case = random_case(found["seed"], asked.layers)
         if "error" in found:
             errors.append((found["seed"], found["error"]))

@@ -5,7 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+)
 
 from every_byte.data import catalogue, known_models
 from every_byte.estimate import (
@@ -60,7 +65,21 @@ SMALL: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
     "sliding_window": 8,
+    "d_model": 64,
+    "d_ff": 48,
+    "d_kv": 24,
+    "num_heads": 4,
+    "num_layers": 3,
+    "num_decoder_layers": 2,
+    "encoder_layers": 3,
+    "decoder_layers": 2,
+    **{f"{side}_ffn_dim": 48 for side in ("encoder", "decoder")},
+    **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
+    "image_size": 50,
+    "patch_size": 8,
 }
+OTHER = {"vit": AutoModelForImageClassification}
+OTHER |= dict.fromkeys(("t5", "mt5", "bart"), AutoModelForSeq2SeqLM)
 
 
 def small(kind: str, **changes: Any) -> dict[str, Any]:
@@ -79,13 +98,44 @@ def small(kind: str, **changes: Any) -> dict[str, Any]:
 def test_a_configuration_is_read_as_transformers_builds_it(kind: str) -> None:
     given = small(kind)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given))
+        model = OTHER.get(kind, AutoModelForCausalLM).from_config(AutoConfig.for_model(**given))
     sizes = from_config(given)
     assert sum(parameters(sizes).values()) == sum(p.numel() for p in model.parameters())
     assert asdict(sizes)["num_hidden_layers"] == 2
 
 
-@pytest.mark.parametrize("kind", [kind for kind in config.REQUIRED if kind != "gpt2"])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("t5", {"feed_forward_proj": "gated-gelu"}),
+        ("t5", {"num_decoder_layers": None}),
+        ("mt5", {"feed_forward_proj": "relu"}),
+        ("bart", {"encoder_layers": 1}),
+        ("vit", {"id2label": {"0": "cat", "1": "dog", "2": "pen"}, "image_size": 224}),
+    ],
+)
+def test_encoders_and_images_are_read_as_transformers_builds_them(
+    kind: str, changes: dict[str, Any]
+) -> None:
+    given = small(kind, **changes)
+    with torch.device("meta"):
+        model = OTHER[kind].from_config(AutoConfig.for_model(**given))
+    assert sum(parameters(from_config(given)).values()) == sum(
+        p.numel() for p in model.parameters()
+    )
+
+
+def test_a_head_of_its_own_is_counted() -> None:
+    """T5 1.1 has one, which transformers leaves untied: its checkpoint has both."""
+    given = small("t5")
+    tied, own = (
+        sum(parameters(from_config({**given, "tie_word_embeddings": one})).values())
+        for one in (True, False)
+    )
+    assert own - tied == 96 * 64
+
+
+@pytest.mark.parametrize("kind", [k for k in config.REQUIRED if k != "gpt2" and k not in OTHER])
 def test_a_cache_is_as_transformers_holds_it(kind: str) -> None:
     """Also with windows that are full, and compressed."""
     given = small(kind)
@@ -132,6 +182,13 @@ def test_gpt_oss_is_stored_as_it_is_published() -> None:
         ("gemma2", {"layer_types": ["mamba"]}, "layer_types is 'mamba': expected full_attention"),
         ("cohere", {"use_qk_norm": True}, "use_qk_norm is True: expected none"),
         ("deepseek_v3", {"kv_lora_rank": None}, "kv_lora_rank is None"),
+        ("t5", {"feed_forward_proj": "gated-silu"}, "hidden_act is 'gated-silu': expected relu"),
+        ("t5", {"relative_attention_num_buckets": 64}, "num_buckets is 64: expected 32"),
+        ("bart", {"decoder_ffn_dim": 49}, "decoder_ffn_dim is 49: expected 48, as encoder_ffn_dim"),
+        ("vit", {"image_size": [8, 9]}, r"image_size is \[8, 9\]: expected a whole number"),
+        ("vit", {"qkv_bias": False}, "qkv_bias is False: expected True"),
+        ("vit", {"num_channels": 1}, "num_channels is 1: expected 3"),
+        ("llama", {"model_type": "whisper"}, "model_type is 'whisper': expected one that"),
     ],
 )
 def test_what_cannot_be_described_is_named(kind: str, change: dict[str, Any], what: str) -> None:

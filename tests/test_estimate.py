@@ -24,6 +24,7 @@ from every_byte.estimate import Dimensions, Setup, architecture, optimizers
 from every_byte.gpu import VirtualGPU
 from every_byte.kinds import FIELDS
 from helpers import models
+from tools.repository import ROOT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WORKSPACE_OF_H200 = 32 << 20
@@ -723,6 +724,19 @@ def test_the_verdict_on_a_measured_workload_is_right(name: str) -> None:
         assert memory.needed <= 1.25 * (workload["least"] + context)
 
 
+REPLAYED = estimates.stored()
+
+
+def test_the_peaks_of_500_random_set_ups_are_as_estimated() -> None:
+    """Beside the replays' peaks that are stored, and as the page says it."""
+    ratios = [estimates.estimated(case).peak / peak - 1 for case, peak in REPLAYED]
+    assert len(ratios) == 500
+    assert -estimates.BELOW <= min(ratios) and max(ratios) <= estimates.ABOVE
+    page = (ROOT / "book" / "estimator.md").read_text("utf-8")
+    said = f"all {len(ratios)} lie between {-min(ratios):.2%} below and {max(ratios):.2%} above"
+    assert said.replace("%", " %") in page
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("seed", range(24))
 def test_a_replayed_peak_is_as_estimated(seed: int) -> None:
@@ -730,6 +744,7 @@ def test_a_replayed_peak_is_as_estimated(seed: int) -> None:
     case = estimates.random_case(seed, layers=4)
     found, memory = estimates.replayed(case), estimates.estimated(case)
     peak = found["peak"]
+    assert peak == REPLAYED[seed][1]  # the very bytes that are stored
     assert found["fits"], (case, memory.needed)  # on a card of just the bytes that are enough
     assert memory.peak <= (1 + estimates.ABOVE) * peak, (case, memory.moments, peak)
     assert memory.peak >= (1 - estimates.BELOW) * peak, (case, memory.moments, peak)
@@ -747,6 +762,56 @@ def test_a_prompt_of_another_family_peaks_as_estimated(name: str) -> None:
     found, memory = estimates.replayed(case), estimates.estimated(case)
     assert found["fits"]
     assert -estimates.BELOW <= memory.peak / found["peak"] - 1 <= estimates.ABOVE, memory.moments
+
+
+T5 = Dimensions("t5", 32_128, 512, 2, 8, True, 0, 2048, 8, 64, encoder_layers=2)
+GATED_T5 = Dimensions("t5_gated", 32_128, 768, 1, 12, True, 0, 2048, 12, 64, encoder_layers=1)
+BART = Dimensions("bart", 50_265, 768, 2, 12, True, 1024, 3072, 12, 64, encoder_layers=2)
+VIT = Dimensions("vit", 1000, 768, 2, 12, False, 197, 3072, 12, 64, patch_size=16)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "batch", "length", "attention"),
+    [
+        (T5, "bf16", 1, 512, "sdpa"),  # its tables of positions are the largest
+        (T5, "fp32", 16, 100, "eager"),
+        (GATED_T5, "fp32", 16, 100, "sdpa"),
+        (GATED_T5, "bf16", 2, 1024, "eager"),
+        (BART, "fp16", 3, 333, "sdpa"),
+        (BART, "bf16", 1, 1000, "eager"),
+        (VIT, "bf16", 8, 197, "sdpa"),
+        (VIT, "fp16", 1, 197, "eager"),
+        (dataclasses.replace(VIT, num_hidden_layers=1), "fp32", 16, 197, "sdpa"),
+    ],
+)
+def test_encoders_and_images_peak_as_estimated(
+    sizes: Dimensions, dtype: str, batch: int, length: int, attention: str
+) -> None:
+    setup = Setup(task="inference", dtype=dtype, batch=batch, length=length, attention=attention)
+    case = estimates.Case("", sizes, dataclasses.replace(setup, load="device_map"), "H200")
+    found, memory = estimates.replayed(case), estimates.estimated(case)
+    assert found["fits"]
+    assert -estimates.BELOW <= memory.peak / found["peak"] - 1 <= estimates.ABOVE, memory.moments
+
+
+@pytest.mark.parametrize(
+    ("sizes", "asked", "message"),
+    [
+        (VIT, {"length": 196}, "length is 196: expected 197, an image's patches and one more"),
+        (BART, {"all_logits": True}, "all_logits is True: expected False, for bart reads before"),
+        (BART, {"length": 1025}, "length is 1025: expected at most the 1024 positions"),
+        (T5, {"dtype": "fp16"}, "dtype is 'fp16': expected fp32 or bf16, for in FP16 a part of"),
+        (T5, {"attention": "flash"}, "attention is 'flash': expected another one, for flash takes"),
+        (T5, {"task": "training"}, "model_type is 't5': expected for training one whose"),
+    ],
+)
+def test_what_encoders_cannot_do_is_refused(
+    sizes: Dimensions, asked: dict[str, str], message: str
+) -> None:
+    given = {"task": "inference", "dtype": "bf16", **asked}
+    with pytest.raises(ValueError, match=message):
+        estimate.memory(sizes, Setup(**given))  # type: ignore[arg-type]
 
 
 def test_what_is_not_described_is_not_trained() -> None:
@@ -845,6 +910,9 @@ def test_a_configuration_that_lacks_a_size() -> None:
         estimate.dimensions({"model_type": "llama"})
     with pytest.raises(ValueError, match="model_type is 'bert': expected one of gpt2"):
         estimate.dimensions(AutoConfig.for_model("bert"))
+    # BART's MLP has another name, and would be taken for one of the usual width.
+    with pytest.raises(ValueError, match="intermediate_size is None: expected the model's"):
+        estimate.dimensions(AutoConfig.for_model("bart", encoder_ffn_dim=64))
 
 
 # Impossible input
@@ -860,6 +928,8 @@ def test_a_configuration_that_lacks_a_size() -> None:
         ({"num_attention_heads": 3}, "num_attention_heads is 3: expected a divisor of"),
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3: expected a divisor of 4"),
         ({"num_experts_per_tok": 2}, "num_experts_per_tok is 2: expected at most"),
+        ({"model_type": "bart"}, "encoder_layers is 0: expected a whole number from 1 up, of bart"),
+        ({"model_type": "vit"}, "patch_size is 0: expected a whole number from 1 up, of vit"),
     ],
 )
 def test_impossible_sizes_are_refused(change: dict[str, object], message: str) -> None:

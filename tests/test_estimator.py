@@ -180,6 +180,8 @@ def random_sizes(rng: random.Random) -> dict[str, Any]:
         "moe_intermediate_size": rng.choice((0, rng.randint(1, 3000))),
         "n_shared_experts": rng.choice((0, rng.randint(1, 3))),
         "first_k_dense_replace": rng.randint(0, min(3, layers)),
+        "encoder_layers": rng.choice((0, rng.randint(1, 30), rng.randint(1, 30))),
+        "patch_size": rng.choice((0, rng.randint(1, 32), rng.randint(1, 32))),
     }
     if rng.random() < 0.05:
         sizes["vocab_size"] = rng.randint(10**9, 10**15)
@@ -210,6 +212,19 @@ def random_setup(rng: random.Random) -> dict[str, Any]:
     }
 
 
+def random_pair(rng: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sizes and a set-up, most of which go together."""
+    sizes, setup = random_sizes(rng), random_setup(rng)
+    traits = estimate.TRAITS[sizes["model_type"]]
+    if "inference only" in traits and rng.random() < 0.8:
+        setup["task"] = "inference"
+    if "images" in traits and rng.random() < 0.8:
+        setup["length"] = sizes["max_position_embeddings"]
+    if traits & {"images", "encoder"} and rng.random() < 0.8:
+        setup["all_logits"] = False
+    return sizes, setup
+
+
 def in_python(sizes: dict[str, Any], setup: dict[str, Any]) -> list[str] | str:
     try:
         memory = estimate.memory(Dimensions(**sizes), Setup(**setup))
@@ -228,11 +243,11 @@ IN_THE_BROWSER = """(inputs) => {
             if (!capacity) return [...Object.keys(data.kinds).map((kind) => held[kind]),
                 ...held.moments.map(([, nbytes]) => nbytes), held.needed, held.peakAt].map(String);
             const fit = everyByteFit(data, F);
-            const levers = F.levers(dims, setup, card)
+            const levers = fit.levers(dims, setup, card)
                 .map(({name, saved}) => [name, String(saved)]);
             const ways = fit.shortest(dims, setup, capacity, card)
                 .map(({names, needed}) => [names, String(needed)]);
-            return [levers, F.gpusNeeded(dims, setup, capacity, card), ways,
+            return [levers, fit.gpusNeeded(dims, setup, capacity, card), ways,
                 fit.mostSequences(dims, setup, capacity, card)];
         } catch (error) {
             if (!(error instanceof Refusal)) throw error;
@@ -249,7 +264,7 @@ def for_javascript(values: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_port_is_equal_to_the_byte(tab: Page) -> None:
     rng = random.Random(20_260_101)
-    inputs = [(random_sizes(rng), random_setup(rng)) for _ in range(8_000)]
+    inputs = [random_pair(rng) for _ in range(8_000)]
     expected = [in_python(*given) for given in inputs]
     sent = [[for_javascript(sizes), for_javascript(setup)] for sizes, setup in inputs]
     found = tab.evaluate(IN_THE_BROWSER, sent)
@@ -265,7 +280,7 @@ def test_levers_and_numbers_of_gpus_are_equal(tab: Page) -> None:
     rng = random.Random(7)
     inputs = []
     while len(inputs) < 30:
-        sizes, setup = random_sizes(rng), random_setup(rng)
+        sizes, setup = random_pair(rng)
         if isinstance(in_python(sizes, setup), list):
             inputs.append((sizes, setup, rng.choice(list(all_cards().values()))))
     found = tab.evaluate(
@@ -351,6 +366,9 @@ def test_the_scripts_are_small_and_plain() -> None:
 
 # The page
 
+OF_SMALL = "vocab_size=32128&hidden_size=512&num_hidden_layers=6&num_attention_heads=8"
+T5 = f"model=own&model_type=t5&{OF_SMALL}&encoder_layers=6&tie_word_embeddings=1"
+VIT = f"model=own&model_type=vit&{OF_SMALL}&patch_size=16&max_position_embeddings=197&length=197"
 CONTROLS = [  # each with a value that is not where it starts, and what else is to be chosen
     ("model", "Mixtral-8x7B-v0.1", ""),
     ("model_type", "qwen3", ""),
@@ -374,6 +392,8 @@ CONTROLS = [  # each with a value that is not where it starts, and what else is 
     ("moe_intermediate_size", "64", "model=DeepSeek-V2-Lite&task=inference"),
     ("n_shared_experts", "1", "model=DeepSeek-V2-Lite&task=inference"),
     ("first_k_dense_replace", "2", "model=DeepSeek-V2-Lite&task=inference"),
+    ("encoder_layers", "3", f"task=inference&{T5}"),
+    ("patch_size", "32", f"task=inference&{VIT}"),
     ("tie_word_embeddings", True, ""),
     ("task", "inference", ""),
     ("batch", "3", ""),
@@ -571,6 +591,12 @@ CONFIG = {
 }
 
 
+T5_CONFIG = {"d_model": 64, "d_ff": 96, "d_kv": 16, "num_heads": 4, "num_layers": 3}
+BART_CONFIG = {"d_model": 64, "encoder_ffn_dim": 96, "encoder_attention_heads": 4}
+BART_CONFIG |= {"encoder_layers": 3, "decoder_layers": 2, "max_position_embeddings": 100}
+VIT_CONFIG = {"intermediate_size": 96, "image_size": 224, "patch_size": 16}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -583,6 +609,15 @@ CONFIG = {
         {"mlp_only_layers": [1]},
         {"hidden_size": 1.5},
         {"num_key_value_heads": 3},
+        {"model_type": "t5"} | T5_CONFIG,
+        {"model_type": "mt5", "tie_word_embeddings": False} | T5_CONFIG,
+        {"model_type": "t5", "feed_forward_proj": "gated-silu"} | T5_CONFIG,
+        {"model_type": "bart"} | BART_CONFIG,
+        {"model_type": "bart", "decoder_attention_heads": 8} | BART_CONFIG,
+        {"model_type": "vit"} | VIT_CONFIG,
+        {"model_type": "vit", "id2label": {"0": "a", "1": "b", "2": "c"}} | VIT_CONFIG,
+        {"model_type": "vit", "num_channels": 4} | VIT_CONFIG,
+        {"model_type": "vit"} | VIT_CONFIG | {"patch_size": 0},
     ],
 )
 def test_a_config_is_read_as_python_reads_it(tab: Page, change: dict[str, Any]) -> None:

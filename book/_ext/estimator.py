@@ -26,6 +26,26 @@ from every_byte.estimate.weights import STORED
 
 PAGE = "book/estimator"
 ALLOCATOR = ("kMinBlockSize", "kSmallSize", "kLargeBuffer", "kMinLargeAlloc", "kRoundLarge")
+NONE = {
+    "gradients": "none: they serve training alone",
+    "optimizer_states": "none: they serve training alone",
+    "activations": "none is kept: one layer's at a time, not counted here",
+    "kv_cache": "none: nothing is generated",
+    "cast_weights": "none: no autocast of FP32 weights",
+    "rounding": (
+        "; a tensor of weights from 10 MiB up also keeps what is left of its 2 MiB, up to 1 MiB"
+    ),
+}
+"""What the page says of a kind of which there is nothing; of rounding, what ``.to()`` adds."""
+NOTES = {
+    "rounding": (
+        "the allocator's, estimated: each tensor of parameters, gradients, states and KV cache "
+        f"up to a multiple of {allocator.kMinBlockSize} B"
+    ),
+    "context": (
+        "measured, not estimated, on an H200 with PyTorch 2.11, after products and attention"
+    ),
+}
 
 
 def of_card(card: Card) -> list[int]:
@@ -59,6 +79,10 @@ def data() -> dict[str, Any]:
         "apollo_rank": optimizers.APOLLO_RANK,
         "stored": {name: asdict(known) for name, known in STORED.items()},
         "sizes": [field.name for field in fields(estimate.Dimensions) if field.type is int],
+        "own_names": architecture.OWN_NAMES,
+        "channels": architecture.PIXEL_CHANNELS,
+        "buckets": architecture.POSITION_BUCKETS,
+        "bart_offset": architecture.BART_OFFSET,
         "sharding": estimate.SHARDING,
         "offloaded": {name or "null": held for name, held in setups.OFFLOADED.items()},
         "choices": estimate.CHOICES,
@@ -75,6 +99,8 @@ def data() -> dict[str, Any]:
             field.name: {
                 "name": kinds.FIELDS[field.name],
                 "color": kinds.COLORS[kinds.FIELDS[field.name]],
+                "none": NONE.get(field.name, ""),
+                "note": NOTES.get(field.name, ""),
             }
             for field in fields(estimate.Memory)
             if field.name in kinds.FIELDS
@@ -96,6 +122,10 @@ def data() -> dict[str, Any]:
             "layers": architecture.KINDS_OF_LAYERS,
             "tied": config.TIED,
             "aliases": architecture.ALIASES,
+            "narrow": config.NARROW,
+            "other_names": config.OTHER_NAMES,
+            "same_in_both": config.SAME_IN_BOTH,
+            "labels": config.LABELS,
             "needed": [
                 field.name
                 for field in fields(estimate.Dimensions)

@@ -20,6 +20,7 @@ from every_byte.estimate.architecture import (
     parameters,
     shapes,
 )
+from every_byte.estimate.blocks import block
 from every_byte.estimate.config import from_config
 from every_byte.estimate.forward import (
     ATTENTION,
@@ -38,7 +39,6 @@ from every_byte.estimate.setup import (
     WORKSPACE,
     Memory,
     Setup,
-    block,
     inference,
     memory,
     shard,

@@ -1,4 +1,4 @@
-"""A decoder-only transformer's sizes, and the shapes of its parameters."""
+"""A transformer's sizes, and the shapes of its parameters."""
 
 import math
 from collections import Counter
@@ -30,12 +30,22 @@ TRAITS: dict[str, frozenset[str]] = {
     "falcon": frozenset({"layer norm", "one norm", "joined", "inference only"}),
     "deepseek_v2": frozenset({"gated", "latent", "inference only"}),
     "deepseek_v3": frozenset({"gated", "latent", "inference only"}),
+    "t5": frozenset({"encoder", "position bias", "inference only"}),
+    "t5_gated": frozenset({"encoder", "position bias", "gated", "inference only"}),
+    "bart": frozenset({"encoder", "biases", "layer norm", "learned positions", "inference only"}),
+    "vit": frozenset({"images", "biases", "layer norm", "learned positions", "inference only"}),
 }
+POSITION_BUCKETS = 32
+"""Of T5's position bias (transformers 5.23, ``models/t5/configuration_t5.py``)."""
+PIXEL_CHANNELS = 3
+BART_OFFSET = 2
+"""Positions that BART has beyond those that its configuration says
+(``models/bart/modeling_bart.py``, BartLearnedPositionalEmbedding)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """A decoder-only transformer's sizes, under transformers' names.
+    """A transformer's sizes, under transformers' names.
 
     Zero stands for what follows from the rest: `intermediate_size` from
     ``4 * hidden_size`` (GPT-2), `num_key_value_heads` from `num_attention_heads`
@@ -46,6 +56,10 @@ class Dimensions:
     DeepSeek's latent attention (arXiv 2405.04434) `kv_lora_rank` and what follows are its
     sizes; its first `first_k_dense_replace` layers have no experts, the others
     `n_shared_experts` beside those that are chosen, all of `moe_intermediate_size`.
+
+    An encoder-decoder has `encoder_layers` beside the `num_hidden_layers` of its decoder.
+    A vision transformer has an image's patches of `patch_size` x `patch_size` pixels, and
+    one more, as `max_position_embeddings`; its `vocab_size` are the labels.
 
     Raises:
         ValueError: a size is negative, no whole number, or does not fit the others.
@@ -73,6 +87,8 @@ class Dimensions:
     moe_intermediate_size: int = 0
     n_shared_experts: int = 0
     first_k_dense_replace: int = 0
+    encoder_layers: int = 0
+    patch_size: int = 0
 
     def __post_init__(self) -> None:
         if self.model_type not in TRAITS:
@@ -87,6 +103,9 @@ class Dimensions:
             if not getattr(self, name):
                 object.__setattr__(self, name, value)
 
+        for trait, name in OWN_NAMES.items():
+            if self.has(trait) and not getattr(self, name):
+                raise refuse(name, 0, f"a whole number from 1 up, of {self.model_type}")
         heads = self.num_attention_heads
         default("intermediate_size", 4 * self.hidden_size)
         default("num_key_value_heads", heads)
@@ -128,6 +147,8 @@ ALIASES = {
     "max_position_embeddings": "n_positions",
     "intermediate_size": "n_inner",
 }
+OWN_NAMES = {"encoder": "encoder_layers", "images": "patch_size"}
+"""By trait, what such a model has and no decoder-only one."""
 
 
 SLIDING = {
@@ -194,10 +215,13 @@ def dimensions(model: str | Mapping[str, Any] | object) -> Dimensions:
         found["sliding_layers"] = sliding_layers(said, found["model_type"])
     if not found["sliding_layers"]:
         found["sliding_window"] = 0
+    # Others have these sizes under names of their own: see `every_byte.estimate.config`.
+    apart = TRAITS.get(str(found["model_type"]), frozenset()) & OWN_NAMES.keys()
+    needed = ("intermediate_size", *(OWN_NAMES[trait] for trait in apart)) if apart else ()
     missing = [
         field.name
         for field in fields(Dimensions)
-        if found[field.name] is None and field.default is MISSING
+        if found[field.name] is None and (field.default is MISSING or field.name in needed)
     ]
     if missing:
         raise refuse(missing[0], None, "the model's, as its config.json has it")
@@ -225,14 +249,21 @@ def shapes(sizes: Dimensions) -> Iterator[ParameterShape]:
     """Each parameter tensor of the model: its part, and its shape.
 
     Parts: embedding, attention, mlp, router, norm, head; of DeepSeek also shared (experts
-    that all tokens use, and MLPs of layers without any) and latent. A tied head has no
-    tensor of its own. Source: transformers' ``models/*/modeling_*.py``.
+    that all tokens use, and MLPs of layers without any) and latent; of T5 also whole (the
+    last matrix of each MLP, which nothing quantises). A tied head has no tensor of its own.
+    Source: transformers' ``models/*/modeling_*.py``.
 
     Raises:
         ValueError: `sizes` is no `Dimensions`.
     """
     check_dimensions(sizes)
+    if sizes.has("images"):
+        yield from _image(sizes)
+        return
     yield ParameterShape("embedding", (sizes.vocab_size, sizes.hidden_size))
+    if sizes.has("encoder"):
+        yield from _encoder_and_decoder(sizes)
+        return
     if sizes.has("learned positions"):
         yield ParameterShape("embedding", (sizes.max_position_embeddings, sizes.hidden_size))
     dense, layer = list(_layer(sizes, True)), list(_layer(sizes, False))
@@ -241,6 +272,49 @@ def shapes(sizes: Dimensions) -> Iterator[ParameterShape]:
     yield from _norm(sizes)
     if not sizes.tie_word_embeddings:
         yield ParameterShape("head", (sizes.hidden_size, sizes.vocab_size))
+
+
+def _encoder_and_decoder(sizes: Dimensions) -> Iterator[ParameterShape]:
+    """Both stacks and the head (``models/t5/modeling_t5.py``, ``models/bart/modeling_bart.py``)."""
+    for layers, attentions in ((sizes.encoder_layers, 1), (sizes.num_hidden_layers, 2)):
+        yield from _norm(sizes)  # BART's of the embedding, T5's last
+        if sizes.has("learned positions"):
+            positions = sizes.max_position_embeddings + BART_OFFSET
+            yield ParameterShape("embedding", (positions, sizes.hidden_size))
+        elif layers:  # the first layer's, which all of them use
+            yield ParameterShape("embedding", (POSITION_BUCKETS, sizes.num_attention_heads))
+        for _ in range(layers):
+            for _ in range(attentions):
+                yield from _norm(sizes)
+                yield from _attention(sizes)
+            yield from _norm(sizes)
+            yield from _mlp(sizes)
+    if not sizes.tie_word_embeddings:
+        yield ParameterShape("head", (sizes.hidden_size, sizes.vocab_size))
+
+
+def _image(sizes: Dimensions) -> Iterator[ParameterShape]:
+    """A vision transformer and its classifier (``models/vit/modeling_vit.py``)."""
+    h = sizes.hidden_size
+    yield from _linear("embedding", PIXEL_CHANNELS * sizes.patch_size**2, h, bias=True)
+    yield ParameterShape("embedding", (h,))
+    yield ParameterShape("embedding", (sizes.max_position_embeddings, h))
+    for _ in range(sizes.num_hidden_layers):
+        yield from _layer(sizes, True)
+    yield from _norm(sizes)
+    yield from _linear("head", h, sizes.vocab_size, bias=True)
+
+
+def _mlp(sizes: Dimensions) -> Iterator[ParameterShape]:
+    """The matrices of an encoder-decoder's MLP; T5's last one stays as it is.
+
+    Nothing quantises it: ``_keep_in_fp32_modules`` (``quantizers/base.py``,
+    get_modules_to_not_convert).
+    """
+    h, i, biases = sizes.hidden_size, sizes.intermediate_size, sizes.has("biases")
+    for _ in range(1 + sizes.has("gated")):
+        yield from _linear("mlp", h, i, biases)
+    yield from _linear("whole" if sizes.has("position bias") else "mlp", i, h, biases)
 
 
 def _norm(sizes: Dimensions) -> Iterator[ParameterShape]:

@@ -208,6 +208,9 @@ def activations(
     last += batch * length * h if dropout else 0  # of the embedding
     if checkpointing:
         inputs = math.ceil(layers / checkpointing) * batch * length * h * wide
+        if rank and layers and sizes.has("learned positions"):
+            # The embedding's output, whose gradient PEFT asks for, before positions are added.
+            inputs += batch * length * h * wide
         return last + inputs + min(checkpointing, layers) * layer
     return last + layers * layer - (batch * length * norm if rank and layers else 0)
 
@@ -240,11 +243,17 @@ def kv_cache(sizes: Dimensions, batch: int, length: int, dtype: str = "bf16") ->
 def cached_numbers(sizes: Dimensions, length: int) -> int:
     """How many numbers one sequence of `length` tokens has in the caches of all layers.
 
+    An encoder-decoder has as many of the text that it read; a vision transformer has none.
+
     A layer with a sliding window keeps the window's tokens but one; one with latent
     attention the compressed keys and values, and the part of the key that is rotated
     (transformers 5.23, ``cache_utils.py``, DynamicSlidingWindowLayer, and
     ``models/deepseek_v3/modeling_deepseek_v3.py``).
     """
+    if sizes.has("images"):
+        return 0
+    if sizes.has("encoder"):
+        length *= 2
     if sizes.has("latent"):
         return sizes.num_hidden_layers * length * (sizes.kv_lora_rank + sizes.qk_rope_head_dim)
     sliding = sizes.sliding_layers if sizes.sliding_window else 0

@@ -20,6 +20,7 @@ from every_byte.data import Card
 from every_byte.data.others import OtherCard
 from every_byte.estimate.architecture import Dimensions, check_dimensions, tensor_counts
 from every_byte.estimate.checks import check_choice, check_flag, check_whole, refuse
+from every_byte.estimate.encoders import is_other
 from every_byte.estimate.forward import cache_bytes, inner_numbers
 from every_byte.estimate.weights import (
     QUANTISED,
@@ -225,6 +226,8 @@ def serve(sizes: Dimensions, serving: Serving, card: Card) -> Served:
         raise refuse("card", card, "a Card, such as cards()['H100']")
     if isinstance(card, OtherCard) and card.kind == "Apple":
         raise refuse("card", "Apple's", "one that vLLM shares out: of NVIDIA or AMD")
+    if is_other(sizes):
+        raise refuse("model_type", sizes.model_type, "a decoder-only one, for vLLM")
     if sizes.has("learned positions") and serving.length > sizes.max_position_embeddings:
         most = f"at most the {sizes.max_position_embeddings} positions that the model has learned"
         raise refuse("length", serving.length, most)

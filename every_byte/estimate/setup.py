@@ -3,13 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
-from every_byte.allocator.config import (
-    kLargeBuffer,
-    kMinBlockSize,
-    kMinLargeAlloc,
-    kRoundLarge,
-    kSmallSize,
-)
+from every_byte.allocator.config import kLargeBuffer, kMinLargeAlloc, kSmallSize
 from every_byte.data import CONTEXT
 from every_byte.estimate.architecture import (
     TRAITS,
@@ -21,7 +15,9 @@ from every_byte.estimate.architecture import (
     tensor_counts,
     with_layers,
 )
+from every_byte.estimate.blocks import block, shared_segments
 from every_byte.estimate.checks import check_batch, check_choice, check_flag, check_whole, refuse
+from every_byte.estimate.encoders import check_reading, is_other, reading_moments
 from every_byte.estimate.forward import (
     ATTENTION,
     activations,
@@ -49,38 +45,6 @@ from every_byte.estimate.weights import (
     total_bytes,
 )
 from every_byte.kinds import FIELDS
-
-
-def block(nbytes: int, own_segment: bool = False) -> int:
-    """Bytes of the allocator's block for a request.
-
-    A multiple of 512 B. A request from 10 MiB up that no free block serves gets a
-    segment of its own, a multiple of 2 MiB, and keeps what is left of it up to
-    1 MiB (`every_byte.allocator`). Where smaller requests leave such a rest is not
-    told by a formula: replay them.
-
-    Args:
-        nbytes: the request.
-        own_segment: whether no free block serves it.
-
-    Raises:
-        ValueError: `nbytes` is no whole number, or negative.
-    """
-    check_whole("nbytes", nbytes)
-    size = nbytes + -nbytes % kMinBlockSize
-    rest = -size % kRoundLarge
-    return size + rest if own_segment and size >= kMinLargeAlloc and rest <= kSmallSize else size
-
-
-def shared_segments(tensors: Counter[int]) -> int:
-    """Bytes that blocks of 1 to 10 MiB keep beyond their size, where they share 20 MiB.
-
-    A block that leaves 1 MiB or less of its segment keeps it (`every_byte.allocator`):
-    half a MiB in 20, taken over many. Which blocks do is for a replay to tell.
-    """
-    shared = sum(n * count for n, count in tensors.items() if kSmallSize < n < kMinLargeAlloc)
-    return shared * kSmallSize // (2 * kLargeBuffer)
-
 
 # What ZeRO's stages split over the GPUs (Rajbhandari et al. 2020, arXiv 1910.02054, section 5).
 SHARDING = {
@@ -507,6 +471,11 @@ def prefill_temporaries(sizes: Dimensions, setup: Setup, b: int) -> int:
         # a copy (softmax in aten/src/ATen/native/SoftMax.cpp), of FP16 without.
         score = 2 * b if gpt2 or b == 4 else 2 * b + 4 + 2 * (setup.dtype == "bf16")
         attention = heads * setup.length * score + (1 + 2 * repeated) * b * queries
+        keys = sizes.num_key_value_heads * sizes.head_dim
+        if gpt2:  # the query is a part of what one matrix gave, which stays as a whole
+            attention += 2 * b * keys
+        elif sizes.has("joined"):
+            attention += b * (queries + 2 * keys)
         most = max(most, tokens * attention)
     elif kernel == "math":
         # The same, and a byte that tells infinite ones (_safe_softmax in
@@ -556,6 +525,8 @@ def check_together(sizes: Dimensions, setup: Setup) -> None:
     if sizes.has("learned positions") and setup.length > sizes.max_position_embeddings:
         most = f"at most the {sizes.max_position_embeddings} positions that the model has learned"
         raise refuse("length", setup.length, most)
+    if setup.task == "inference" and is_other(sizes):
+        check_reading(sizes, setup)
     if setup.task == "training":
         if sizes.has("inference only"):
             trained = ", ".join(name for name in TRAITS if "inference only" not in TRAITS[name])
@@ -596,6 +567,8 @@ def fragments(sizes: Dimensions, setup: Setup) -> int:
         scored * (max(4, b) if training else b),
         tokens * inner_numbers(sizes) * b,
     ]
+    if sizes.has("position bias"):
+        large.append(heads * setup.length**2 * b)
     if training and not setup.rank:
         large.append(sizes.vocab_size * h * computed_width(setup.gradients or setup.dtype))
     computed = {2: "bf16", 4: "fp32", 8: "fp64"}[b]
@@ -761,8 +734,11 @@ def assemble(
     biased = sizes.has("biases") or sizes.has("query, key and value biases")
     rest = workspace + LT_WORKSPACE * biased
     if setup.task == "inference":
-        rest += rounded["parameters"] + shared["parameters"] + held["kv_cache"]
-        moments = inference_moments(sizes, setup, rest)
+        rest += rounded["parameters"] + shared["parameters"]
+        if is_other(sizes):
+            moments = reading_moments(sizes, setup, rest, held["kv_cache"])
+        else:
+            moments = inference_moments(sizes, setup, rest + held["kv_cache"])
     else:
         following = 0 if setup.rank else sizes.hidden_size * sizes.num_attention_heads
         step = step_temporaries(
@@ -780,6 +756,8 @@ def assemble(
             setup,
             at_rest=rest
             + workspace
+            # Checkpoints multiply in backward's thread, which has a workspace of its own.
+            + LT_WORKSPACE * (biased and groups > 0)
             + sum(rounded[kind] + shared[kind] for kind in ("parameters", "optimizer_states")),
             gradients=rounded["gradients"] + shared["gradients"],
             kept=kept + held.get("cast_weights", 0) - again,
