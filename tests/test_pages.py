@@ -43,6 +43,10 @@ CODE_COLORS = """() => {
 WIDE_CODE = """() => [...document.querySelectorAll(".bd-article .highlight pre")]
     .filter((code) => code.scrollWidth > code.clientWidth + 1).map((code) => code.textContent)"""
 
+CUT_OFF = """() => [...document.querySelectorAll(".prev-next-area *")]
+    .filter((part) => part.getBoundingClientRect().right > innerWidth)
+    .map((part) => part.textContent.trim())"""
+
 # Once the page has been laid out: edges.js then puts tables into stacks.
 WIDE_TABLES = """async () => {
     for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame);
@@ -141,7 +145,7 @@ def test_a_page(
     for width in widths:
         watched.resize(width)
         if width < 576:  # a phone
-            assert tab.evaluate(WIDE_CODE) == []
+            assert tab.evaluate(WIDE_CODE) == tab.evaluate(CUT_OFF) == []
             assert len(wide := tab.evaluate(WIDE_TABLES)) <= 1, wide
     watched.check(home)
     for color, behind in tab.evaluate(CODE_COLORS):
