@@ -575,7 +575,7 @@ assert in_fp32 > 0.6 and in_bf16 < in_fp32 - 0.2, (in_fp32, in_bf16)
 # There are two cures {cite}`zamirai2020`:
 #
 # - **Master weights:** keep the weights in FP32 and compute with copies. That is what autocast does.
-# - **Stochastic rounding:** round up or down by chance, so that an update of a tenth of the last bit gets through one time in ten {cite}`gupta2015`. A BF16 number is the upper half of an FP32 one: add a random lower half, then cut it off.
+# - **Stochastic rounding:** round up or down by chance, so that an update of a tenth of the last bit is made one time in ten {cite}`gupta2015`. A BF16 number is the upper half of an FP32 one: add a random lower half, then cut it off.
 
 
 # %%
@@ -878,7 +878,7 @@ for cache_enabled in (True, False):
 # %% [markdown]
 # <details><summary>Why so?</summary>
 #
-# With the cache all uses share one copy of 2 x 4096 x 4096 bytes. Without it each casts anew, and backward needs two of the three copies. The first would only serve a gradient of `x`, for which nobody asks.
+# With the cache, all uses share one copy of 2 x 4096 x 4096 bytes. Without it, each use makes its own, and backward needs two of the three copies. The first would only serve the gradient of `x`, which nobody needs.
 #
 # </details>
 #

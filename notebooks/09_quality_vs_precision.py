@@ -765,7 +765,7 @@ assert logits["FP16"] < logits["BF16"] < logits["INT6"] < logits["INT4"]
 assert logits["LLM.int8()"] < logits["INT6"] and logits["INT3"] < 100
 
 # %% [markdown]
-# The error does not pile up from layer to layer: the residual stream goes past each matrix. And the lines are parallel. In the formats that only store, the logits move by about the same multiple of the rounding error, which we could predict from the steps. FP16, BF16 and LLM.int8() lie higher than their weights alone would: they round the activations, too.
+# The error does not pile up from layer to layer, because the residual stream bypasses each matrix. And the lines are parallel. In the formats that only store, the logits move by about the same multiple of the rounding error, which we could predict from the steps. FP16, BF16 and LLM.int8() lie higher than their weights alone would: they round the activations, too.
 
 # %% [markdown]
 # ### From logits to loss
@@ -872,7 +872,7 @@ assert last["by rows, inputs too"] > 1.5 * last["LLM.int8()"], last
 # - **By rows** cures the weights: the damage stays in one row. But the *input* of the next layer now has a loud column, and its scale spoils every product with integers.
 # - **LLM.int8()** cures that: the column is multiplied separately. What remains are the small outgoing weights, which INT8 can no longer tell from zero.
 #
-# (In training mode bitsandbytes 0.50.2 does not multiply integers on a CPU, hence `.eval()` in `llm_int8`.)
+# (In training mode, bitsandbytes 0.50.2 does not multiply integers on a CPU. That is why `llm_int8` calls `.eval()`.)
 
 # %% [markdown]
 # ## What to remember

@@ -388,7 +388,7 @@ table(["`optim=`", "peak (GB)"], [*rows, ('`"paged_adamw_8bit"`', paged)])
 
 # %% [markdown]
 # - **Foreach** updates all tensors at once, and needs one more copy of all gradients for it. **Fused**, the Trainer's default, does without, and is no slower.
-# - **8 bits** saves three quarters of the states, but for the embedding's: the Trainer keeps those in FP32, 4.2 GB of them. *The price:* none was found in the paper's experiments.
+# - **8 bits** saves three quarters of the states, except for the embedding's: the Trainer keeps those in FP32, 4.2 GB of them. *The price:* none was found in the paper's experiments.
 # - **Paged** states may leave the card for the host when memory is short {cite}`dettmers2023`. CUDA moves them, not PyTorch, so no replay can say how many: the table has the bounds. *The price:* time, whenever they move.
 
 # %% [markdown]
