@@ -16,14 +16,14 @@ from every_byte.files import check_writable, written
 from every_byte.kinds import ALL_KINDS
 from every_byte.report import PHASES, Report, step_of
 from every_byte.tracker import Breakdown, Timeline
-from every_byte.units import GB, grouped, short
+from every_byte.units import grouped, short, unit
 from every_byte.watch import Place
 
 _MARK = '<meta name="generator" content="every-byte run">'
 _KIND = "a report of every-byte run"
 _POINTS = 500  # of the timeline; of those that fall together the largest is kept
 _ROWS = 60  # of the table of phases
-_WIDTH, _HEIGHT, _LEFT, _TOP = 960, 320, 100, 16
+_WIDTH, _HEIGHT, _LEFT, _TOP = 960, 320, 116, 16
 _FOLDER = Path(__file__).parent / "data"
 
 
@@ -141,18 +141,19 @@ def _figure(report: Report, points: list[tuple[Place, Breakdown]]) -> str:
             f'<polygon points="{corners}" fill="{kind.color}"><title>{name}</title></polygon>'
         )
         floor = ceiling
+    one, of = unit(round(top / 1.08))
     for share in range(5):
         n = top / 1.08 * share / 4
         parts.append(
             f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{y(n)}" y2="{y(n)}"/>'
-            f'<text x="{_LEFT - 6}" y="{y(n) + 4}" text-anchor="end">{n / GB:.3g} GB</text>'
+            f'<text x="{_LEFT - 6}" y="{y(n) + 4}" text-anchor="end">{n / one:.3g} {of}</text>'
         )
     if shows_card:
         at = y(report.capacity)
         parts.append(
             f'<line class="card" x1="{_LEFT}" x2="{_WIDTH - 8}" y1="{at}" y2="{at}"/>'
             f'<text x="{_LEFT + 4}" y="{at + 14}">{html.escape(report.card)}: '
-            f"{report.capacity / GB:.2f} GB</text>"
+            f"{short(report.capacity)}</text>"
         )
     steps = [step_of(place, len(report.after_step)) for place, _ in points]
     for i in range(1, len(points)):
@@ -181,7 +182,7 @@ def _figure(report: Report, points: list[tuple[Place, Breakdown]]) -> str:
     }
     # No "<" can end the element that the data stand in.
     encoded = json.dumps(data).replace("<", "\\u003c")
-    beyond = "" if shows_card else f" The card's {report.capacity / GB:.2f} GB lie far above."
+    beyond = "" if shows_card else f" The card's {short(report.capacity)} lie far above."
     legend = "".join(
         f'<li><svg width="12" height="12" aria-hidden="true"><rect width="12" height="12" '
         f'fill="{kind.color}"/></svg> {html.escape(kind.name)}</li>'

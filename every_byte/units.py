@@ -14,6 +14,14 @@ def mb(nbytes: int) -> str:
     return f"{nbytes / MB:.2f} MB"
 
 
+def unit(nbytes: int) -> tuple[int, str]:
+    """The decimal unit in which bytes have up to three digits before the point, and its name.
+
+    One rule for tables, reports and the axes of figures: ``(10**9, 'GB')`` from 999.5 MB up.
+    """
+    return next(((n, name) for n, name in _UNITS if abs(nbytes) / n < 999.5), (GB, "GB"))
+
+
 def short(nbytes: int, plus: bool = False) -> str:
     """Bytes in three digits and a decimal unit: ``'834 MB'``, ``'1.04 GB'``, ``'-512 B'``, ``'0'``.
 
@@ -24,9 +32,9 @@ def short(nbytes: int, plus: bool = False) -> str:
     size = abs(nbytes)
     if size < 1000:
         return f"{sign}{size} B" if size else "0"
-    unit, name = next(((n, name) for n, name in _UNITS if size / n < 999.5), (GB, "GB"))
-    places = next((i for i, end in ((2, 9.995), (1, 99.95)) if size / unit < end), 0)
-    return f"{sign}{size / unit:,.{places}f} {name}"
+    one, name = unit(size)
+    places = next((i for i, end in ((2, 9.995), (1, 99.95)) if size / one < end), 0)
+    return f"{sign}{size / one:,.{places}f} {name}"
 
 
 def grouped(nbytes: int) -> str:

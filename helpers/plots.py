@@ -21,7 +21,7 @@ from every_byte.estimate import Memory
 from every_byte.kinds import COLORS as COLORS
 from every_byte.kinds import FIELDS
 from every_byte.tracker import Breakdown, Timeline
-from every_byte.units import GB, MB, KiB, MiB
+from every_byte.units import KiB, MiB, short, unit
 
 
 def use_book_style() -> None:
@@ -49,11 +49,6 @@ def by_kind(memory: Memory) -> Breakdown:
     return Breakdown({kind: kinds.get(kind, 0) for kind in COLORS})
 
 
-def _unit(rows: Sequence[Breakdown]) -> tuple[int, str]:
-    """What to count in: GB from 10 GB up, else MB."""
-    return (GB, "GB") if max(row.total for row in rows) >= 10 * GB else (MB, "MB")
-
-
 def stacked_bars(groups: Mapping[str, Mapping[str, Breakdown]]) -> Figure:
     """One horizontal bar for each breakdown, its bytes stacked by kind.
 
@@ -76,13 +71,14 @@ def stacked_bars(groups: Mapping[str, Mapping[str, Breakdown]]) -> Figure:
             rows.append(row)
         place += 1.3
     left = [0.0] * len(rows)
-    unit, name = _unit(rows)
+    one, name = unit(max(row.total for row in rows))
     for kind in _present(rows):
-        widths = [row.get(kind, 0) / unit for row in rows]
+        widths = [row.get(kind, 0) / one for row in rows]
         axes.barh(places, widths, 0.78, left, color=COLORS[kind], label=kind)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for at, row in zip(places, rows, strict=True):
-        _note(axes, f"{row.total / unit:.2f}", (row.total / unit, at), va="center")
+        end = row.total / one
+        _note(axes, f"{end:.{2 if end >= 1 else 3}f}", (end, at), va="center")
     axes.set_yticks(places, labels)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
@@ -92,31 +88,41 @@ def stacked_bars(groups: Mapping[str, Mapping[str, Breakdown]]) -> Figure:
     return figure
 
 
-def timeline(recorded: Timeline) -> Figure:
-    """Allocated bytes after each operation that changed them visibly, stacked by kind."""
+def timeline(recorded: Timeline, limit: int | None = None) -> Figure:
+    """Allocated bytes after each operation that changed them visibly, stacked by kind.
+
+    Args:
+        limit: what the card has in bytes, drawn as a dashed line.
+    """
     figure, axes = plt.subplots(figsize=(5.4, 3.9))
     steps = _told_apart(recorded)
     kinds = _present(recorded.steps)
-    unit, name = _unit(recorded.steps)
+    highest = recorded.steps[recorded.peak].total
+    one, name = unit(highest)
     axes.stackplot(
         range(len(steps)),
-        [[recorded.steps[i][kind] / unit for i in steps] for kind in kinds],
+        [[recorded.steps[i][kind] / one for i in steps] for kind in kinds],
         colors=[COLORS[kind] for kind in kinds],
         labels=kinds,
         step="post",
     )
-    peak = recorded.steps[recorded.peak].total / unit
+    peak = highest / one
     axes.set_xlim(0, len(steps) - 1)
     places = {phase: bisect_left(steps, begin) for phase, begin in recorded.marks.items()}
     levels = _levels(places, len(steps) - 1)
     top = 1.22 + 0.07 * max(levels.values(), default=0)
     axes.set_ylim(0, top * peak)
+    free = 1.01 * peak  # above which the peak's name can stand
+    if limit is not None:
+        axes.axhline(limit / one, color="black", linestyle="--")
+        if peak <= limit / one < 1.08 * peak:
+            free = 1.01 * limit / one
     for phase, at in places.items():
         axes.axvline(at, color="black", linewidth=0.8, linestyle=":")
         _note(axes, phase, (at, (top - 0.02 - 0.07 * levels[phase]) * peak), va="top")
     at = steps.index(recorded.peak)
     axes.hlines(peak, 0, at, color="black", linewidth=0.8)
-    _note(axes, f"peak {peak:,.2f} {name}", (at, 1.01 * peak), va="bottom", ha="right")
+    _note(axes, f"peak {short(highest)}", (at, free), va="bottom", ha="right")
     axes.set_xlabel("changes of memory, in order")
     axes.set_ylabel(f"allocated ({name})")
     _legend(figure, axes)
@@ -298,8 +304,8 @@ def _lower_edge(points: Iterable[tuple[int, float]]) -> list[tuple[int, float]]:
 
 def _short(nbytes: int) -> str:
     """Bytes in MiB, KiB or B, without needless digits: ``'18.75 MiB'``, ``'5 KiB'``, ``'40 B'``."""
-    unit, name = next(((u, n) for u, n in ((MiB, "MiB"), (KiB, "KiB")) if nbytes >= u), (1, "B"))
-    return f"{nbytes / unit:.2f}".rstrip("0").rstrip(".") + f" {name}"
+    one, name = next(((u, n) for u, n in ((MiB, "MiB"), (KiB, "KiB")) if nbytes >= u), (1, "B"))
+    return f"{nbytes / one:.2f}".rstrip("0").rstrip(".") + f" {name}"
 
 
 def _note(axes: Axes, text: str, at: tuple[float, float], va: str, ha: str = "left") -> None:

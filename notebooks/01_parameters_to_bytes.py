@@ -1,7 +1,7 @@
 # %% [markdown]
 # # From parameters to bytes
 #
-# **How many bytes do a model's parameters take on a GPU?** Count the parameters and multiply by the bytes of their type: 4 GB for each billion in FP32, 2 GB in BF16. PyTorch counts up to a few per cent more, because it hands out memory in blocks that do not always fit.
+# **How many bytes do a model's parameters take on a GPU?** Count the parameters and multiply by the bytes of their type: 4 GB for each billion in FP32, 2 GB in BF16. PyTorch counts a few per cent more at most, because it hands out memory in blocks that do not always fit.
 #
 # After this chapter you can tell from a model's configuration how many bytes its parameters take on a GPU, and name every byte that PyTorch counts on top.
 #
@@ -58,7 +58,9 @@ bars = {
 }
 figure = stacked_bars({"two bytes for each parameter": bars})
 for size in (24, 80):
-    figure.axes[0].axvline(size * GiB / GB, color="black", linestyle=":")
+    edge = size * GiB / GB
+    figure.axes[0].axvline(edge, color="black", linestyle=":")
+    figure.axes[0].text(edge + 2, 1, f"{size} GiB", va="center")
 
 # %% tags=["hide-input"]
 table(
@@ -112,7 +114,7 @@ table(
 )
 
 # %% [markdown]
-# The article gives a 4090 "up to 48G". NVIDIA's specifications say 24 GB. 48 GB is the RTX 6000 Ada, built on the same chip {cite}`nvidia-ada`, and 80 GB the H100 {cite}`nvidia-h100`. The article's conclusion holds: no consumer card fits this model.
+# The article says that a 4090 has "up to 48G". NVIDIA's specifications say 24 GB. 48 GB is the RTX 6000 Ada, built on the same chip {cite}`nvidia-ada`, and 80 GB the H100 {cite}`nvidia-h100`. The article's conclusion holds: no consumer card fits this model.
 
 # %% [markdown]
 # ### A count from the configuration
@@ -138,7 +140,7 @@ print(f"h={h}, i={i}, v={v}, L={L}, k={k}")
 print(f"Llama-3.1-8B: {L * per_layer + 2 * v * h + h:,} parameters")
 
 # %% [markdown]
-# `every_byte.estimate` holds such a formula for each architecture of this book. Where do the parameters sit?
+# `every_byte.estimate` holds such a formula for each architecture of this book. Where are most of the parameters?
 
 # %% tags=["hide-input"]
 NAMES = ["gpt2-large", "Qwen2-0.5B", "Llama-3.1-8B", "Mixtral-8x7B-v0.1"]
@@ -157,7 +159,7 @@ table(
 # %% [markdown]
 # ## Measure
 #
-# A formula can be wrong. So we build the models themselves, with the transformers library {cite}`wolf2020`, from nothing but their configuration, and count. PyTorch's `meta` device makes that cheap: a tensor there has a shape and a type, and no storage. All 405 billion parameters of the largest model take no memory, and a fraction of a second to make.
+# A formula can be wrong. So we build the models themselves, with the transformers library {cite}`wolf2020`, from nothing but their configuration, and count. PyTorch's `meta` device makes that cheap: a tensor there has a shape and a type, and no storage. The largest model has 405 billion parameters. It takes no memory, and a fraction of a second to make.
 
 
 # %%
@@ -168,7 +170,8 @@ def number_of_parameters(model):
 counted = {
     name: number_of_parameters(build(name, "meta")) for name in known_models()
 }
-print(f"{len(counted)} models, {sum(counted.values()):,} parameters")
+billions = sum(counted.values()) / 10**9
+print(f"{len(counted)} models, {billions:.1f} billion parameters")
 
 # %% [markdown]
 # ## Compare
@@ -191,14 +194,14 @@ table(
 )
 
 # %% [markdown]
-# Three independent counts agree on every model. But the number does not always mean the same thing.
+# Three independent counts agree on every model. But "number of parameters" does not always mean the same thing.
 
 # %% [markdown]
 # ## What "number of parameters" hides
 #
 # ### One tensor, two names
 #
-# The embedding turns tokens into vectors, the head turns vectors into scores for tokens. Both are matrices of vocabulary by hidden size, and small models often use *one* for both: they are **tied**. A tied matrix takes memory once. If you add up the tensors by name, you count it twice.
+# The embedding turns tokens into vectors, and the head turns vectors into scores for tokens. Both are matrices of vocabulary by hidden size. Small models often use *one* matrix for both: the two are **tied**. A tied matrix takes memory once. If you add up the tensors by name, you count it twice.
 
 
 # %%
@@ -242,7 +245,7 @@ table(
 # %% [markdown]
 # ### Where "812M" comes from
 #
-# The article gives gpt2-large "about 812M" parameters, as its page on the hub does. Its configuration gives 774M. The hub adds up whatever a checkpoint stores, and the old checkpoints of GPT-2 store a buffer beside the parameters: each layer's causal mask, a table of 1,024 x 1,024 that says which token may look at which.
+# The article gives gpt2-large "about 812M" parameters, as its page on the hub does. Its configuration gives 774M. The hub adds up whatever a checkpoint stores, and the old checkpoints of GPT-2 store a buffer beside the parameters: the causal mask of each layer, a table of 1,024 x 1,024 that says which token may look at which.
 
 # %% tags=["hide-input"]
 PUBLISHED = {"gpt2": "137,022,720", "gpt2-large": "812M"}
@@ -274,7 +277,7 @@ table(
 )
 
 # %% [markdown]
-# The published figures are Mistral's own {cite}`mixtral-announced`. Memory follows the first row, and the time for a token the second. The "8x7B" in the name is neither: only the MLPs exist eight times.
+# The published figures are Mistral's own {cite}`mixtral-announced`. The first row decides the memory, and the second the time for a token. The "8x7B" in the name is neither: only the MLPs exist eight times.
 
 # %% [markdown]
 # ### What quantisation leaves alone
@@ -378,7 +381,7 @@ figure = segments(gpu.memory_snapshot())
 # %% [markdown]
 # ### What is not split off
 #
-# The free part of a segment serves later requests. But in the large pool, a remainder of 1 MiB or less is not split off. It stays with the block, and `memory_allocated` counts it. A matrix of 25 MiB gets a segment of 26 MiB, and all 26 count.
+# The free part of a segment serves later requests. But in the large pool, a remainder of 1 MiB or less is not split off. It stays with the block, and `memory_allocated` counts it. So a matrix of 25 MiB gets a segment of 26 MiB, and all 26 count.
 #
 # The rule in a few lines, for a tensor that gets a segment of its own or shares one without loss:
 
@@ -432,7 +435,7 @@ table(
 )
 
 # %% [markdown]
-# Two MLP matrices in each of 36 layers, 1 MiB each, and the end of the embedding's segment: that is every byte. The order doesn't matter here, so `.to("cuda")` gives the same sum as making the model on the GPU.
+# There are two MLP matrices in each of 36 layers, with 1 MiB more each. The end of the embedding's segment is the rest: that is every byte. The order doesn't matter here, so `.to("cuda")` gives the same sum as making the model on the GPU.
 
 # %% [markdown]
 # ### The article's 3.21 GB
@@ -468,7 +471,7 @@ for count, size in ((1, 1000), (1000, 1)):
 # %% [markdown]
 # ### One segment for all
 #
-# How a model is loaded matters too. Suppose that one block as large as all parameters was allocated and freed first. Then there is one large segment, the tensors are cut from it one after the other, and nothing is left over:
+# How a model is loaded matters too. Suppose that one block as large as all parameters is allocated and freed first. That leaves one large segment. The tensors are cut from it one after the other, and nothing is left over:
 
 # %%
 del model, old_buffers

@@ -41,7 +41,7 @@ print(gpu)
 print(versions("torch"))
 
 # %% [markdown]
-# The first line names the GPU of this page. Only one section looks at its memory. Everything else is arithmetic, done for real on the CPU: the same everywhere, to the last digit.
+# The first line names the GPU of this page. Only one section looks at its memory. Everything else is arithmetic, done for real on the CPU, and the same everywhere to the last digit.
 
 # %% [markdown]
 # ## Three fields
@@ -75,7 +75,7 @@ axes.set_axis_off()
 #
 # $$(-1)^{s} \cdot 2^{e-b} \cdot \left(1 + \frac{m}{2^{M}}\right)$$
 #
-# The 1 is implicit: it costs no bit. So a format has one bit more of precision than it stores: BF16 stores 7 and has 8. This book counts the stored ones. When $e = 0$ the 1 falls away, and the exponent stays at $1-b$. These are the **subnormal** numbers, which fill the gap around zero.
+# The 1 is implicit: it costs no bit. So a format has one bit more of precision than it stores: BF16 stores 7 and has 8. This book counts the stored ones. When $e = 0$ the 1 falls away, and the exponent stays at $1-b$. These are the **subnormal** numbers. They fill the gap around zero.
 
 # %% [markdown]
 # TF32 exists only inside tensor cores {cite}`nvidia-a100`: in memory it takes the 32 bits of FP32. BF16 is the upper half of FP32 {cite}`kalamkar2019`. INT8 and INT4 are plain integers that need a scale, and NF4 numbers the rows of a table: [Conversion and hardware](17_conversion_and_hardware.ipynb) has both.
@@ -184,7 +184,7 @@ print(f"digits: {BF16.digits} instead of {FP16.digits}")
 #
 # ### Overflow
 #
-# FP16 ends at 65,504. What is nearer to 65,536 than to that becomes infinite, and a single infinity in a sum makes the whole sum infinite. A product of two numbers no larger than 256 is enough.
+# FP16 ends at 65,504. Whatever would round to 65,536 becomes infinite, and a single infinity in a sum makes the whole sum infinite. A product of two numbers no larger than 256 is enough.
 
 # %%
 edge = torch.tensor([65504.0, 65519.0, 65520.0, 70000.0])
@@ -205,7 +205,7 @@ for known in (FP32, FP16, BF16):
     print(f"{known.name}: {big:>10,} + 1 = {(number + 1).item():>10,.0f}")
 
 # %% [markdown]
-# In training this is the update that does nothing. A weight near 1 with a gradient step of 0.001 stays where it is in BF16, forever:
+# In training, this is an update that does nothing. A weight near 1 with a gradient step of 0.001 stays where it is in BF16, forever:
 
 # %%
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -220,7 +220,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 # %% [markdown]
 # ### Underflow
 #
-# At the other end, a number below half of the smallest subnormal becomes zero. Gradients are small, so let us take real ones, of a small network that has learned to read digits. It was trained in FP64 and rounded to FP32. Machines differ in the last digits of FP64, and the 29 bits of mantissa that FP32 drops swallow that: its weights are the same everywhere.
+# At the other end, a number below half of the smallest subnormal becomes zero. Gradients are small, so let us take real ones, of a small network that has learned to read digits. It was trained in FP64 and rounded to FP32. Machines differ in the last digits of FP64, and rounding drops those: the weights are the same everywhere.
 
 # %%
 network = trained_network()
@@ -262,7 +262,7 @@ table(
 # %% [markdown]
 # ## Rounding error against magnitude
 #
-# {numref}`rounding-error` has every format: the largest relative error of rounding, in each interval from a power of two to the next. Within its range a float is equally good at all magnitudes: $2^{-M-1}$. Below its normal numbers it fades, and above its range it ends. An integer with a scale is the opposite: its steps are equal, so its relative error grows as the number shrinks.
+# {numref}`rounding-error` has every format: the largest relative error of rounding, in each interval from a power of two to the next. Within its range a float is equally good at all magnitudes: $2^{-M-1}$. Below its normal numbers it loses digits, and above its range it ends. An integer with a scale is the opposite: its steps are equal, so its relative error grows as the number shrinks.
 
 
 # %% tags=["hide-input"]

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Training and inference: what a model needs besides its parameters
 #
-# **What does a model need on the GPU besides its parameters?** Training adds a gradient and the optimizer's states to each of them, 16 bytes in all with Adam in FP32, and the activations of the batch. Inference adds only the KV cache, which grows with every token.
+# **What does a model need on the GPU besides its parameters?** Training adds a gradient and the optimizer's states to each of them, 16 bytes in all with Adam in FP32, and the batch's activations on top. Inference adds only the KV cache, which grows with every token.
 #
 # After this chapter you can say what an optimizer, a precision, a batch or a context length adds to a model's bytes, and check it.
 #
@@ -61,7 +61,7 @@ print({part: f"{count:,}" for part, count in parts.items() if count})
 print(f"N = {N:,} parameters")
 
 # %% [markdown]
-# {numref}`training-and-inference` says by formula what it takes to train it and to use it, on a batch of 4 texts of 512 tokens.
+# {numref}`training-and-inference` shows what it takes to train this model and to use it, on a batch of 4 texts of 512 tokens. Both bars come from formulas.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Stacked bars for the billion-parameter model, estimated. Training with Adam in FP32: 4 GB parameters, 4 GB gradients, 8 GB states, about 10.6 GB activations with logits. Inference in FP32: 4 GB of parameters and a thin slice of KV cache."}, "figure": {"name": "training-and-inference", "caption": "A model of a billion parameters: training with Adam, and inference, both in FP32. Estimated."}}
 BATCH, LENGTH = 4, 512
@@ -131,7 +131,7 @@ predicted = {
     for name, (optimizer, dtype, _, _) in CASES.items()
 }
 for name, n in predicted.items():
-    print(f"{name:20}{n:16,} B{n / N:9.3f} B per parameter")
+    print(f"{name:18}{n / GB:6.2f} GB{n / N:8.3f} B per parameter")
 
 # %% [markdown]
 # ## Measure: one real step each
@@ -201,7 +201,7 @@ table(
 #
 # ### Other models
 #
-# One match may be luck. So here are four published models at full size, each trained in three ways. This time we also count what forward leaves for backward, the activations, on 2 texts of 256 tokens. Their formula follows further down.
+# One match may be luck. So we train four published models at full size, each in three ways. This time we also count the activations, which forward leaves for backward, on 2 texts of 256 tokens. Their formula follows further down.
 #
 # The states agree to the byte in all twelve rows. The activations are 4 or 8 B more than the formula: the loss, and the number it was divided by.
 
@@ -286,7 +286,7 @@ print(
 )
 
 # %% [markdown]
-# **Mixed precision (AMP)** keeps parameters, gradients and states in FP32: the same 16 bytes with Adam {cite}`micikevicius2018`. Autocast adds a copy of each weight in half precision while forward and backward run. So it saves no bytes of parameters: it adds two to each. What it can save is activations. The next figures are estimates. [Mixed precision](06_mixed_precision.ipynb) replays them, and shows when the two added bytes count.
+# **Mixed precision (AMP)** keeps parameters, gradients and states in FP32: the same 16 bytes with Adam {cite}`micikevicius2018`. Autocast adds a copy of each weight in half precision while forward and backward run. So it saves no bytes of parameters, but adds two to each. What it can save is activations. The next figures are estimates. [Mixed precision](06_mixed_precision.ipynb) replays them, and shows when the two added bytes count.
 
 # %% tags=["hide-input"]
 amp = estimate.training(ONE_BILLION, "adam", "fp32").total
@@ -297,7 +297,7 @@ print(f"AMP, copies cached:    {(amp + copies) / N:.0f} B per parameter")
 # %% [markdown]
 # ## LoRA: train a little beside a lot
 #
-# LoRA {cite}`hu2021` freezes the model and trains two thin matrices beside each of its own. Gradients and states are only for those. In plain PyTorch:
+# LoRA {cite}`hu2021` freezes the model and trains two thin matrices beside each of its own. Only those have gradients and states. In plain PyTorch:
 
 
 # %%
@@ -356,7 +356,7 @@ print(f"                  {total / N:.3f} B per parameter of the model")
 # %% [markdown]
 # ## The article's 16 GB, made real
 #
-# Now a whole step of the billion with Adam in FP32, on a batch of 4 texts of 512 tokens. The article counts what belongs to the parameters. The rest shows at the peak.
+# Now we run a whole step of the billion with Adam in FP32, on a batch of 4 texts of 512 tokens. The article counts what belongs to the parameters. The peak shows the rest.
 
 # %%
 model = optimizer = trained = layer = block = child = None
@@ -443,7 +443,7 @@ print(f"by formula:                {formula:14,} B")
 print(f"peak over it:              {peak - taken:14,} B")
 
 # %% [markdown]
-# *Peak over it* is what one layer computes with at a time, most of it attention's scores.
+# *Peak over it* is what one layer needs while it computes, most of it attention's scores.
 #
 # ### Batch and length
 #
@@ -526,7 +526,7 @@ figure = stacked_bars(
 # %% [markdown]
 # ### 4. Change one parameter at a time
 #
-# We double one thing at a time and leave the rest ({numref}`one-size-doubled`). The table says how many times as large the parts become.
+# We double one thing at a time and leave the rest as it is ({numref}`one-size-doubled`). The table says by what factor the parts grow.
 
 # %% tags=["hide-input"]
 SIZES = (
@@ -578,7 +578,7 @@ table(
 )
 
 # %% [markdown]
-# Batch and length touch only the activations. Doubling the length more than doubles them: the scores of attention grow with its square. Width and depth touch both. (With `hidden_size` the size of a head stays, so attention's own matrices double where the others do.)
+# Batch and length change only the activations. Doubling the length more than doubles them: the scores of attention grow with its square. Width and depth change both. (When `hidden_size` doubles, the size of a head stays the same. So attention's matrices double, as the others do, and do not grow fourfold.)
 
 # %% [markdown]
 # ## What to remember

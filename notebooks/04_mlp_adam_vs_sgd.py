@@ -1,7 +1,7 @@
 # %% [markdown]
 # # One training step, every byte
 #
-# **How many bytes does one training step take, and what is each of them for?** With Adam a model holds four times the bytes of its parameters after a step: the parameters, their gradients and two states. During the step it needs five times as many for a moment, and that peak is what must fit.
+# **How many bytes does one training step take, and what is each of them for?** With Adam a model holds four times the bytes of its parameters after a step: the parameters, their gradients and two states. During the step, PyTorch's default needs five times as many for a moment, and that peak is what must fit.
 #
 # After this chapter you can predict how many bytes a training step takes, and say what each is for.
 #
@@ -38,7 +38,7 @@ print(versions("torch", "torchvision"))
 # %% [markdown]
 # ## The step, drawn
 #
-# A small network reads the digits of MNIST {cite}`lecun1998`, 128 at a time, and learns with Adam {cite}`kingma2015`. We record its first step, with the bytes by what they are for.
+# A small network reads the digits of MNIST {cite}`lecun1998`, 128 at a time, and learns with Adam {cite}`kingma2015`. We record its first step, and sort the bytes by what they are for.
 
 # %% tags=["hide-input"]
 BATCH_SIZE = 128
@@ -61,11 +61,11 @@ with gpu.record(model, optimizer) as recorded:
     optimizer.step()
 highest = gpu.max_memory_allocated()
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Allocated memory during one training step with Adam, stacked by kind. Forward adds little to the parameters. Backward adds the gradients layer by layer. The optimizer's step adds two sets of states, then for a moment a temporary as large as all parameters: the peak, 1,037.60 MB, is five times the parameters."}, "figure": {"name": "adam-step", "caption": "Allocated memory during the first training step with Adam, by kind. The peak lies in the optimizer."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Allocated memory during one training step with Adam, stacked by kind. Forward adds little to the parameters. Backward adds the gradients layer by layer. The optimizer's step adds two sets of states, then for a moment a temporary as large as all parameters: the peak, 1.04 GB, is five times the parameters."}, "figure": {"name": "adam-step", "classes": "first", "caption": "Allocated memory during the first training step with Adam, by kind. The peak lies in the optimizer."}}
 figure = timeline(recorded)
 
 # %% [markdown]
-# {numref}`adam-step` shows the whole chapter. *Forward* barely adds anything: this model has few activations. *Backward* adds the gradients, from the last layer to the first. The *optimizer* adds its two states, and then for a moment something that no summary lists. The rest of this page predicts every one of these bytes, and then counts them.
+# {numref}`adam-step`, at the top of this page, shows the whole chapter. *Forward* barely adds anything: this model has few activations. *Backward* adds the gradients, from the last layer to the first. The *optimizer* adds its two states, and then for a moment something that no summary lists. The rest of this page predicts every one of these bytes, and then counts them.
 
 # %% [markdown]
 # ## The experiment
@@ -126,7 +126,7 @@ print(f"P = {P:,} B, of which rounding: {P - 4 * parameters} B")
 # %% [markdown]
 # ### The rest
 #
-# Four small things are also alive after the step: the batch, the model's output, the loss, and cuBLAS's workspaces. cuBLAS is the library that multiplies matrices. Its first product in each thread takes a workspace, and PyTorch runs forward and backward in two threads: two workspaces.
+# Four small things are also in memory after the step: the batch, the model's output, the loss, and the workspaces of cuBLAS, the library that multiplies matrices. It takes a workspace at the first product in each thread. PyTorch runs forward and backward in two threads, so there are two.
 
 # %%
 workspace = cublas_workspace_size(CUBLAS_WORKSPACE)
@@ -148,7 +148,7 @@ for name, nbytes in predicted.items():
 # %% [markdown]
 # ### Where are the activations?
 #
-# Between forward and backward, autograd holds the output of every layer. By the end of the step all of them are gone. They do not count here. They do at the peak, which we come to at the end.
+# Between forward and backward, autograd holds the output of every layer. By the end of the step all of them are gone, so they do not count here. They do count at the peak, which we come to further down.
 
 # %% [markdown]
 # ## Measure
@@ -167,7 +167,7 @@ def train_step(model, optimizer, data, target):
 
 
 # %% [markdown]
-# Each run begins on an empty card. What the step above left behind is given back first.
+# Each run begins on an empty card. So we first give back what the step above left behind.
 
 
 # %%
@@ -225,10 +225,14 @@ for name, make_optimizer in OPTIMIZERS.items():
     runs[name] = {}
     infer(*load_and_train(make_optimizer, runs[name]), runs[name])
 
-for name, stages in runs.items():
-    print(name)
-    for stage, row in stages.items():
-        print(f"  {stage:22}{row.total:14,} B {mb(row.total):>12}")
+# %% tags=["hide-input"]
+table(
+    ["allocated (B)", *runs],
+    [
+        (stage, *(stages[stage].total for stages in runs.values()))
+        for stage in runs["SGD"]
+    ],
+)
 
 # %% [markdown]
 # ## Compare
@@ -335,7 +339,7 @@ print(f"predicted so:     {P + 2 * workspace + images + output:,} B")
 # %% [markdown]
 # ### What an H200 measured
 #
-# The article's three scripts ran on a newer card as well, with PyTorch's own settings. These figures are **measured**. Hopper's cuBLAS keeps 33,554,432 B for each thread, where this page's keeps 8,519,680 B, and torch 2.11 keeps 1,048,576 B more for cuBLASLt.
+# The article's three scripts ran on a newer card as well, with PyTorch's own settings. These figures are **measured**. Hopper's cuBLAS keeps 32 MiB for each thread, where this page's keeps 8.125 MiB, and torch 2.11 keeps 1 MiB more for cuBLASLt.
 
 # %% tags=["hide-input"]
 print(CARD)
@@ -348,7 +352,7 @@ table(
 )
 
 # %% [markdown]
-# With the card's own workspaces in our sum, it gives what the card measured:
+# With these workspaces in place of ours, the prediction is what the card measured:
 
 # %%
 hopper = 32 * 2**20
@@ -383,21 +387,19 @@ print(f"max_memory_allocated(): {highest:,} B")
 # %% [markdown]
 # ### Three ways to step
 #
-# `optim.Adam(..., fused=True)` does all of it in one kernel, with no such temporary: its peak is near 4P. The third way, `foreach=False`, is an exercise below. Here is what the card measured at the peak of a run with the default and of one with the fused kernel.
+# `optim.Adam(..., fused=True)` does all of it in one kernel, with no such temporary: its peak is near 4P. The third way, `foreach=False`, is an exercise below. Here is the peak of a step that the H200 measured, with the default and with the fused kernel.
 
 # %%
 print(CARD)
-table(
-    COLUMNS,
-    beside_replay(
-        "mlp-adam", "mlp-adam-fused", figure="max_memory_allocated"
-    ),
+both = beside_replay(
+    "mlp-adam", "mlp-adam-fused", figure="max_memory_allocated"
 )
+table(COLUMNS, [row for row in both if row[1] == "training"])
 
 # %% [markdown]
 # ## What the states buy
 #
-# Two extra copies of the model: is it worth it? We train for real, on the GPU if there is one and otherwise on the CPU, 15 steps with each optimizer. The learning rates are common choices, not tuned ones.
+# Two extra copies of the model: are they worth it? We train for real, on the GPU if there is one and otherwise on the CPU, 15 steps with each optimizer. The learning rates are common choices, not tuned ones.
 
 
 # %%

@@ -124,7 +124,7 @@ recorded = replay(("gpt2-large", "fused", 4, 512))
 figure = timeline(recorded)
 
 # %% [markdown]
-# That is more than many cards hold. So the steps of whole models on this page run on a second, *virtual* card without a bound, even where there is a real one. Their figures are **replayed**. The optimizer has its states already, as in the second step of any training.
+# That peak is more than many cards hold. So the steps of whole models on this page run on a second, *virtual* card without a limit, even if you have a real one. Their figures are **replayed**. The optimizer has its states already, as in the second step of any training.
 
 # %% [markdown]
 # ## Predict
@@ -145,7 +145,7 @@ print(f"in all                       {sum(predicted):12,} B")
 #
 # ### Seeing what is saved
 #
-# `saved_tensors_hooks` calls a function with each tensor that autograd saves {cite}`pytorch-saved-tensors`. We note its storage, once, and the module that was running. Parameters are left out: they take no further memory.
+# `saved_tensors_hooks` calls a function with each tensor that autograd saves {cite}`pytorch-saved-tensors`. We note its storage, once, and the module that was running. We leave out parameters, which take no further memory.
 
 
 # %%
@@ -194,7 +194,7 @@ loss, saved = saved_tensors(
 table(["module", "saved (B)"], saved)
 
 # %% [markdown]
-# Each layer's input is there. The loss keeps three things: the logarithms, the labels, and the number that the sum is divided by.
+# Each layer's input is there. The loss keeps three things: the logarithms of the softmax, the labels, and the number that the sum is divided by.
 
 # %% [markdown]
 # ### A transformer's layer
@@ -357,7 +357,10 @@ with_dropout = {
 for way, n in with_dropout.items():
     off = n - formula("gpt2-large", way, 4, 1024, dropout=True)
     more = n - large[way][1]
-    print(f"{way}: {n:,} B, {more / GB:5.2f} GB for dropout, off by {off} B")
+    print(
+        f"{way}: {n / GB:.2f} GB, {more / GB:5.2f} GB for dropout,"
+        f" off by {off} B"
+    )
 
 # %% [markdown]
 # ## The anatomy of a step
@@ -445,7 +448,7 @@ table(
 )
 
 # %% [markdown]
-# *Off* is what the formula leaves out: cuBLAS's workspaces, the allocator's rounding, the batch, and in gpt2-large the blocks that are not split. With short texts the attention makes no difference, since the peak is the optimizer's.
+# *Off* is what the formula leaves out: cuBLAS's workspaces, the allocator's rounding, the batch, and in gpt2-large the blocks that are not split. With short texts it makes no difference how attention is computed, since the peak is the optimizer's.
 
 # %% [markdown]
 # ### The optimizer's own peak
@@ -502,7 +505,7 @@ table(
 )
 
 # %% [markdown]
-# Here the bytes over 4P and 3P are in backward. The model's embedding serves as its head too. At the end of backward the gradients of both uses are there, each as large as the embedding, and are added up. A model of many equal tensors comes closer to 4P and 3P.
+# The bytes beyond 4P and 3P come from backward. This model's embedding is also its head. At the end of backward there are gradients of both uses, each as large as the embedding, until they are added up. A model of many equal tensors comes closer to 4P and 3P.
 
 # %% [markdown]
 # ### When gradients live
@@ -557,7 +560,7 @@ table(
 #
 # ### Checkpointing: compute again instead of keeping
 #
-# **Activation checkpointing** {cite}`chen2016` keeps only the input of a group of layers. In backward it runs the group again and then has what it needs. The larger the groups, the fewer inputs are kept, but the more is made again at a time. With groups of $k$ of $L$ layers:
+# **Activation checkpointing** {cite}`chen2016` keeps only the input of a group of layers. In backward it runs the group again and then has what it needs. The larger the groups, the fewer inputs are kept, but the more is made again at a time. With $L$ layers in groups of $k$, the step keeps
 #
 # $$\frac{L}{k} \cdot \text{input} + k \cdot \text{layer's activations}$$
 
@@ -638,12 +641,12 @@ print(f"layers: {layers}, run in a step with checkpoints: {ran.count(1)}")
 # %% [markdown]
 # Checkpoints save what the formula says. Each layer runs twice. A layer's forward is about a third of its work, so a step costs about a third more.
 #
-# *Summit* is the highest point of forward and backward, over parameters and states. It soon stops falling: the logarithms and the two gradients, each for 128,256 words, are more than any layer. With large groups it rises again, since all of a group is made at once.
+# *Summit* is the highest point of forward and backward, on top of parameters and states. It soon stops falling: the logarithms and the two gradients, each for 128,256 words, are larger than any layer. With large groups it rises again, because backward makes a whole group at once.
 
 # %% [markdown]
 # ### Offloading: keep it elsewhere
 #
-# The same hooks can send what is saved to the host's memory and bring it back in backward. `torch.autograd.graph.save_on_cpu` does so. On a virtual card there is nothing to copy, so here a shape and a type stand for the copy on the host. We also leave the parameters where they are, which `save_on_cpu` does not.
+# The same hooks can send what is saved to the host's memory and bring it back in backward. `torch.autograd.graph.save_on_cpu` does so. On a virtual card there is nothing to copy, so a shape and a type stand in for the copy on the host. Unlike `save_on_cpu`, we leave the parameters on the card.
 
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the hooks", "code_prompt_hide": "Hide the hooks"}
@@ -687,7 +690,7 @@ table(
 )
 
 # %% [markdown]
-# Offloading computes nothing twice. The price is traffic, and a tensor that several operations save travels several times.
+# Offloading computes nothing twice. The price is traffic: a tensor that several operations save travels several times.
 
 # %% [markdown]
 # ### Optimizers and LoRA
@@ -752,7 +755,7 @@ table(
 # %% [markdown]
 # ## Compare: down the ladder
 #
-# {numref}`ladder` has all levers on one model and 4 texts of 1,024 tokens. The first rung is the article's: 16 bytes for each parameter, and all activations. Each further rung adds a lever. *1 text at a time* makes a step after each text: that is a different training, with four times as many steps. LoRA again takes all four texts.
+# {numref}`ladder` has all levers on one model and 4 texts of 1,024 tokens. The first rung is the article's: 16 bytes for each parameter, and all activations. Each further rung adds a lever. *1 text at a time* steps after each text: that is a different training, with four times as many steps. LoRA takes all four texts again.
 
 
 # %% tags=["hide-input"]
@@ -806,7 +809,7 @@ table(
 )
 
 # %% [markdown]
-# The dotted line is a card of "8 GB", which has 8 GiB. The CUDA context takes some hundred megabytes of them. To prove the last rungs, we run the same steps on a virtual card that ends there.
+# The dotted line is a card of "8 GB", which has 8 GiB. The CUDA context takes some hundred megabytes of them. To test the last rungs, we run the same steps on a virtual card of 8 GiB.
 
 # %%
 for name in list(RUNGS)[-4:]:

@@ -52,7 +52,7 @@ print(versions("torch", "accelerate", "transformers"))
 # The article that this book began with {cite}`hoperj2024` shows both, for FP16 and for BF16:
 #
 # - **All in half precision:** `model.half()` or `model.to(torch.bfloat16)`. Weights, gradients, states and activations take two bytes.
-# - **Mixed precision (AMP):** weights, gradients and states stay in FP32. *Autocast* runs some operators in half precision and casts what they are given {cite}`micikevicius2018`.
+# - **Mixed precision (AMP):** weights, gradients and states stay in FP32. *Autocast* runs some operators in half precision and casts their inputs {cite}`micikevicius2018`.
 #
 # The article says that mixed precision saves memory. {numref}`peaks-of-a-billion` says otherwise: at the peak of a training step of a billion parameters, AMP takes more than FP32. The rest of this page takes that apart.
 
@@ -140,7 +140,7 @@ figure = stacked_bars(
 # %% [markdown]
 # ## What autocast decides
 #
-# PyTorch sorts operators into lists {cite}`pytorch-amp`: matrix products and convolutions run in half precision, sums, exponentials, norms and losses in FP32, and all others in what they are given. CUDA and the CPU have lists of their own. So we ask both: what does an operator give for FP32, and what for FP16?
+# PyTorch sorts operators into lists {cite}`pytorch-amp`: matrix products and convolutions run in half precision, sums, exponentials, norms and losses in FP32, and all others in the type of their inputs. CUDA and the CPU have lists of their own. So we ask both: what does an operator return for FP32, and what for FP16?
 
 # %% tags=["hide-input"]
 OPERATORS = {
@@ -182,7 +182,7 @@ table(
 )
 
 # %% [markdown]
-# *This GPU* is the one named at the top of the page. The virtual one replays CUDA's lists, not the CPU's. On the CPU `layer_norm`, `softmax`, `exp` and `sum` stay in half precision, so bytes of activations measured there are not a GPU's.
+# *This GPU* is the one named at the top of the page. The virtual one replays CUDA's lists, not the CPU's. On the CPU `layer_norm`, `softmax`, `exp` and `sum` stay in half precision. So bytes of activations that you measure there are not a GPU's.
 #
 # A matrix product needs its weight in half precision. Autocast casts it at its first use and keeps the copy in a **cache** until its context ends.
 
@@ -199,7 +199,7 @@ table(
 # | after the step | $16N$ | $16N$ | $8N$ |
 # | cast weights, forward | | $2N$ | |
 #
-# So AMP stores nothing less, and during forward it stores $2N$ more. What it can save is activations: each layer's output is kept, 4 bytes a unit in FP32, 2 under autocast. Autocast also keeps a cast copy of the images. From which batch size on does that pay, for the article's network?
+# So AMP stores nothing less, and during forward it stores $2N$ more. What it can save is activations: each layer's output is kept, with 4 bytes a number in FP32 and 2 under autocast. Autocast also keeps a cast copy of the images. From which batch size on does that pay off, for the article's network?
 
 # %% tags=["hide-input"]
 inputs, *outputs = SimpleMLP.widths
@@ -213,7 +213,7 @@ print(f"it pays from {pays_from:,} images in a batch on")
 # %% [markdown]
 # ## Measure: the loops of the article
 #
-# Each loop is written once. It runs for one step on the GPU, at the article's full size, for the bytes. And it runs over the digits for real: on the GPU if there is one, otherwise on the CPU. It is a generator, so that we can look at each step from outside.
+# We write each loop once and run it twice. It takes one step on the GPU, at the article's full size, so that we can count the bytes. And it trains on the digits for real: on the GPU if there is one, otherwise on the CPU. It is a generator, so that we can look at each step from outside.
 #
 # FP16 needs a `GradScaler`: it multiplies the loss before backward, and divides the gradients after. BF16 does not: `enabled=False` makes it do nothing.
 
@@ -325,18 +325,18 @@ columns = ["way", "kind", "dtype", "end of forward (B)", "after the step (B)"]
 table(columns, [row for row in ROWS if row[0] in ("FP32", "AMP, FP16")])
 
 # %% [markdown]
-# All that lasts is in FP32. On top of it come the cast weights, and they are gone when the optimizer runs. A GradScaler looks for infinities in the gradients and leaves the step out if it finds any; the virtual GPU replays a step without any. The scaler itself keeps 8 bytes, its factor and a counter.
+# Everything that lasts is in FP32. The cast weights come on top, and they are gone when the optimizer runs. A GradScaler looks for infinities in the gradients, and skips the step if it finds any; the virtual GPU replays a step without any. The scaler itself keeps 8 bytes, its factor and a counter.
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show the other ways", "code_prompt_hide": "Hide the other ways"}
 table(columns, [row for row in ROWS if row[0] not in ("FP32", "AMP, FP16")])
 
 # %% [markdown]
-# BF16 takes the same bytes as FP16, but for the scaler. With Accelerate the context around forward has already ended when we look, so the cache is empty: what is left of the cast weights is what backward needs. The first layer's is not among it, since nobody asks for the gradient of an image.
+# BF16 takes the same bytes as FP16, except for the scaler. With Accelerate the context around forward has already ended when we look, so the cache is empty: what is left of the cast weights is what backward needs. The first layer's is not among them, since nobody asks for the gradient of an image.
 
 # %% [markdown]
 # ## For real
 #
-# We take a smaller network with the same layers, so that it trains in seconds on a CPU. Its numbers differ a little from machine to machine. So these outputs are not compared when the notebook is checked, and each cell ends in an assertion instead.
+# We take a smaller network with the same layers, so that it trains in seconds on a CPU. Its numbers differ a little from machine to machine. So the check of this notebook does not compare them, and each cell ends in an assertion instead.
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the digits and the network", "code_prompt_hide": "Hide the digits and the network"}
 device = gpu.device if gpu.device.type == "cuda" else torch.device("cpu")
@@ -475,7 +475,7 @@ print(f"{weights.isnan().float().mean():.0%} of the weights are not a number")
 assert weights.isnan().any() and right < 0.2, right
 
 # %% [markdown]
-# Zero divided by zero is not a number, and one such weight spoils them all. An $\varepsilon$ that FP16 can hold cures it here.
+# Zero divided by zero is not a number, and one such weight spoils all the others. An $\varepsilon$ that FP16 can hold cures it here.
 
 # %% tags=["hide-input", "nbval-ignore-output"]
 _, right = train(
@@ -550,7 +550,7 @@ for name, (dtype, scaled) in WEIGHTED.items():
 assert rights[0] < 0.2 and min(rights[1:]) > 0.9, rights
 
 # %% [markdown]
-# The scaler begins with a factor of $2^{16}$. If a gradient becomes infinite, it leaves out the step and halves the factor. After 2,000 good steps it doubles it. (Here we also made Adam's $\varepsilon$ smaller than the gradients.)
+# The scaler begins with a factor of $2^{16}$. If a gradient becomes infinite, it skips the step and halves the factor. After 2,000 good steps it doubles it. (Here we also made Adam's $\varepsilon$ smaller than the gradients.)
 
 # %% [markdown]
 # ### Updates vanish in BF16
@@ -575,7 +575,7 @@ assert in_fp32 > 0.6 and in_bf16 < in_fp32 - 0.2, (in_fp32, in_bf16)
 # There are two cures {cite}`zamirai2020`:
 #
 # - **Master weights:** keep the weights in FP32 and compute with copies. That is what autocast does.
-# - **Stochastic rounding:** round up or down by chance, so that an update of a tenth of the last bit gets through one time in ten {cite}`gupta2015`. A BF16 number is the upper half of an FP32 one: add a random lower half, then cut it off.
+# - **Stochastic rounding:** round up or down by chance, so that an update of a tenth of the last bit is made one time in ten {cite}`gupta2015`. A BF16 number is the upper half of an FP32 one: add a random lower half, then cut it off.
 
 
 # %%
@@ -620,9 +620,9 @@ _, by_chance = train(
 assert min(by_master, by_chance) > in_fp32 - 0.05, (by_master, by_chance)
 
 # %% [markdown]
-# Stochastic rounding forgets the lower halves after every step: the weights are in BF16 alone. (`exact` in the folded cell is only where a step is computed. An optimizer made for this does it one tensor after the other.)
+# Stochastic rounding forgets the lower halves after every step: the weights are in BF16 alone. (In the folded cell, `exact` holds them only while a step is computed. An optimizer made for this would go one tensor after the other.)
 #
-# {numref}`losses-in-16-bits` has the losses of these trainings. Most lie on top of each other: those that work in 16 bits follow FP32's. A cross is where a loss stopped being a number.
+# {numref}`losses-in-16-bits` has the losses of these trainings. Those that work in 16 bits follow FP32's, so most lie on top of each other. A cross marks where a loss stopped being a number.
 
 
 # %% tags=["hide-input"]
@@ -666,7 +666,7 @@ assert broken == ["FP16, Adam"], broken
 #
 # ### By parameter
 #
-# For each loop: the bytes after a step that belong to the parameters, beside the rule of [Training and inference](03_training_and_inference.ipynb).
+# For each loop, here are the bytes that belong to the parameters after a step, beside the rule of [Training and inference](03_training_and_inference.ipynb).
 
 # %% tags=["hide-input"]
 RULE = {"FP32": 16, "BF16": 8, "AMP, FP16": 16, "AMP, BF16": 16}
@@ -691,7 +691,7 @@ table(
 #
 # ### By batch
 #
-# Now the batch size. We replay a second step, with Adam's states in place. *Forward* is activations and cast weights at its end, *peak* the most that the step takes.
+# Now the batch size. We replay a second step, with Adam's states in place. *Forward* is what activations and cast weights take at the end of forward, and *peak* the most that the step takes.
 
 
 # %% tags=["hide-input"]
@@ -738,7 +738,7 @@ table(
 # %% [markdown]
 # At the article's batch of 128, AMP costs more than it saves. Adam's peak is the optimizer's own and the same for both: by then the cast weights are gone. AMP lowers the peak only where activations outweigh the parameters.
 #
-# The prediction names the smallest batch at which forward holds less. We try that batch, and one image fewer.
+# The prediction names the smallest batch at which AMP's forward holds less. We try that batch, and one image fewer.
 
 # %% tags=["hide-input"]
 for batch in (pays_from - 1, pays_from):
@@ -811,7 +811,7 @@ print(
 # %% [markdown]
 # ### What an H200 measured
 #
-# One step of mixed precision of this network is an experiment of our [records](../book/records.md). What the card measured and the replay by its rules are in the folded table.
+# One step of mixed precision of this network is an experiment of our [records](../book/records.md). The folded table has what the card measured, and the replay by its rules.
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show what the card measured, in bytes", "code_prompt_hide": "Hide what the card measured"}
 print(CARD)
@@ -878,7 +878,7 @@ for cache_enabled in (True, False):
 # %% [markdown]
 # <details><summary>Why so?</summary>
 #
-# With the cache all uses share one copy of 2 x 4096 x 4096 bytes. Without it each casts anew, and backward needs two of the three copies. The first would only serve a gradient of `x`, for which nobody asks.
+# With the cache, all uses share one copy of 2 x 4096 x 4096 bytes. Without it, each use makes its own, and backward needs two of the three copies. The first would only serve the gradient of `x`, which nobody needs.
 #
 # </details>
 #

@@ -57,7 +57,7 @@ print(versions("torch", "transformers", "accelerate", "bitsandbytes"))
 #
 # The published weights are 3.2 GB away. So we use a checkpoint of the same size, made from the real configuration with random numbers. `checkpoint("gpt2-large", weights="hub")` would fetch the published one.
 #
-# Is that allowed? What a tensor takes depends on its shape and its type, never on its values:
+# Does that change the result? No: what a tensor takes depends on its shape and its type, never on its values:
 
 # %%
 sizes = {}
@@ -77,7 +77,7 @@ print(sizes)
 #
 # ### Plain formats
 #
-# Here it is parameters times bytes. The article counts 812M parameters. That is what the hub shows, and it includes 36 stored masks (see [From parameters to bytes](01_parameters_to_bytes.ipynb)). The model has fewer:
+# Here the prediction is parameters times bytes. The article counts 812M parameters. That is what the hub shows, and it includes 36 stored masks (see [From parameters to bytes](01_parameters_to_bytes.ipynb)). The model has fewer:
 
 # %%
 model_sizes = estimate.dimensions("gpt2-large")
@@ -199,7 +199,7 @@ for name, row in rows.items():
     print(f"{name:15}{row.total:14,} B = {row.total / GB:.2f} GB")
 
 # %% [markdown]
-# Between two runs everything is deleted and the cache emptied. Is anything left at the end?
+# Between two runs we delete everything and empty the cache. Is anything left at the end?
 
 # %%
 print(f"{gpu.memory_allocated():,} B")
@@ -212,7 +212,7 @@ print(f"{gpu.memory_allocated():,} B")
 #
 # ### Did we load the model?
 #
-# Here are the logits beside those of FP32. They differ a little from machine to machine, so this table is not compared when the notebook is checked. What must hold is asserted.
+# Here are the logits beside those of FP32. They differ a little from machine to machine, so the check of this notebook does not compare this table. What must hold everywhere is asserted.
 
 # %% tags=["nbval-ignore-output", "hide-input"]
 exact = logits["fp32, .to()"]
@@ -367,7 +367,7 @@ table(
 # %% [markdown]
 # And their rounding is large. Each weight arrives on the card in FP16 and is quantised there, into a gap that earlier copies left. The FP16 copy goes, but what is left at the end of the gap, up to 1 MiB, stays with the block.
 #
-# The formula leaves out one more thing: each matrix has its own table of 16 levels, and with double quantisation one of 256 and an offset. That is every byte of the difference:
+# The formula leaves out one more thing: each matrix has its own table of 16 levels, and with double quantisation another of 256 and an offset. Together that is every byte of the difference:
 
 # %% tags=["hide-input"]
 quantised = 4 * model_sizes.num_hidden_layers  # matrices
@@ -390,7 +390,7 @@ table(
 # %% [markdown]
 # ### The two figures that stay open
 #
-# FP16 and INT8 were published as 1.60 and 0.89 GB. With the buffers of 2024 and an empty card the replay gives less. What else could have been on the card? We try FP32's segments, and workspaces that an earlier matrix product left.
+# The article prints 1.60 and 0.89 GB for FP16 and INT8. With the buffers of 2024 and an empty card, the replay gives less. What else could have been on the card? We try FP32's segments, and workspaces that an earlier matrix product left behind.
 
 # %% tags=["hide-input"]
 workspace = cublas_workspace_size(CUBLAS_WORKSPACE)
@@ -414,7 +414,7 @@ table(
 # %% [markdown]
 # ### What `memory_allocated` does not count
 #
-# It counts the blocks that are handed out. The segments that PyTorch holds are more. `nvidia-smi` shows these and the CUDA context, 0.3 to 1.8 GB by version and card.
+# It counts the blocks that are handed out. The segments that PyTorch holds are larger. `nvidia-smi` shows these and the CUDA context, which takes 0.3 to 1.8 GB, depending on version and card.
 
 # %% tags=["hide-cell"] mystnb={"code_prompt_show": "Show what is allocated and reserved, in bytes", "code_prompt_hide": "Hide what is allocated and reserved, in bytes"}
 table(

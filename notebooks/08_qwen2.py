@@ -79,7 +79,7 @@ config = AutoConfig.from_pretrained(folder)
 print("the loaded config says:", config.dtype)
 
 # %% [markdown]
-# Whether `from_pretrained` heeds it depends on the version. Transformers 4 made FP32 of everything, unless told `torch_dtype="auto"` or a dtype. Since transformers 5, `"auto"` is the default, and the argument is called `dtype`.
+# Whether `from_pretrained` follows it depends on the version. Transformers 4 loaded everything in FP32, unless told `torch_dtype="auto"` or a dtype. Since transformers 5, `"auto"` is the default, and the argument is called `dtype`.
 
 
 # %% tags=["hide-input"]
@@ -99,7 +99,7 @@ table(
 )
 
 # %% [markdown]
-# Code that once loaded FP32 without asking now loads half of that. Say the dtype, and print it.
+# Code that once loaded FP32 by default now loads half of that. So name the dtype, and print it.
 
 # %% [markdown]
 # ### How many parameters?
@@ -193,11 +193,11 @@ table(
 )
 
 # %% [markdown]
-# With today's versions nothing is missing: theory and memory differ by kilobytes. (In NF4 by the 168 tables of 16 levels, too.) In FP16 the article measured **1.1154 GiB**. So something took 200 MiB then that takes nothing now.
+# With today's versions nothing is missing: theory and memory differ by kilobytes. (In NF4, the 168 tables of 16 levels add to that.) In FP16 the article measured **1.1154 GiB**. So something took 200 MiB then that takes nothing now.
 #
 # ### Does it compute?
 #
-# A figure for memory is worth nothing if the model is broken. So we compare the logits with those of FP32, in the largest and the root-mean-square difference. They differ a little from machine to machine.
+# A figure for memory is worth nothing if the model is broken. So we compare the logits with those of FP32, by the largest and the root-mean-square difference. These differ a little from machine to machine.
 
 # %% tags=["nbval-ignore-output", "hide-input"]
 spread = logits["fp32"].std().item()
@@ -210,7 +210,7 @@ for name, d in off.items():
 assert rms["fp16"] < rms["bf16"] < rms["int8"] < rms["nf4"] < spread, rms
 
 # %% [markdown]
-# FP16 comes closest, BF16 follows, and each bit you remove costs. [Conversion and hardware](17_conversion_and_hardware.ipynb) says why. With random weights this shows that each load works, not how well a quantised model answers.
+# FP16 comes closest, BF16 follows, and each bit you remove costs some accuracy. [Conversion and hardware](17_conversion_and_hardware.ipynb) says why. With random weights this shows that each load works, not how well a quantised model answers.
 
 # %% [markdown]
 # ## Compare: the missing 200 MiB
@@ -236,7 +236,7 @@ print(f"frequencies: {frequencies:11,} B, the FP32 buffers they come from")
 #
 # ### Replay
 #
-# We repeat that load, tensor by tensor: the parameters in the order of their names, then each layer's buffers. After each parameter, the accelerate of the time emptied PyTorch's cache {cite}`accelerate-0-30`. That will matter later.
+# We repeat that load, tensor by tensor: the parameters in the order of their names, then each layer's buffers. After each parameter, the accelerate of that time emptied PyTorch's cache {cite}`accelerate-0-30`. That will matter later.
 
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the load", "code_prompt_hide": "Hide the load"}
@@ -270,7 +270,7 @@ print("article, measured: 1.115407943725586 GiB")
 #
 # ### Every byte by cause
 #
-# There are two kinds of rounding in it. Small tensors are filled up to multiples of 512 bytes. And in a large block, a remainder of up to 1 MiB is not split off: it stays with the block {cite}`pytorch-allocator`.
+# It contains two kinds of rounding. Small tensors are filled up to multiples of 512 bytes. And in a large block, a remainder of up to 1 MiB is not split off: it stays with the block {cite}`pytorch-allocator`.
 
 
 # %% tags=["hide-input"]
@@ -315,7 +315,7 @@ figure = stacked_bars(
 #
 # ### Why it is gone
 #
-# Today the whole model has *one* rotary module. It keeps the inverse frequencies, twice, and computes cosines and sines in each forward pass, only for the positions at hand. The remainders are gone, too: transformers reserves one block for all parameters before it loads them, and they are cut from it.
+# Today the whole model has *one* rotary module. It keeps the inverse frequencies, twice, and computes cosines and sines in each forward pass, only for the positions that it needs. The remainders are gone, too: transformers reserves one block for all parameters before it loads them, and they are cut from it.
 
 # %%
 print("today:", {name: f"{b.nbytes} B" for name, b in rotary.items()})
@@ -326,7 +326,7 @@ print(f"in a forward pass of 6,144 tokens: {2 * 6_144 * HEAD * 2:,} B")
 #
 # For FP32 the article prints 2.2383761405944824 GiB. Parameters and tables as above, at 4 bytes, come close. But this time the card was not empty: the FP16 model was alive while the new one was loaded. And the cells are numbered 1, 2, 3, 4, **6**. What was in cell 5?
 #
-# Which block a tensor gets depends on what was there before. So we replay several histories, each with and without accelerate's emptying.
+# Which block a tensor gets depends on what was there before. So we replay several histories, each with and without accelerate's emptying of the cache.
 
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the histories", "code_prompt_hide": "Hide the histories"}
@@ -378,7 +378,7 @@ print("article, measured: 2.2383761405944824 GiB")
 #
 # ### Predict the peak
 #
-# So the peak lies at the parameter where old and new together are largest.
+# So the peak lies at the parameter where the old and the new ones together are largest.
 
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the prediction", "code_prompt_hide": "Hide the prediction"}
@@ -599,7 +599,7 @@ table(
 )
 
 # %% [markdown]
-# The long inputs come out within 0.01 GiB of Qwen's figures, though the two versions are up to twelve times apart. So we know the reason: the old version computed the logits of all positions, today's only of the last one (`logits_to_keep`). For one token 0.01 to 0.02 GiB are missing. The replay leaves out the code that picks each of the 2,048 tokens from its scores. That may be the cause: we did not check.
+# The long inputs come out within 0.01 GiB of Qwen's figures, although the two versions of transformers are up to twelve times apart. So we know the reason: the old version computed the logits of all positions, today's only of the last one (`logits_to_keep`). For one token 0.01 to 0.02 GiB are missing. The replay leaves out the code that picks each of the 2,048 tokens from its scores. That may be the cause: we did not check.
 #
 # What Qwen calls GB must be GiB: in GB no row would fit.
 

@@ -54,13 +54,13 @@ torch.set_num_threads(1)  # sums in one order, however many cores there are
 # %% [markdown]
 # ## Fourteen formats
 #
-# [Number formats](02_precision_formats.ipynb) and [Conversion and hardware](17_conversion_and_hardware.ipynb) explain them. Here they are put to work. In all of them the *matrices of linear layers* change:
+# [Number formats](02_precision_formats.ipynb) and [Conversion and hardware](17_conversion_and_hardware.ipynb) explain them. Here they are put to work. All of them change the *matrices of linear layers*:
 #
 # - In FP32, BF16 and FP16 the whole model is in that format, and computes in it.
 # - Below 16 bits the matrices are turned back before each product, which is computed in FP32. Biases, norms and embeddings are kept in FP16.
 # - Only LLM.int8() multiplies integers.
 #
-# **Round to nearest** is the naive way: $L = 2^{b-1}-1$ steps to either side of zero, with the largest weight of a block on the last of them. Three bits must really take three bits, so we pack them.
+# **Round to nearest** is the naive way: $L = 2^{b-1}-1$ steps on either side of zero, with the largest weight of a block on the last of them. Three bits must really take three bits, so we pack them.
 
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how bits are packed", "code_prompt_hide": "Hide how bits are packed"}
@@ -77,7 +77,7 @@ def unpack(packed, bits, count):
 
 
 # %% [markdown]
-# Each format is a function from a matrix to the tensors that have to be kept, and to the matrix that comes back from them.
+# Each format is a function. It takes a matrix, and returns the tensors that have to be kept and the matrix that comes back from them.
 
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show rounding to nearest", "code_prompt_hide": "Hide rounding to nearest"}
@@ -145,7 +145,7 @@ FORMATS = {
 }
 
 # %% [markdown]
-# LLM.int8() {cite}`dettmers2022` is a layer and not only a way to store: it quantises its inputs, too.
+# LLM.int8() {cite}`dettmers2022` is a layer, not only a way to store weights: it quantises its inputs, too.
 
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show LLM.int8()", "code_prompt_hide": "Hide LLM.int8()"}
@@ -190,7 +190,7 @@ def convert(model, name):
 # %% [markdown]
 # ### Bytes
 #
-# **Predict.** A $b$-bit weight takes $b/8$ bytes, and $4/B$ for its share of a scale. **Measure**, on a matrix of normally distributed weights, what really has to be kept:
+# **Predict.** A $b$-bit weight takes $b/8$ bytes, and $4/B$ for its share of a scale. **Measure** what really has to be kept of a matrix of normally distributed weights:
 
 # %% tags=["hide-input"]
 torch.manual_seed(0)
@@ -207,7 +207,7 @@ for name, (bits, block) in shapes.items():
 table(["", "predicted (B)", "kept (B)", "each weight (B)"], rows)
 
 # %% [markdown]
-# Ours and bitsandbytes' INT8 by rows are one and the same:
+# Our INT8 by rows and bitsandbytes' are one and the same:
 
 # %% tags=["hide-input"]
 (packed, largest), back = FORMATS["INT8, by rows"](W)
@@ -461,7 +461,7 @@ print(f"{len(text):,} characters, {len(set(text))} different")
 print("SHA-256:", hashlib.sha256(text.encode()).hexdigest()[:32], "...")
 
 # %% [markdown]
-# (That line is compared: the text is the same wherever this page is checked.) A model reads characters and predicts the next one. Every row begins and ends with a line break, and nothing is asked after the end.
+# (The check of this page compares that line: the text is the same everywhere.) A model reads characters and predicts the next one. Every row begins and ends with a line break, and nothing is predicted after the end.
 
 # %% tags=["hide-input"]
 alphabet = "\n -ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -670,7 +670,7 @@ assert complete == {len(FORMATS)}, complete
 # | Llama 2 7B | 0.07 % | 0.24 % | 1.42 % | 10.8 % |
 # | Llama 3 8B | 0.02 % | 0.32 % | 2.79 % | 56.4 % |
 #
-# (Llama 2 7B: against FP16 logits stored in 16 bits, which adds a few hundredths.) The claim is about the models it was made for. It does not carry over to their successors: 0.16 to 0.32 % is still little, but it is not 0.1 %. Ours are of the same order ({numref}`above-fp16`):
+# (Llama 2 7B: against FP16 logits stored in 16 bits, which adds a few hundredths.) The claim was made for LLaMA, and does not carry over to its successors: 0.16 to 0.32 % is still little, but it is not 0.1 %. Ours are of the same order ({numref}`above-fp16`):
 
 # %% tags=["hide-input"]
 # Size in GiB and perplexity: FP16, then Q8_0, Q6_K, Q5_K_M to Q2_K.
@@ -765,7 +765,7 @@ assert logits["FP16"] < logits["BF16"] < logits["INT6"] < logits["INT4"]
 assert logits["LLM.int8()"] < logits["INT6"] and logits["INT3"] < 100
 
 # %% [markdown]
-# The error does not pile up from layer to layer: the residual stream goes past each matrix. And the lines are parallel. In the formats that only store, the logits move by about the same multiple of the rounding error, which we could predict from the steps. FP16, BF16 and LLM.int8() lie higher than their weights alone would: they round the activations, too.
+# The error does not pile up from layer to layer, because the residual stream bypasses each matrix. And the lines are parallel. In the formats that only store, the logits move by about the same multiple of the rounding error, which we could predict from the steps. FP16, BF16 and LLM.int8() lie higher than their weights alone would: they round the activations, too.
 
 # %% [markdown]
 # ### From logits to loss
@@ -801,7 +801,7 @@ ratio = shifts["INT4"][0] / shifts["INT6"][0]
 assert 12 < ratio < 32, ratio  # predicted: (31 / 7)^2 = 19.6
 
 # %% [markdown]
-# The prediction holds down to 4 bits. At 2 bits the error is no longer small. *Loss* is what the test text happens to say: with small errors, luck decides its sign.
+# The prediction holds down to 4 bits. At 2 bits the error is no longer small. *Loss* is measured on one test text: where the error is small, luck decides its sign.
 #
 # That is why llama.cpp reports KL beside perplexity: 0.0127 for Llama 2 7B and 0.0313 for Llama 3 8B in Q4_K_M, 0.0021 and 0.0055 in Q6_K {cite}`llamacpp-perplexity`. From Q4_K_M to Q6_K they add 1.7 bits, for which the square law promises a factor of 11. They get about 6: real models gain less from the last bits than ours do.
 
@@ -835,7 +835,7 @@ with torch.no_grad():
 print("FP32 says the same, to the last bit:", torch.equal(same, loud))
 
 # %% [markdown]
-# It is the same function, but no longer the same numbers. {numref}`an-outlier` compares four ways to have it in INT8: one scale for a matrix, a scale for each row, integers multiplied with integers (the inputs scaled by rows, too), and LLM.int8(), which multiplies the columns with a value of 6 or more in 16 bits.
+# The function is the same, the numbers are not. {numref}`an-outlier` compares four ways to store them in INT8: one scale for a matrix; a scale for each row; integers multiplied with integers (the inputs scaled by rows, too); and LLM.int8(), which multiplies the columns with a value of 6 or more in 16 bits.
 
 # %% tags=["hide-input"]
 WAYS = {
@@ -872,7 +872,7 @@ assert last["by rows, inputs too"] > 1.5 * last["LLM.int8()"], last
 # - **By rows** cures the weights: the damage stays in one row. But the *input* of the next layer now has a loud column, and its scale spoils every product with integers.
 # - **LLM.int8()** cures that: the column is multiplied separately. What remains are the small outgoing weights, which INT8 can no longer tell from zero.
 #
-# (In training mode bitsandbytes 0.50.2 does not multiply integers on a CPU, hence `.eval()` in `llm_int8`.)
+# (In training mode, bitsandbytes 0.50.2 does not multiply integers on a CPU. That is why `llm_int8` calls `.eval()`.)
 
 # %% [markdown]
 # ## What to remember

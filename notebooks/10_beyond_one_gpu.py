@@ -45,7 +45,7 @@ from torch.utils.checkpoint import (
 import helpers
 from every_byte import VirtualGPU, one_of, open_gpu, untracked
 from every_byte.estimate import SHARDING
-from every_byte.units import GB, MB, GiB
+from every_byte.units import GB, GiB
 from helpers import models
 from helpers.environment import versions
 from helpers.measured import CARD, COLUMNS, beside_replay
@@ -65,9 +65,9 @@ print(versions("torch", "accelerate", "transformers"))
 # %% [markdown]
 # ## Many GPUs, one model
 #
-# The plainest way to train on many GPUs gives each a copy of the model and a batch of its own. After backward they average their gradients. That is *data parallelism*, in PyTorch `DistributedDataParallel` or DDP. Training gets faster, but no GPU holds less than it would alone.
+# The simplest way to train on many GPUs gives each a copy of the model and a batch of its own. After backward they average their gradients. That is *data parallelism*, in PyTorch `DistributedDataParallel` or DDP. Training gets faster, but no GPU holds less than it would alone.
 #
-# ZeRO {cite}`rajbhandari2020` begins with a question: if all hold the same, why should each hold all? It divides what does not depend on the batch, in three stages. The third is also how FSDP works.
+# ZeRO {cite}`rajbhandari2020` begins with a question: if all GPUs hold the same, why should each hold all of it? It divides what does not depend on the batch, in three stages. The third is also how FSDP works.
 #
 # ```{ranks}
 # In the book a diagram stands here. What lasts on each of N GPUs:
@@ -106,7 +106,7 @@ table(
 )
 
 # %% [markdown]
-# The formula is right, but it leaves out three things. Nobody divides the activations. A GPU has to gather parameters from the others before it can compute. And the formula divides bytes, while programs divide tensors. We measure all three.
+# The formula is right, but it leaves out three things. The activations are not divided. A GPU has to gather parameters from the others before it can compute. And the formula divides bytes, while programs divide tensors. We measure all three.
 
 # %% [markdown]
 # ## One of eight, without the other seven
@@ -167,7 +167,7 @@ for kind in LASTING:
 #
 # DDP does not send gradients one by one. It collects them in *buckets* of 25 MiB, and sends a bucket when it is full, while backward goes on {cite}`li2020ddp`. Are the buckets the gradients, or a copy?
 #
-# Nobody answers here, so we also say what happens to a bucket: it stays as it is.
+# Nobody answers here, so we also have to say what becomes of a bucket that is sent: it stays as it is.
 
 
 # %%
@@ -274,7 +274,7 @@ table(
 )
 
 # %% [markdown]
-# To the byte, for any number of GPUs. A GPU holds more than $P / N$ because it holds whole rows: nothing more at 2, a little at 8, and 0.5 % at 512. The model has 10 output rows. Most of the 512 GPUs hold none of them, but keep room for one.
+# The prediction is right to the byte, for any number of GPUs. A GPU holds more than $P / N$ because it holds whole rows: nothing more with 2 GPUs, a little with 8, and 0.5 % with 512. The last layer has 10 rows. Most of the 512 GPUs hold none of them, but keep room for one.
 
 # %% [markdown]
 # ## The peak: somebody's layer is here
@@ -288,9 +288,9 @@ recorded, _ = on[GPUS]
 figure = timeline(recorded)
 
 # %% [markdown]
-# The formula describes the flat part at the bottom. The towers are the largest layer. While one layer computes, FSDP already gathers the next, so that no GPU waits.
+# The formula describes the flat part at the bottom. The towers come from the largest layer. While one layer computes, FSDP already gathers the next, so that no GPU has to wait.
 #
-# The peak falls into backward, when the largest layer has its gradient. What is alive then? The parameters of this layer and of the next one to be needed, this layer's gradient, the gradient of the layer before, which is being sent, and two gradients of activations:
+# The peak is in backward, when the largest layer has its gradient. These are alive then: the parameters of this layer and of the one that is needed next, this layer's gradient, the gradient of the layer before, which is being sent, and two gradients of activations.
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 at_peak = recorded.steps[recorded.peak]
@@ -324,12 +324,12 @@ def peak(recorded):
 
 
 table(
-    ["GPUs", "after the step (MB)", "at the peak (MB)", "% of one's peak"],
+    ["GPUs", "after the step (B)", "at the peak (B)", "% of one GPU's peak"],
     [
         (
             n,
-            f"{row.total / MB:.2f}",
-            f"{peak(recorded) / MB:.2f}",
+            row.total,
+            peak(recorded),
             f"{100 * peak(recorded) / peak(on[1][0]):.0f}",
         )
         for n, (recorded, row) in on.items()
@@ -337,7 +337,7 @@ table(
 )
 
 # %% [markdown]
-# From 1 GPU to 8, what lasts falls to a seventh, but the peak only to 42 %. From 8 to 512 the peak hardly moves: it stands on its floor. A transformer's floor is lower, since one of 32 equal layers is small. Here one layer is two thirds of the model.
+# From 1 GPU to 8, what lasts falls to a seventh, but the peak only to 42 %. From 8 to 512 the peak hardly moves: it has reached its floor. A transformer's floor is lower, since one of 32 equal layers is small. Here one layer is two thirds of the model.
 
 # %% [markdown]
 # ## Levers
@@ -635,7 +635,7 @@ table(
 )
 
 # %% [markdown]
-# Two lessons. If you make the whole model before you divide it, you need a card that holds the whole model. Make it on PyTorch's `meta` device instead, without storage, divide it, and give storage to the parts: `to_empty`, then load or initialise them.
+# There are two lessons here. If you make the whole model before you divide it, you need a card that holds the whole model. Make it on PyTorch's `meta` device instead, without storage, divide it, and give storage to the parts: `to_empty`, then load or initialise them.
 #
 # And what PyTorch reserved beyond need is not lost. When the card is full, it gives back free segments before it gives up. So the training fits into less than PyTorch would reserve on a larger card.
 
@@ -830,7 +830,7 @@ table(
 )
 
 # %% [markdown]
-# With PyTorch's default allocator the replay meets both figures to within half a percent, on a machine that has no GPU. How much of that is luck?
+# With PyTorch's default allocator the replay meets both figures to within half a percent, on a machine without a GPU. How much of that is luck?
 #
 # - **The allocator's setting** is not in the published page, but TorchTitan's launch script of that commit, 9dec370, sets expandable segments {cite}`torchtitan-launch`. With these our replay is the lower of the two, so the default's close fit may be luck. Later runs name the setting, and are met much closer, within 0.04 %: see [what others published](../book/records.md#what-others-published).
 # - **Garbage** is not in the replay. Reference cycles keep tensors alive there until Python collects them: TorchTitan's developers saw the memory of equal steps grow, and collect garbage at fixed steps for it ([#1230](https://github.com/pytorch/torchtitan/pull/1230)).
@@ -847,7 +847,7 @@ logits = 4 * 2 * TOKENS * VOCABULARY
 print(f"one FP32 tensor like the logits: {logits / GiB:.2f} GiB")
 
 # %% [markdown]
-# Not the model: parameters and states are a sixth of what is in use. The peak is in the loss: the logarithms of 16,384 x 128,256 probabilities, which count as activations, and two gradients of the same size. The rest of the activations is what the checkpoints keep. None of that shrinks with more GPUs, so 16 times as many save 15 GiB and no more.
+# It is not the model: parameters and states are a sixth of what is in use. The peak is in the loss: the logarithms of 16,384 x 128,256 probabilities, which count as activations, and two gradients of the same size. The rest of the activations is what the checkpoints keep. None of that shrinks with more GPUs, so 16 times as many save 15 GiB and no more.
 
 # %% [markdown]
 # ## What nobody divides

@@ -81,7 +81,7 @@ print(gpu)
 print(versions("torch", "transformers", "accelerate", "bitsandbytes"))
 
 # %% [markdown]
-# Every entry **causes** its problem with a few lines, explains it, and shows the **cure** at work. Messages are word for word those of the versions above, only wrapped to fit the page. The cards are virtual, so you see the same on any machine.
+# Every entry **causes** its problem with a few lines, explains it, and shows the **cure** at work. Messages are, word for word, those of the versions above, and only wrapped to fit the page. The cards are virtual, so you see the same on any machine.
 
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show how messages are caught", "code_prompt_hide": "Hide how messages are caught"}
@@ -208,14 +208,12 @@ print(f"stopped in: {stage}\n")
 show(message)
 
 # %% [markdown]
-# {numref}`until-it-is-full`, at the top of this page, shows what filled the card up to that moment.
+# {numref}`until-it-is-full` shows what filled the card up to that moment.
 
-# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "figure": {"name": "until-it-is-full", "classes": "first", "caption": "Fine-tuning gpt2-large on a card of 6 GiB, up to the error: allocated memory by kind. Dashed: what the card has for PyTorch."}, "image": {"alt": "Allocated memory of the card up to the error, stacked by kind. Parameters fill half of it from the start, and forward adds a slope of activations up to the dashed line of the card, where the program stops."}}
+# %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code", "figure": {"name": "until-it-is-full", "caption": "Fine-tuning gpt2-large on a card of 6 GiB, up to the error: allocated memory by kind. Dashed: what the card has for PyTorch."}, "image": {"alt": "Allocated memory of the card up to the error, stacked by kind. Parameters fill half of it from the start, and forward adds a slope of activations up to the dashed line of the card, where the program stops."}}
 with new_card() as card:
     fine_tune(card, torch.float32, optim.AdamW, recordings := [])
-figure = timeline(recordings[0])
-limit = 6 * GiB - CONTEXT
-line = figure.axes[0].axhline(limit / MB, color="black", linestyle="--")
+figure = timeline(recordings[0], limit=6 * GiB - CONTEXT)
 
 # %% [markdown]
 # The parameters take half of the card. Then forward adds activations, layer by layer, until nothing is left. There are no gradients and no optimizer states yet.
@@ -714,7 +712,7 @@ card.close()
 # <a id="smi"></a>
 # ### Why does `nvidia-smi` show more than `memory_allocated()`?
 #
-# Because it shows what the process took from the card, and PyTorch takes more than it needs at the moment.
+# Because it shows what the process has taken from the card, and PyTorch takes more than it needs at the moment.
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 with new_card() as card:
@@ -853,7 +851,7 @@ table(["rows in a batch", "FP32, peak (B)", "autocast, peak (B)"], rows)
 # <a id="quarter"></a>
 # ### Why do int8 and 4 bits save less than half and a quarter?
 #
-# For three reasons. Only the matrices of linear layers are quantised, not embeddings, norms and biases. Each block of weights carries a scale. And activations and caches stay as they are. [gpt2-large](07_gpt2_large.ipynb) takes it apart, byte by byte. By formula:
+# There are three reasons. Only the matrices of linear layers are quantised, not embeddings, norms and biases. Each block of weights carries a scale. And activations and caches stay as they are. [gpt2-large](07_gpt2_large.ipynb) takes it apart, byte by byte. By formula:
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 fp16 = estimate.parameter_bytes(sizes, "fp16")
@@ -919,7 +917,7 @@ table(
 )
 
 # %% [markdown]
-# At 64 rows FP8 needs a little less, because this product takes no cuBLAS workspace here. **Cure.** None: it is made for speed. FP8 saves memory where it *stores*: weights for inference, a KV cache, an optimizer's states, or what backward keeps.
+# At 64 rows FP8 needs a little less, because this product takes no cuBLAS workspace here. **Cure.** There is none: it is made for speed. FP8 saves memory where you *store* in it: weights for inference, a KV cache, an optimizer's states, or what backward keeps.
 
 # %% [markdown]
 # <a id="recompute"></a>
@@ -1022,7 +1020,7 @@ after_each(lambda: evaluation(True, True), name="and .cpu()")
 # <a id="loading"></a>
 # ### Why does loading take twice the model?
 #
-# Because there are two copies: the model, and the dictionary that it is loaded from. We save a small model and load it in four ways.
+# Because there are two copies for a moment: the model, and the dictionary that it is loaded from. We save a small model and load it in four ways.
 
 
 # %%

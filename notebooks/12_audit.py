@@ -6,7 +6,7 @@
 # The two articles taught the authors of this book, and gave it its shape {cite}`hoperj2024,qwen2-notes`. They print what they measured, with their code, so that anyone can check. Few texts do. This page checks each of their numbers, one row each.
 #
 # - **Time:** 10 minutes to read, under a minute to run.
-# - **Needs:** nothing. The articles' numbers stand in `helpers/data/audit.toml`; the cells above each table compute the rest.
+# - **Needs:** nothing. The articles' numbers are in `helpers/data/audit.toml`; the cells above each table compute the rest.
 
 # %% tags=["hide-input", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the set-up", "code_prompt_hide": "Hide the set-up"}
 # set-up
@@ -346,15 +346,15 @@ print("open:", ", ".join(n.number for n in audited if n.verdict == "open"))
 # | an RTX 4090 has up to 48 GB | 24 GB {cite}`nvidia-ada` | [parameters to bytes](01_parameters_to_bytes.ipynb) |
 # | gpt2-large has about 812M parameters | 774M; the hub counts stored masks as well | [parameters to bytes](01_parameters_to_bytes.ipynb) |
 # | INT8 takes a quarter of FP32 | the quantised weights do; embeddings, norms and scales come on top | [gpt2-large](07_gpt2_large.ipynb) |
-# | INT8 with bitsandbytes needs no special hardware | on NVIDIA's cards LLM.int8() needs compute capability 7.5; today it also runs on CPUs {cite}`bitsandbytes-install` | [number formats](02_precision_formats.ipynb) |
-# | BF16 needs Ampere or newer | so it is; `is_bf16_supported()` answers yes on older cards too, by emulation: pass `including_emulation=False` | [number formats](02_precision_formats.ipynb) |
-# | mixed precision saves memory | it saves activations, and no byte of the parameters | [mixed precision](06_mixed_precision.ipynb) |
-# | plain SGD takes no memory | for states; gradients it takes | [one training step](04_mlp_adam_vs_sgd.ipynb) |
-# | inference keeps the current step's activations | and the cache of keys and values | [training and inference](03_training_and_inference.ipynb) |
+# | INT8 with bitsandbytes needs no special hardware | on NVIDIA's cards LLM.int8() needs compute capability 7.5; today it also runs on CPUs {cite}`bitsandbytes-install` | [conversion and hardware](17_conversion_and_hardware.ipynb) |
+# | BF16 needs Ampere or newer | that is right; `is_bf16_supported()` says yes on older cards too, by emulation: pass `including_emulation=False` | [conversion and hardware](17_conversion_and_hardware.ipynb) |
+# | mixed precision saves memory | it saves activations, but not a byte of the parameters | [mixed precision](06_mixed_precision.ipynb) |
+# | plain SGD takes no memory | none for states; its gradients take as much as Adam's | [one training step](04_mlp_adam_vs_sgd.ipynb) |
+# | inference keeps the current step's activations | it also keeps the cache of keys and values | [training and inference](03_training_and_inference.ipynb) |
 # | activations are left for another day | that day has a chapter | [activations](05_activations_and_peaks.ipynb) |
 # | the gap at Qwen2 is due to torch, transformers and the cache | 192 MiB of it are rotary tables | [Qwen2](08_qwen2.ipynb) |
 # | “GB” and “MB” above figures divided by $1024^3$ | GiB | [Qwen2](08_qwen2.ipynb) |
-# | `load_in_8bit=True`, `Accelerator(fp16=True)`, `torch.cuda.amp` | errors and warnings by now | [troubleshooting](11_troubleshooting.ipynb) |
+# | `load_in_8bit=True`, `Accelerator(fp16=True)`, `torch.cuda.amp` | errors and warnings today | [troubleshooting](11_troubleshooting.ipynb) |
 # | six bits are within 0.1 % of FP16's perplexity | published for LLaMA by its author, in k-quants; not our measurement | [quality](09_quality_vs_precision.ipynb) |
 #
 # Most of the articles' numbers stand, to the last digit, years and many versions later. That is rare, and it is why this book could be written.

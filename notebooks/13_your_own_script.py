@@ -184,7 +184,7 @@ table(
 )
 
 # %% [markdown]
-# Each saves four or five tenths of the peak. With half the batch you take twice as many steps. With checkpointing you keep the batch, and compute forward twice.
+# Each saves 40 to 50 % of the peak. With half the batch you take twice as many steps. With checkpointing you keep the batch, and compute forward twice.
 
 # %% [markdown]
 # ## A page to look at

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Fine-tune an 8B model on 24 GB
 #
-# **How do you fine-tune an 8B model on a card of 24 GB?** Trained the way older scripts do, Llama-3.1-8B takes 108 GB. Seven changes bring that down to 7.2 GB, and at the fourth, checkpointing, it fits.
+# **How do you fine-tune an 8B model on a card of 24 GB?** Trained as older scripts do it, Llama-3.1-8B takes 108 GB. Seven changes bring that down to 7.2 GB, and at the fourth, checkpointing, it fits.
 #
 # After this chapter you can take a fine-tuning that runs out of memory at its first step down to a card you have, and say what each change saves and what it costs.
 #
@@ -294,7 +294,7 @@ table(["rung", f"{LLAMA} (GB)", "saves", f"{QWEN} (GB)", "price"], rows)
 #
 # Eager attention writes the scores of all pairs of tokens: 0.27 GB in every layer in BF16. Backward keeps these, and the softmax's result in FP32. PyTorch's `scaled_dot_product_attention` computes them tile by tile, and again in backward ([Dao et al. 2022](https://arxiv.org/abs/2205.14135)). It is transformers' default: leave `attn_implementation` out.
 #
-# *The price:* none. It is faster, and exact but for rounding.
+# *The price:* none. It is faster, and exact except for rounding.
 #
 # ### LoRA
 #
@@ -340,7 +340,7 @@ table(["rung", f"{LLAMA} (GB)", "saves", f"{QWEN} (GB)", "price"], rows)
 #
 # Now the largest block is one that many people don't expect: the scores of 128,256 words for each of 4,096 tokens. They exist in BF16, in FP32, and once more as their gradient. In chunks of 512 tokens most of that goes. The script at the end does it in twenty lines; [Liger's kernels](https://github.com/linkedin/Liger-Kernel) do it on a real GPU with `use_liger_kernel=True`.
 #
-# *The price:* the head's product is computed twice. The head has 0.53 of 8.0 billion weights, so that is about 2 % of the arithmetic. The result is the same but for rounding.
+# *The price:* the head's product is computed twice. The head has 0.53 of 8.0 billion weights, so that is about 2 % of the arithmetic. The result is the same except for rounding.
 
 # %% [markdown]
 # ### One text at a time, shorter ones, packed ones
@@ -374,7 +374,7 @@ for name, text in {"one": SCRIPTS[LAST], "packed": PACKED}.items():
 # %% [markdown]
 # ### The optimizer
 #
-# `optim="adamw_bnb_8bit"` keeps the two states in one byte each {cite}`dettmers2022optimizers`. LoRA has few of them, so it saves little here. All the weights have many: see the lower bars of {numref}`ladder-8b`, and this.
+# `optim="adamw_bnb_8bit"` keeps the two states in one byte each {cite}`dettmers2022optimizers`. LoRA has few of them, so it saves little here. Training all the weights needs many: see the lower bars of {numref}`ladder-8b`, and this.
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 rows = [
@@ -388,7 +388,7 @@ table(["`optim=`", "peak (GB)"], [*rows, ('`"paged_adamw_8bit"`', paged)])
 
 # %% [markdown]
 # - **Foreach** updates all tensors at once, and needs one more copy of all gradients for it. **Fused**, the Trainer's default, does without, and is no slower.
-# - **8 bits** saves three quarters of the states, but for the embedding's: the Trainer keeps those in FP32, 4.2 GB of them. *The price:* none was found in the paper's experiments.
+# - **8 bits** saves three quarters of the states, except for the embedding's: the Trainer keeps those in FP32, 4.2 GB of them. *The price:* none was found in the paper's experiments.
 # - **Paged** states may leave the card for the host when memory is short {cite}`dettmers2023`. CUDA moves them, not PyTorch, so no replay can say how many: the table has the bounds. *The price:* time, whenever they move.
 
 # %% [markdown]
@@ -417,7 +417,7 @@ for kind in ("parameters", "activations"):
 # %% [markdown]
 # ## The script to copy
 #
-# All seven changes made. With your own texts in `data`, and the name as the hub has it, this is a fine-tuning of Llama-3.1-8B:
+# Here all seven changes are made. With your own texts in `data`, and the name as the hub has it, this is a fine-tuning of Llama-3.1-8B:
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 print(SCRIPTS[LAST])
@@ -495,7 +495,7 @@ table(
 # %% [markdown]
 # ## Checked against a real card
 #
-# We ran these scripts on an H100, which has 80 GB: all 32 layers, random weights, five optimizer steps each. The replays are those of {numref}`ladder-8b`, from 1 and 2 layers and by an RTX 4090's rules.
+# We ran these scripts on an H100 with 80 GB: all 32 layers, random weights, five optimizer steps each. The replays are those of {numref}`ladder-8b`, from 1 and 2 layers and by an RTX 4090's rules.
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 rows = []

@@ -95,7 +95,7 @@ legend = figure.legend(loc="outside lower center", ncols=2)
 #
 # Llama-3.1-8B has $L = 32$ layers and $k = 8$ heads of $d = 128$ numbers. In BF16 a token takes $2 \cdot 32 \cdot 8 \cdot 128 \cdot 2 = 131{,}072$ bytes, and a user with 8,000 tokens takes 1 GB.
 #
-# Is that so? Here transformers' own `generate()` runs on a virtual RTX 4090. The model has all its 32 layers:
+# Let us check. Here transformers' own `generate()` runs on a virtual RTX 4090, with all 32 layers of the model:
 
 # %%
 name = hollow("Llama-3.1-8B")
@@ -132,7 +132,7 @@ print(f"at the peak                   {peak / GB:6.3f} GB")
 #
 # The cache decides how many users there are, so architectures are built around it:
 #
-# - **Grouped heads** (GQA {cite}`ainslie2023`): several query heads share a key and a value. Llama-3.1-8B has 32 of the one and 8 of the other.
+# - **Grouped heads** (GQA {cite}`ainslie2023`): several query heads share a key and a value. Llama-3.1-8B has 32 query heads and 8 key-value heads.
 # - **Latent attention** (MLA): DeepSeek-V3 keeps one vector of 512 + 64 numbers per layer, from which all heads' keys and values are made ([DeepSeek-AI 2024](https://arxiv.org/abs/2412.19437)).
 # - **Sliding windows**: in five of six layers Gemma 3 looks back 1,024 tokens only, and keeps no more ([Gemma Team 2025](https://arxiv.org/abs/2503.19786)).
 # - **A quantised cache**: FP8 halves every number, whatever the architecture.
@@ -168,7 +168,7 @@ table(
 )
 
 # %% [markdown]
-# A model eighty times the size of the 8B has the smaller cache. llama.cpp prints what it allocates, so this can be checked: for DeepSeek-R1, of the same architecture, with 32,768 tokens in its 8-bit format (34 bytes for 32 numbers), a user was told [1,166.62 MiB](https://github.com/ikawrakow/ik_llama.cpp/pull/259).
+# DeepSeek-V3 is eighty times the size of the 8B, and its cache is smaller. llama.cpp prints what it allocates, so this can be checked: for DeepSeek-R1, of the same architecture, with 32,768 tokens in its 8-bit format (34 bytes for 32 numbers), a user was told [1,166.62 MiB](https://github.com/ikawrakow/ik_llama.cpp/pull/259).
 
 # %%
 print(f"{61 * 576 * 32_768 * 34 / 32 / 2**20:.2f} MiB")
@@ -178,7 +178,7 @@ print(f"{61 * 576 * 32_768 * 34 / 32 / 2**20:.2f} MiB")
 #
 # transformers keeps one tensor for a batch: every text is as long as the longest. Servers before vLLM reserved the longest answer that could come. Only 20 to 38 % of that memory ever held a token ([Kwon et al. 2023](https://arxiv.org/abs/2309.06180)).
 #
-# vLLM hands the cache out in **blocks** of 16 tokens, as an operating system hands out pages. A user takes a new one when the last is full. What is wasted is the rest of one block each, at most 15 tokens:
+# vLLM hands the cache out in **blocks** of 16 tokens, as an operating system hands out pages. A user takes a new one when the last is full. Each user wastes the rest of one block, at most 15 tokens:
 
 # %%
 lengths = [100, 500, 900, 4000]  # four users
@@ -343,7 +343,7 @@ for name in ("Llama-3.1-8B", "Mixtral-8x7B-v0.1"):
 # %% [markdown]
 # ## A second model that guesses
 #
-# In **speculative decoding** a small model guesses some tokens, and the large one checks them all in one step ([Leviathan et al. 2023](https://arxiv.org/abs/2211.17192)). It is faster, and takes memory twice: the small model's weights, and its own cache for every token. With Llama-3.2-1B as the guesser:
+# In **speculative decoding** a small model guesses some tokens, and the large one checks them all in one step ([Leviathan et al. 2023](https://arxiv.org/abs/2211.17192)). It is faster, and costs memory twice: for the small model's weights, and for its own cache of every token. With Llama-3.2-1B as the guesser:
 
 # %%
 draft = dimensions("Llama-3.2-1B")
@@ -358,7 +358,7 @@ for card in ("RTX 4090", "H100"):
 # %% [markdown]
 # ## Checked against published figures and a real card
 #
-# Without vLLM there is no reserve to hide behind, so a peak says what a user takes. Qwen [printed](https://qwen.readthedocs.io/en/v2.5/benchmark/speed_benchmark.html) it for Qwen2.5-0.5B in transformers: a prompt, then 2,048 tokens more, on an A100 with flash attention. Beside it, the estimate of the same:
+# Without vLLM nothing is reserved ahead, so a peak shows what a user takes. Qwen [printed](https://qwen.readthedocs.io/en/v2.5/benchmark/speed_benchmark.html) it for Qwen2.5-0.5B in transformers: a prompt, then 2,048 tokens more, on an A100 with flash attention. Beside it, the estimate of the same:
 
 # %% tags=["hide-input"] mystnb={"code_prompt_show": "Show the code", "code_prompt_hide": "Hide the code"}
 qwen = dimensions("Qwen2-0.5B")  # Qwen2.5-0.5B has the same sizes

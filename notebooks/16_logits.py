@@ -133,7 +133,7 @@ table(["8,192 tokens", "peak, replayed (B)", "GB", "B for each logit"], rows)
 #
 # Twelve bytes, fourteen with the output kept, six in BF16: as predicted. The rest is cuBLAS's {term}`workspace` and the gradient of the hidden states. The loss of 8,192 tokens takes five times what the model's weights take.
 #
-# BF16 is the cheap way, not the good one: a log-probability then has 8 bits of precision, which is why transformers goes to FP32.
+# BF16 is the cheap way, not the good one: a log-probability then has a mantissa of 7 bits, about two digits. That is why transformers goes to FP32.
 #
 # ## The loss in chunks
 #
@@ -234,7 +234,7 @@ table(["loss", "of", "plain (MiB)", "fused (MiB)", "saved"], rows)
 #
 # ## Losses that hold several
 #
-# Distillation compares two models' logits, GRPO and DPO a policy's with a reference's. Each brings its own copies. Liger's benchmark has such losses written plainly; here they are, in our words.
+# Distillation compares two models' logits, GRPO and DPO a policy's with a reference's. Each brings its own copies. Liger's benchmark has plain versions of such losses; here they are in our own code.
 
 
 # %%
@@ -430,7 +430,7 @@ equal = apart.count(0)
 print(f"{equal} of {len(apart)} equal to the last digit")
 
 # %% [markdown]
-# The two that are not differ by less than 0.1 %: what the allocator gives for a large request depends on the free blocks of the moment, and so on all that the process did before.
+# Two rows of distillation differ, by less than 0.1 %. What the allocator gives for a large request depends on which blocks are free at the moment, and so on everything that the process did before.
 #
 # How many copies is that? The bytes that each further token adds, divided by its 128,256 words:
 

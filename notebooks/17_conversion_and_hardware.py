@@ -78,7 +78,7 @@ figure = stacked_bars(
 # %% [markdown]
 # ## Converting a model
 #
-# An article on Qwen2 {cite}`qwen2-notes` asks how to convert between precisions, and leaves it open. The calls are short. What they do to the numbers is the question.
+# An article on Qwen2 {cite}`qwen2-notes` asks how to convert between precisions, and leaves the question open. The calls are short. What matters is what they do to the numbers.
 #
 # | call | what it converts |
 # | --- | --- |
@@ -151,12 +151,12 @@ for name, *counts in zip(names, fates(FP16), fates(BF16)):
 table(["of FP32's numbers", "to FP16", "%", "to BF16", "%"], rows)
 
 # %% [markdown]
-# Most of FP32's numbers lie outside of FP16's normal range. BF16 loses almost none to range, and digits in almost all.
+# Most of FP32's numbers lie outside of FP16's normal range. BF16 loses almost none of them to range, but it loses digits in almost all.
 
 # %% [markdown]
 # ### A trained model
 #
-# What does that mean for weights that training has produced? We take a small network that has learned to read digits. **Predict:** a conversion leaves a weight alone only if the mantissa bits that it drops are zero by chance. From FP32 to FP16 and TF32 that is 13 bits, to BF16 16 bits: about one weight in $2^{13}$ or $2^{16}$.
+# What does that mean for weights that training has produced? We take a small network that has learned to read digits. **Predict:** a conversion leaves a weight as it is only if the mantissa bits that it drops happen to be zero. From FP32 to FP16 and TF32 these are 13 bits, to BF16 16 bits: about one weight in $2^{13}$ or $2^{16}$.
 
 # %%
 network = trained_network()
@@ -207,7 +207,7 @@ table(
 # %% [markdown]
 # ### Why converting back brings nothing back
 #
-# `.float()` after `.half()` gives the bytes of FP32 and the values of FP16: the dropped bits are filled with zeros.
+# `.float()` after `.half()` takes the bytes of FP32 and has the values of FP16: the dropped bits come back as zeros.
 
 # %%
 weight = weights[0].item()
@@ -348,7 +348,7 @@ print("loaded:     ", kinds(quantised))
 print(".bfloat16():", kinds(quantised.bfloat16()))
 
 # %% [markdown]
-# (Two 4-bit weights share a `uint8`.) **What to do instead:** choose `dtype=`, and the dtype that it computes in, `bnb_4bit_compute_dtype=`, when loading. To undo quantisation, load the original checkpoint again. `.dequantize()` gives floating-point weights, but not the ones you had:
+# (Two 4-bit weights share a `uint8`.) **What to do instead:** choose both when loading: `dtype=`, and `bnb_4bit_compute_dtype=` for the dtype that it computes in. To undo quantisation, load the original checkpoint again. `.dequantize()` gives floating-point weights, but not the ones you had:
 
 # %%
 weight = "model.layers.0.mlp.up_proj.weight"
@@ -616,16 +616,16 @@ table(
 )
 
 # %% [markdown]
-# The error grows with each bit that is saved, and this easy task hardly notices. How much a *language model* notices differs between models: measure it on yours. Two lessons hold here already: with the same bytes NF4 is more accurate than FP4, and INT8 with scales than FP8 without.
+# The error grows with each bit that you save, and this easy task hardly notices. How much a *language model* notices differs from model to model: measure it on yours. Two lessons hold here already: with the same bytes NF4 is more accurate than FP4, and INT8 with scales than FP8 without.
 
 # %% [markdown]
 # ## When to choose which
 #
 # An article's advice {cite}`hoperj2024` is sound in outline: FP32 where exactness counts, 16 bits for training large models, INT8 for inference. Here it is in full:
 #
-# | you want to | choose | because | mind |
+# | you want to | choose | because | watch out for |
 # | --- | --- | --- | --- |
-# | train, card with BF16 | BF16 mixed precision, FP32 master weights | FP32's range, no loss scaling | small updates of weights in BF16 vanish |
+# | train, card with BF16 | BF16 mixed precision, FP32 master weights | FP32's range, no loss scaling | weights kept in BF16 alone: small updates vanish |
 # | train, older card | FP16 mixed precision with `GradScaler` | tensor cores from Volta on | overflow past 65,504 |
 # | fine-tune a model that barely fits | NF4 base, 16-bit adapters (QLoRA) | half a byte per frozen weight | computes in 16 bits, does not save activations |
 # | run a model | the checkpoint's own dtype | nothing is lost | a BF16 checkpoint may overflow in FP16 |
@@ -638,7 +638,7 @@ table(
 #
 # "Lower precision computes faster" needs a condition: **if the card has units for it**. A GTX 10 card stores FP16 in half the bytes, and computes it at 1/64 of its FP32 rate: 2 results per clock and multiprocessor against 128 {cite}`nvidia-cuda-throughput`.
 #
-# Formats for weights alone have no units anywhere: NF4 and bitsandbytes' FP4 are turned back into 16 bits for each product. (Blackwell's FP4 units take E2M1 with scales of their own.) They can be slower than FP16 on the same card, and are faster only where reading the weights is what takes the time.
+# Formats for weights alone have no units anywhere: NF4 and bitsandbytes' FP4 are turned back into 16 bits for each product. (Blackwell's FP4 units take E2M1 with scales of their own.) They can be slower than FP16 on the same card. They are faster only where most of the time goes into reading the weights.
 
 # %% [markdown]
 # ## Which card computes in what
@@ -660,7 +660,7 @@ table(
 # %% [markdown]
 # <details><summary>AMD, Intel and Apple</summary>
 #
-# Each by its maker's documentation. "?" means: not documented there.
+# Each row follows its maker's documentation. "?" means that it says nothing of it.
 #
 # | device | FP64 | TF32 | BF16 | FP16 | FP8 | FP4 | INT8 | source |
 # | --- | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -683,7 +683,7 @@ table(
 #
 # | the article says | what holds |
 # | --- | --- |
-# | INT8 by bitsandbytes "needs no special hardware" | LLM.int8() needs compute capability 7.5 (RTX 20, T4), NF4 6.0 {cite}`bitsandbytes-install`; by now it also runs on CPUs, as this page shows |
+# | INT8 by bitsandbytes "needs no special hardware" | LLM.int8() needs compute capability 7.5 (RTX 20, T4), NF4 6.0 {cite}`bitsandbytes-install`; today it also runs on CPUs, as this page shows |
 # | FP16: "RTX 20 and newer" | the P100 computes FP16 at twice its FP32 rate {cite}`nvidia-cuda-throughput`, Volta has tensor cores for it; every card *stores* it |
 # | BF16: "Ampere and newer" | right for units; PyTorch runs it on older cards by conversion, so ask with `including_emulation=False` |
 # | FP16 and INT8 "compute faster" | where there are units, see above |

@@ -20,7 +20,8 @@ LINES = 15  # of a visible cell
 SCREENS = 2  # by the end of which the first figure begins
 FOLDED = {"hide-input", "hide-cell"}
 
-TOP = "document.querySelector('svg.cell-figure')?.getBoundingClientRect().top ?? 1e9"
+# The first figure; in Troubleshooting it is the one that a pasted message is drawn as.
+TOP = "document.querySelector('svg.cell-figure, #x-bar')?.getBoundingClientRect().top ?? 1e9"
 
 
 def cells(chapter: Path) -> list[NotebookNode]:

@@ -31,8 +31,8 @@ def test_a_number_is_not_said_in_two_units(html: Path) -> None:
 def test_what_scrolls_sideways_shows_it(html: Path, browser: Browser) -> None:
     """Also a table that was folded when the page was loaded; and the keyboard reaches it."""
     tab = browser.new_page(viewport={"width": 390, "height": 844})
-    tab.goto((html / CHAPTER).as_uri())
-    fold = tab.locator("details.exact-bytes").nth(1)
+    tab.goto((html / "notebooks" / "17_conversion_and_hardware.html").as_uri())
+    fold = tab.locator("details", has_text="AMD, Intel and Apple")
     fold.locator("summary").click()
     wide = fold.locator(".pst-scrollable-table-container")
     tab.wait_for_function(
@@ -46,7 +46,14 @@ def test_what_scrolls_sideways_shows_it(html: Path, browser: Browser) -> None:
     tab.close()
 
 
-def test_a_table_that_scrolls_gives_its_sentences_room(html: Path, browser: Browser) -> None:
+def test_a_number_stays_with_its_unit(html: Path) -> None:
+    text = (html / "notebooks" / "14_fine_tune_8b.html").read_text("utf-8")
+    cells = re.findall(r"<td[^>]*>(?:<p>)?([^<]*%)(?:</p>)?</td>", text)
+    assert [cell for cell in cells if "\N{NO-BREAK SPACE}" in cell]
+    assert not [cell for cell in cells if re.fullmatch(r"[-+]?[\d.]+ %", cell)]
+
+
+def test_a_table_that_is_too_wide_gives_its_sentences_room(html: Path, browser: Browser) -> None:
     tab = browser.new_page(viewport={"width": 390, "height": 844})
     tab.goto((html / "notebooks/16_logits.html").as_uri())
     widths = """() => [...document.querySelectorAll("td")]

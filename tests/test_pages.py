@@ -43,6 +43,19 @@ CODE_COLORS = """() => {
 WIDE_CODE = """() => [...document.querySelectorAll(".bd-article .highlight pre")]
     .filter((code) => code.scrollWidth > code.clientWidth + 1).map((code) => code.textContent)"""
 
+CUT_OFF = """() => [...document.querySelectorAll(".prev-next-area *")]
+    .filter((part) => part.getBoundingClientRect().right > innerWidth)
+    .map((part) => part.textContent.trim())"""
+
+# Once the page has been laid out: edges.js then puts tables into stacks.
+WIDE_TABLES = """async () => {
+    for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame);
+    return [...document.querySelectorAll(".pst-scrollable-table-container")]
+        .filter((place) => !place.closest("details:not([open])"))
+        .filter((place) => place.scrollWidth > place.clientWidth + 1)
+        .map((place) => place.textContent.trim().slice(0, 60));
+}"""
+
 
 class Watched:
     """A tab, and what went wrong in it."""
@@ -132,12 +145,32 @@ def test_a_page(
     for width in widths:
         watched.resize(width)
         if width < 576:  # a phone
-            assert tab.evaluate(WIDE_CODE) == []
+            assert tab.evaluate(WIDE_CODE) == tab.evaluate(CUT_OFF) == []
+            assert len(wide := tab.evaluate(WIDE_TABLES)) <= 1, wide
     watched.check(home)
     for color, behind in tab.evaluate(CODE_COLORS):
         assert contrast(from_css(color), from_css(behind)) >= 4.5, (color, behind)
     assert violations(tab) == []
     watched.resize(1280)
+
+
+def test_a_wide_table_stands_in_a_stack_on_a_phone(html: Path, browser: Browser) -> None:
+    """Each cell then says its column, to the eye and to a screen reader; a matrix scrolls."""
+    tab = browser.new_page(viewport={"width": 390, "height": 844})
+    tab.goto((html / "notebooks" / "12_audit.html").as_uri())
+    table = tab.locator("table.stacked").first
+    row = table.get_by_role("row").nth(1)
+    cells = row.get_by_role("cell")
+    said = cells.evaluate_all("cells => cells.map((cell) => [cell.dataset.head, cell.innerText])")
+    assert ["number", "FP32"] in said and ["verdict", "confirmed"] in said
+    assert all(text.strip() for _, text in said)  # what is empty takes no room
+    tab.set_viewport_size({"width": 1280, "height": 800})
+    expect(tab.locator("table.stacked")).to_have_count(0)
+    tab.goto((html / "notebooks" / "17_conversion_and_hardware.html").as_uri())
+    tab.set_viewport_size({"width": 390, "height": 844})
+    matrix = tab.locator(".pst-scrollable-table-container.more-right", has_text="generation")
+    expect(matrix).to_be_visible()
+    tab.close()
 
 
 @pytest.fixture(scope="module")

@@ -65,6 +65,11 @@ def test_it_is_read_by_pointer_and_keyboard(browser: Browser, report: Path, them
     assert tab.locator("#made").count() == tab.locator("img").count() == 0
     tab.set_viewport_size({"width": 390, "height": 800})
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    # Its axis has the unit of its largest, and fits a phone.
+    axis = tab.locator('.chart text[text-anchor="end"]')
+    assert str(axis.last.text_content()).split()[1] == said[1].split()[1] == "MB"
+    edges = axis.evaluate_all("texts => texts.map((text) => text.getBoundingClientRect().left)")
+    assert min(edges) >= chart.evaluate("chart => chart.getBoundingClientRect().left")
     assert errors == [] and len(requests) == 1
     # Its policy forbids what is not in it: neither a script, nor a style, nor a request.
     tab.evaluate("document.body.append(document.createElement('script'))")

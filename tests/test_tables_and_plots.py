@@ -56,6 +56,45 @@ def test_a_timeline_names_its_peak_and_its_phases() -> None:
     assert texts == {"forward", "backward", "peak 5.00 MB"}
 
 
+@pytest.mark.parametrize(
+    ("peak", "axis", "said"),
+    [
+        (5_000_000, "MB", "peak 5.00 MB"),
+        (834_632_192, "MB", "peak 835 MB"),
+        (999_600_000, "GB", "peak 1.00 GB"),
+        (1_038_658_560, "GB", "peak 1.04 GB"),
+        (20_420_000_000, "GB", "peak 20.4 GB"),
+    ],
+)
+def test_figures_count_in_the_unit_of_their_largest(peak: int, axis: str, said: str) -> None:
+    rows = [row(parameters=peak // 10), row(parameters=peak)]
+    (axes,) = timeline(Timeline(rows, {"forward": 0})).axes
+    assert axes.get_ylabel() == f"allocated ({axis})"
+    assert said in {text.get_text() for text in axes.texts}
+    (bars,) = stacked_bars({"one": {"small": rows[0], "large": rows[1]}}).axes
+    assert bars.get_xlabel() == f"memory ({axis})"
+
+
+def test_a_timelines_peak_is_named_above_the_card_that_it_nearly_fills() -> None:
+    recorded = Timeline([row(parameters=10**9), row(parameters=5 * 10**9)], {"forward": 0})
+    heights = []
+    for limit in (None, 5_100_000_000, 9_000_000_000):
+        (axes,) = timeline(recorded, limit).axes
+        (name,) = (text for text in axes.texts if text.get_text() == "peak 5.00 GB")
+        heights.append(name.xy[1])
+        drawn = [line for line in axes.lines if line.get_linestyle() == "--"]
+        assert [line.get_ydata()[0] * 10**9 for line in drawn] == ([limit] if limit else [])
+    assert heights[0] == heights[2] == pytest.approx(5.05)
+    assert heights[1] > 5.1
+
+
+def test_a_bar_below_one_keeps_three_digits() -> None:
+    (axes,) = stacked_bars(
+        {"one": {"a": row(parameters=559_360_000), "b": row(parameters=3_172_250_000)}}
+    ).axes
+    assert {text.get_text() for text in axes.texts} == {"one", "0.559", "3.17"}
+
+
 def test_the_names_of_short_phases_stand_on_lines_of_their_own() -> None:
     steps = [row(parameters=n * 10**6) for n in range(100)]
     marks = {"forward": 0, "loss": 50, "backward": 52, "optimizer": 54, "end": 90}

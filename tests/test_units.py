@@ -1,6 +1,6 @@
 import pytest
 
-from every_byte.units import GiB, KiB, MiB, binary, grouped, mb, short
+from every_byte.units import GB, MB, GiB, KiB, MiB, binary, grouped, mb, short, unit
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,9 @@ def test_three_digits(nbytes: int, said: str) -> None:
 
 def test_a_gain_has_its_sign() -> None:
     assert (short(1_500, plus=True), short(-1_500, plus=True)) == ("+1.50 kB", "-1.50 kB")
+
+
+def test_a_unit_begins_where_three_digits_would_not_do() -> None:
+    assert unit(0) == unit(999_499) == (1000, "kB")
+    assert unit(999_500) == unit(-834_632_192) == (MB, "MB")
+    assert unit(999_500_000) == unit(10**13) == (GB, "GB")

@@ -156,7 +156,7 @@ def figure(own: Sequence[Row], others: Sequence[Row]) -> str:
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x", linewidth=0.3)
     axes.set_axisbelow(True)
-    axes.set_xlabel("said less measured (% of measured)")
+    axes.set_xlabel("how far off (% of what was measured)")
     shown.legend(loc="outside lower center", ncols=2, handletextpad=0.2)
     file = io.StringIO()
     shown.savefig(file, format="svg", metadata={"Date": None, "Creator": None})

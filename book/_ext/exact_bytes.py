@@ -15,6 +15,7 @@ from every_byte.units import MB, short
 
 MARK = re.compile(r"\s*\(B\)")
 WHOLE = re.compile(r"[+-]?\d[\d,]*")
+MEASURE = re.compile(r"[-+]?[\d.,]+ (%|s|[kMGT]?i?B)")
 FOLD = '<details class="exact-bytes"><summary>Exact bytes</summary>'
 
 
@@ -27,6 +28,7 @@ class ExactBytes(SphinxPostTransform):
     def run(self, **_: Any) -> None:
         """Shorten the numbers, and fold a copy of the table as it was."""
         for table in list(self.document.findall(nodes.table)):
+            keep_together(table)
             exact = table.deepcopy()
             if shorten(table):
                 for node in exact.findall(nodes.Element):
@@ -34,6 +36,13 @@ class ExactBytes(SphinxPostTransform):
                 fold = [nodes.raw("", FOLD, format="html"), exact]
                 where = table.parent.index(table) + 1
                 table.parent[where:where] = [*fold, nodes.raw("", "</details>", format="html")]
+
+
+def keep_together(table: nodes.table) -> None:
+    """A number and its unit stay on one line."""
+    for text in list(table.findall(nodes.Text)):
+        if MEASURE.fullmatch(text):
+            text.parent.replace(text, nodes.Text(text.replace(" ", "\N{NO-BREAK SPACE}")))
 
 
 def shorten(table: nodes.table) -> bool:

@@ -148,12 +148,17 @@ def shown(records: Sequence[Record], known: Sequence[dict[str, Any]]) -> str:
         parts.append("\n".join(f"{n}. {cause['text']}" for n, cause in enumerate(needed, 1)))
     else:
         parts.append("Every figure agrees to the byte.")
-    told = [f"- {record.card}, {note}" for record in records for note in notes(*record[2:])]
-    parts += ["\n".join(told)] if told else []
+    told: dict[tuple[str, str], list[str]] = {}  # of a card what is said: of which experiments
+    for record in records:
+        for note in notes(*record[2:]):
+            name, said = note.split(": ", 1)
+            told.setdefault((record.card, said), []).append(name)
+    if told:
+        lines = [f"- {card}, {', '.join(names)}: {said}" for (card, said), names in told.items()]
+        parts.append("\n".join(lines))
     columns = ["GPU", "checkpoint", "allocated, measured (B)", "replayed (B)"]
     columns += ["reserved, measured (B)", "replayed (B)"]
-    lines = [[*_where(record, row), *_pairs(row)] for record, row in rows]
-    every = table(columns, lines)
+    every = table(columns, [[*_where(record, row), *_pairs(row)] for record, row in rows])
     parts.append(f"````{{dropdown}} Every checkpoint\n{every.data}\n````")
     return "\n\n".join(parts)
 
