@@ -13,11 +13,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -61,13 +63,36 @@ def one_of(gpus: int) -> Iterator[DeviceMesh]:
 def first_of(gpus: int) -> Iterator[None]:
     """Let a script that opens its process group itself be the first of as many processes.
 
-    It finds what ``torchrun`` sets in the environment. Every group that it opens is the fake
-    one, whatever backend it asks for. Objects that others would send are this process's own.
+    Of several, it finds what ``torchrun`` sets in the environment. Every group that it opens is
+    the fake one, whatever backend it asks for. Objects that others would send are this process's
+    own. Of the processes that ``torch.multiprocessing.spawn`` would start it is the first, too.
+
+    Raises:
+        NotImplementedError: the script, inside, asks for another number of processes.
     """
     begin, new = dist.init_process_group, dist.new_group
 
-    def init_process_group(backend: Any = None, *_: object, **__: object) -> None:
+    def check(asked: object, by: str) -> None:
+        if isinstance(asked, int) and asked > 1 and asked != gpus:
+            raise NotImplementedError(
+                f"{by} of {asked} processes is not replayed for {gpus}: run it with --gpus {asked}"
+            )
+
+    def init_process_group(backend: Any = None, *_: object, **options: Any) -> None:
+        check(options.get("world_size"), "init_process_group")
         begin("fake", store=FakeStore(), rank=0, world_size=gpus)
+
+    def spawn(
+        fn: Callable[..., Any],
+        args: Any = (),
+        nprocs: int = 1,
+        join: bool = True,
+        *_: Any,
+        **__: Any,
+    ) -> Any:
+        check(nprocs, "torch.multiprocessing.spawn")
+        fn(0, *args)
+        return None if join else SimpleNamespace(join=lambda *_, **__: True, processes=[])
 
     def new_group(*args: Any, **kwargs: Any) -> Any:
         return new(*args[:2], **{k: v for k, v in kwargs.items() if k not in _OF_BACKENDS})
@@ -82,12 +107,16 @@ def first_of(gpus: int) -> Iterator[None]:
     def alone(*_: object, **__: object) -> None:
         pass  # the first process sends; or waits for the others
 
-    rank = {
-        **dict.fromkeys(("RANK", "LOCAL_RANK", "GROUP_RANK"), "0"),
-        **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(gpus)),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29500",
-    }
+    rank = (
+        {}
+        if gpus == 1
+        else {
+            **dict.fromkeys(("RANK", "LOCAL_RANK", "GROUP_RANK"), "0"),
+            **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(gpus)),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29500",
+        }
+    )
     patches = {
         "init_process_group": init_process_group,
         "new_group": new_group,
@@ -107,6 +136,8 @@ def first_of(gpus: int) -> Iterator[None]:
             (torch._C, "_get_accelerator", torch.device("cuda")),
         ):
             stack.enter_context(mock.patch.object(owner, name, lambda *_, answer=answer: answer))
+        for name in ("spawn", "start_processes"):
+            stack.enter_context(mock.patch.object(torch.multiprocessing, name, spawn))
         changed: tuple[tuple[Any, str, Any], ...] = (
             (DistributedDataParallel, "__init__", _replica(open_gpu())),
             (

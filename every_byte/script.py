@@ -7,6 +7,10 @@ puts on "meta" is on no card. All is as before once the context ends.
 """
 
 import math
+import multiprocessing
+import multiprocessing.process
+import os
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,7 +32,7 @@ from every_byte.gpu import VirtualGPU
 from every_byte.tracker import is_wrapper, untracked
 from every_byte.virtual import autocast
 from every_byte.virtual.cuda_names import cuda_names, index_of, legacy_dtype
-from every_byte.virtual.values import as_indices
+from every_byte.virtual.values import as_indices, program_line
 
 _CUDA, _META = torch.device("cuda", 0), torch.device("meta")
 _CARD = torch.device("meta", 0)  # the card as a context; PyTorch's tensors drop the 0
@@ -522,6 +526,44 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
         yield
 
 
+_STARTS_PYTHON = ("python", "torchrun", "accelerate", "deepspeed")
+
+
+@contextmanager
+def _telling_of_processes(estimates: dict[str, None]) -> Iterator[None]:
+    """Note where the program starts another one, which has no virtual card.
+
+    Not of forks: PyTorch refuses CUDA in them, or they are a DataLoader's.
+    """
+    start, run = multiprocessing.process.BaseProcess.start, subprocess.Popen.__init__
+
+    def note() -> None:
+        estimates[
+            f"another process, started at {program_line()}: what it puts on a card is not counted"
+        ] = None
+
+    def starting(process: Any) -> None:
+        method = {"SpawnProcess": "spawn", "ForkServerProcess": "forkserver"}.get(
+            type(process).__name__, multiprocessing.get_start_method()
+        )
+        if method != "fork":
+            note()
+        start(process)
+
+    def running(process: Any, args: Any, *more: Any, **options: Any) -> None:
+        first = args if isinstance(args, (str, bytes, os.PathLike)) else next(iter(args), "")
+        command = os.path.basename(os.fsdecode(first)).split(" ")[0]
+        if command.startswith(_STARTS_PYTHON):
+            note()
+        run(process, args, *more, **options)
+
+    with (
+        mock.patch.object(multiprocessing.process.BaseProcess, "start", starting),
+        mock.patch.object(subprocess.Popen, "__init__", running),
+    ):
+        yield
+
+
 @contextmanager
 def as_cuda(
     card: str | None = None,
@@ -578,6 +620,7 @@ def as_cuda(
         stack.enter_context(gpu)
         stack.enter_context(cuda_names(gpu))
         stack.enter_context(_patched(mode))
+        stack.enter_context(_telling_of_processes(gpu.memory.estimates))
         stack.enter_context(mock.patch.object(gpu.memory, "in_thread", in_each_thread))
         clear = "_cuda_clearCublasWorkspaces"  # Lightning calls it at the end of a training
         stack.enter_context(

@@ -538,6 +538,56 @@ def test_the_first_of_several_gpus(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "RANK" not in os.environ
 
 
+SPAWNS = """
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+def work(rank, world):
+    dist.init_process_group("nccl", rank=rank, world_size=world)
+    model = DistributedDataParallel(nn.Linear(1000, 1000).to(rank), device_ids=[rank])
+    model(torch.ones(8, 1000).to(rank)).sum().backward()
+    dist.destroy_process_group()
+if __name__ == "__main__":
+    mp.spawn(work, args=(NUMBER,), nprocs=NUMBER)
+"""
+
+
+def test_of_processes_that_a_script_spawns_the_first_is_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, gpus in (("torch.cuda.device_count()", "1"), ("4", "4")):
+        path = script(tmp_path, SPAWNS.replace("NUMBER", number))
+        assert main(["run", path, "--card", "RTX 4090", "--gpus", gpus, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        # DDP's buckets are the gradients.
+        assert told["by_kind"]["gradients"] == told["by_kind"]["parameters"] == 1001 * 1000 * 4
+    path = script(tmp_path, SPAWNS.replace("NUMBER", "4"))
+    assert main(["run", path, "--card", "RTX 4090"]) == 1
+    assert "of 4 processes is not replayed for 1: run it with --gpus 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import torch; torch.ones(10) + 1", 'it made no tensor on "cuda"\n'),
+        (
+            "import subprocess, sys; subprocess.run([sys.executable, '-c', ''])",
+            "another process, started at train.py:1: what it puts on a card is not counted\n",
+        ),
+    ],
+)
+def test_a_script_that_puts_nothing_on_the_card_does_not_fit_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    assert main(["run", script(tmp_path, text), "--card", "T4", "--torch", "2.14"]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "put nothing on the card, so there is nothing to judge" in told.err
+    assert told.err.endswith(said)
+
+
 def test_other_cards_are_judged_by_what_programs_can_have_of_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

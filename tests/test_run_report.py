@@ -101,7 +101,7 @@ def test_a_file_of_another_kind_is_kept(
     report: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = tmp_path / "a.py"
-    script.write_text("import torch\nprint('ran')\n")
+    script.write_text("import torch\ntorch.ones(1).cuda()\nprint('ran')\n")
     other = tmp_path / "notes.html"
     other.write_text("<p>mine")
     arguments = ["run", str(script), "--card", "T4", "--report"]

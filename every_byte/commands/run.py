@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -142,12 +142,11 @@ def run(options: argparse.Namespace) -> int:
         if options.snapshot:
             gpu.record_memory_history()
         watch = Watch(gpu, options.steps, say=_say)
-        many = ranks.first_of(options.gpus) if options.gpus > 1 else nullcontext()
         try:
             with (
                 _interruptible(watch),
                 watch.watching(),
-                many,
+                ranks.first_of(options.gpus),
                 levers.noticing() as noticed,
                 levers.applied(options.lever),
                 _as_main(options),
@@ -181,6 +180,14 @@ def run(options: argparse.Namespace) -> int:
         report = Report.of(
             watch, fits, interrupted=status == INTERRUPTED, failed=failed, gpus=options.gpus
         )
+    if fits and not report.peak:
+        line = f"{options.script} put nothing on the card"
+        if status == INTERRUPTED:
+            _say(f"every-byte run: {line} until it was interrupted")
+        if status != DONE:
+            return status  # an error has been shown
+        others = "".join(f"; {text}" for text in report.estimates if text.startswith("another"))
+        raise Refused(f'{line}, so there is nothing to judge: it made no tensor on "cuda"{others}')
     if options.levers and not (failed or report.interrupted):
         report = levers.try_levers(
             report, noticed, lambda more: _again(options, more), where, environment, _say
