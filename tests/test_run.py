@@ -113,6 +113,15 @@ def test_the_exit_status_is_the_scripts(
             ["nowhere.py", "--card", "T4", "--torch", "2.14"],
             "nowhere.py: No such file or directory",
         ),
+        (
+            ["train.py", "--card", "T4", "--lr", "3"],
+            "--lr is no option of every-byte run: arguments of the script that begin with a dash "
+            "stand after --",
+        ),
+        (
+            ["-m", "torch.distributed.run", "--card", "T4", "--", "train.py"],
+            "torch.distributed.run starts processes of its own, which have no virtual card: name",
+        ),
         (["nowhere.py", "--card", "T5"], "--card is 'T5': expected one of"),
         (
             ["nowhere.py", "--card", "T4", "--torch", "2.14", "--steps", "-1"],

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 DOES_NOT_FIT, INTERRUPTED = 3, 130
 UNBOUNDED = 2**50  # bytes
+LAUNCHERS = (
+    *("torchrun", "accelerate", "deepspeed", "torch.distributed.run", "torch.distributed.launch"),
+    *("accelerate.commands.launch", "deepspeed.launcher.runner"),
+)
 
 
 def add(subparsers: Subparsers) -> None:
@@ -89,7 +93,8 @@ def add(subparsers: Subparsers) -> None:
         end = args.index("--") if "--" in args else len(args)
         found, unknown = parse(args[:end], namespace)
         found.arguments = [*found.arguments, *args[end + 1 :]]
-        return found, unknown
+        found.unknown = unknown
+        return found, []
 
     parser.parse_known_args = parse_before_dashes  # type: ignore[method-assign]
 
@@ -101,6 +106,16 @@ def run(options: argparse.Namespace) -> int:
     for name, least in (("steps", 0), ("gpus", 1)):
         if getattr(options, name) < least:
             raise Refused(f"--{name} is {getattr(options, name)}: expected {least} or more")
+    if options.unknown:
+        raise Refused(
+            f"{options.unknown[0]} is no option of every-byte run: arguments of the script that "
+            f"begin with a dash stand after --, as in train.py --card T4 -- {options.unknown[0]}"
+        )
+    if options.script in LAUNCHERS:
+        raise Refused(
+            f"{options.script} starts processes of its own, which have no virtual card: name the "
+            "script itself, and with --gpus how many they are"
+        )
     code = None if options.module else _code(options.script)
     import torch
 
