@@ -478,6 +478,12 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
     def saved_by(hooks: Any, pack: Any, unpack: Any) -> None:
         make_hooks(hooks, _in_backward(mode, pack), _in_backward(mode, unpack))
 
+    def storage(cls: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:
+        if device is not None:  # which the tracker then sees initialised
+            kwargs["device"] = _META if _is_cuda(device) else device
+        return new_storage(cls, *args, **kwargs)
+
+    new_storage = torch.UntypedStorage.__new__
     ctc_loss_of_others, set_default_type = torch.ctc_loss, torch.set_default_tensor_type
     make_hooks = torch.autograd.graph.saved_tensors_hooks.__init__
     apply = _in_backward(mode, torch.autograd.function.BackwardCFunction.apply)
@@ -511,6 +517,7 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
             (DeviceContext, "__init__", entered),
             (DeviceContext, "__torch_function__", within),
             (torch.UntypedStorage, "data_ptr", address),
+            (torch.UntypedStorage, "__new__", storage),
             (torch.autograd.graph.saved_tensors_hooks, "__init__", saved_by),
             (torch.autograd.function.BackwardCFunction, "apply", apply),
         )
