@@ -4,8 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from every_byte.data import cards
-from every_byte.estimate import CONTEXT
+from every_byte.data import cards, context_of
 from every_byte.units import GB, grouped, short
 from every_byte.watch import Place, Watch
 
@@ -187,14 +186,14 @@ class Report:
             yield f"This is the first of {self.gpus} GPUs; NCCL's own memory is not counted."
         if self.fits:
             so_far = " so far" if self.interrupted or self.failed else ""
-            context = f"{CONTEXT / GB:.2f} GB"
+            context = f"{context_of(self.card) / GB:.2f} GB"
             yield f"It fits on the {self.card} ({size}){so_far}, with a CUDA context of {context}."
         else:
             yield f"It does NOT fit on the {self.card} ({size}): memory ran out."
             if self.needed is not None:
                 yield (
                     f"Without a bound it takes {self.needed / GB:.2f} GB, and a CUDA context of "
-                    f"{CONTEXT / GB:.2f} GB."
+                    f"{context_of(self.card) / GB:.2f} GB."
                 )
         others = self.others()
         for fits, words in (

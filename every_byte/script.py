@@ -23,7 +23,7 @@ from torch.utils._device import DeviceContext, _device_constructors
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
-from every_byte.estimate import CONTEXT
+from every_byte.data import context_of
 from every_byte.gpu import VirtualGPU
 from every_byte.tracker import is_wrapper, untracked
 from every_byte.virtual import autocast
@@ -548,7 +548,7 @@ def as_cuda(
             activations; "assume" goes on, and ``gpu.memory.values.assumptions`` lists it.
         alloc_conf: as of `every_byte.gpu.VirtualGPU`.
         context: bytes that the process holds beside PyTorch's; if None, a CUDA context's on
-            a card that is named (`every_byte.estimate.CONTEXT`), and nothing without one.
+            a card that is named (`every_byte.data.Card.context`), and nothing without one.
         torch_version: whose rules the card follows, such as "2.11"; the installed one's if None.
 
     Raises:
@@ -558,7 +558,7 @@ def as_cuda(
     if any(isinstance(m, _AsCuda) for m in torch.overrides._get_current_function_mode_stack()):
         raise RuntimeError("as_cuda() is in use already: leave it before it is entered again")
     if context is None:
-        context = 0 if card is None else CONTEXT
+        context = context_of(card) if isinstance(card, str) else 0
     gpu = VirtualGPU(
         card,
         capacity,

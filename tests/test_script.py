@@ -309,6 +309,18 @@ def test_memory_stats_count_segments_retries_and_failures() -> None:
         del kept, small, other
 
 
+@pytest.mark.parametrize(
+    ("card", "context"),
+    [("H200", 726_466_560), ("H100 80GB HBM3", 736_952_320), ("RTX 5090", 935_600_873), (None, 0)],
+)
+def test_a_cards_context_is_its_own(card: str | None, context: int) -> None:
+    with every_byte.as_cuda(card) as gpu:
+        assert gpu.memory.context == context
+        if card is not None:
+            free, total = torch.cuda.mem_get_info()
+            assert total - free == context
+
+
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize(
     ("make", "nbytes"),

@@ -110,6 +110,16 @@ def test_losses_and_scans_take_what_they_took_on_the_card(name: str) -> None:
             assert equal(one, signatures.replayed(gpu, one.signature)), one
 
 
+@pytest.mark.parametrize("name", ["_scaled_dot_product_efficient_attention_backward"])
+def test_all_of_an_operations_sizes_take_what_they_took(name: str) -> None:
+    """Also heads of 72 and 80 numbers, whose blocks are of 128 queries and 64 keys."""
+    found = [one for one in KERNELS if one.operation == f"aten.{name}.default"]
+    assert len(found) == 60
+    with VirtualGPU("H100", capacity=1 << 50, torch="2.11") as gpu:
+        for one in found:
+            assert equal(one, signatures.replayed(gpu, one.signature)), one
+
+
 def test_a_loss_keeps_its_elements_as_long_as_it_lives() -> None:
     """mse_loss writes its mean into the block of its elements."""
     import torch
