@@ -27,7 +27,7 @@ from torch.utils._device import DeviceContext, _device_constructors
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
-from every_byte.data import cards, named
+from every_byte.data import context_of
 from every_byte.gpu import VirtualGPU
 from every_byte.tracker import is_wrapper, untracked
 from every_byte.virtual import autocast
@@ -482,6 +482,12 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
     def saved_by(hooks: Any, pack: Any, unpack: Any) -> None:
         make_hooks(hooks, _in_backward(mode, pack), _in_backward(mode, unpack))
 
+    def storage(cls: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:
+        if device is not None:  # which the tracker then sees initialised
+            kwargs["device"] = _META if _is_cuda(device) else device
+        return new_storage(cls, *args, **kwargs)
+
+    new_storage = torch.UntypedStorage.__new__
     ctc_loss_of_others, set_default_type = torch.ctc_loss, torch.set_default_tensor_type
     make_hooks = torch.autograd.graph.saved_tensors_hooks.__init__
     apply = _in_backward(mode, torch.autograd.function.BackwardCFunction.apply)
@@ -515,6 +521,7 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
             (DeviceContext, "__init__", entered),
             (DeviceContext, "__torch_function__", within),
             (torch.UntypedStorage, "data_ptr", address),
+            (torch.UntypedStorage, "__new__", storage),
             (torch.autograd.graph.saved_tensors_hooks, "__init__", saved_by),
             (torch.autograd.function.BackwardCFunction, "apply", apply),
         )
@@ -593,8 +600,7 @@ def as_cuda(
     if any(isinstance(m, _AsCuda) for m in torch.overrides._get_current_function_mode_stack()):
         raise RuntimeError("as_cuda() is in use already: leave it before it is entered again")
     if context is None:
-        here = named(card) if isinstance(card, str) else None
-        context = 0 if here is None else cards()[here].context
+        context = context_of(card) if isinstance(card, str) else 0
     gpu = VirtualGPU(
         card,
         capacity,

@@ -338,6 +338,39 @@ def test_memory_stats_count_segments_retries_and_failures() -> None:
         del kept, small, other
 
 
+@pytest.mark.parametrize(
+    ("card", "context"),
+    [("H200", 726_466_560), ("H100 80GB HBM3", 736_952_320), ("RTX 5090", 935_600_873), (None, 0)],
+)
+def test_a_cards_context_is_its_own(card: str | None, context: int) -> None:
+    with every_byte.as_cuda(card) as gpu:
+        assert gpu.memory.context == context
+        if card is not None:
+            free, total = torch.cuda.mem_get_info()
+            assert total - free == context
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize(
+    ("make", "nbytes"),
+    [
+        (lambda: torch.UntypedStorage(1000, device="cuda"), 1024),
+        (lambda: torch.UntypedStorage(1000, device=torch.device("cuda", 0)), 1024),
+        (lambda: torch.cuda.FloatStorage(1000), 4096),
+        (lambda: torch.TypedStorage(1000, dtype=torch.float32, device="cuda"), 4096),
+        (lambda: torch.ones(1000).untyped_storage().cuda(), 4096),
+        (lambda: torch.UntypedStorage(1000), 0),
+    ],
+)
+def test_storages_without_a_tensor_take_their_bytes(
+    make: Any, nbytes: int, gpu: every_byte.VirtualGPU
+) -> None:
+    storage = make()
+    assert torch.cuda.memory_allocated() == nbytes
+    del storage
+    assert torch.cuda.memory_allocated() == 0
+
+
 def test_scripted_functions_run_eagerly_and_say_so_once(gpu: every_byte.VirtualGPU) -> None:
     """TorchScript would compile our own torch.tensor, which takes keyword arguments."""
     with pytest.warns(UserWarning, match="torch.jit.script: the virtual card runs it eagerly") as w:

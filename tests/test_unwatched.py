@@ -97,6 +97,7 @@ def test_a_replay_goes_into_the_file(tmp_path: Path) -> None:
 
 KERNELS = list(signatures.measured(UNWATCHED.with_name("kernels.json.xz")))
 LOSSES = ("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits")
+BACKWARD = "aten.convolution_backward.default(f32"
 SCANS = ("cumsum", "cumprod", "logcumsumexp")
 
 
@@ -104,6 +105,16 @@ SCANS = ("cumsum", "cumprod", "logcumsumexp")
 def test_losses_and_scans_take_what_they_took_on_the_card(name: str) -> None:
     found = [one for one in KERNELS if one.operation == f"aten.{name}.default"]
     assert found
+    with VirtualGPU("H100", capacity=1 << 50, torch="2.11") as gpu:
+        for one in found:
+            assert equal(one, signatures.replayed(gpu, one.signature)), one
+
+
+@pytest.mark.parametrize("name", ["_scaled_dot_product_efficient_attention_backward"])
+def test_all_of_an_operations_sizes_take_what_they_took(name: str) -> None:
+    """Also heads of 72 and 80 numbers, whose blocks are of 128 queries and 64 keys."""
+    found = [one for one in KERNELS if one.operation == f"aten.{name}.default"]
+    assert len(found) == 60
     with VirtualGPU("H100", capacity=1 << 50, torch="2.11") as gpu:
         for one in found:
             assert equal(one, signatures.replayed(gpu, one.signature)), one
@@ -149,6 +160,57 @@ def test_most_convolutions_borrow_what_is_estimated() -> None:
                 equal_ones += abs(again - measured) <= 600  # the rests of 16 to 400 B
                 low += again < measured * 0.995
     assert every == 228 and equal_ones >= 184 and low <= 19
+
+
+def test_a_weights_gradient_that_copies_nothing_is_what_it_is_by_formula() -> None:
+    """Winograd's, of small images in FP32; of larger ones it is not taken."""
+    found = 0
+    with VirtualGPU("H100", capacity=1 << 50, torch="2.11") as gpu:
+        for shape, workspace in (
+            ("[1x256x64x64], f32[1x128x64x64], f32[256x128x3x3]", 18_874_368),
+            ("[1x256x32x32], f32[1x256x32x32], f32[256x256x3x3]", 14_155_776),
+            ("[1x512x16x16], f32[1x512x16x16], f32[512x512x3x3]", 0),
+            ("[4x256x32x32], f32[4x256x32x32], f32[256x256x3x3]", 0),
+        ):
+            (one,) = (k for k in KERNELS if k.signature.startswith(BACKWARD + shape))
+            assert (-workspace in one.variants[0]) == (workspace > 0)
+            again = signatures.replayed(gpu, one.signature)
+            found += workspace > 0
+            assert (-workspace in again) == (workspace > 0), shape
+    assert found == 2
+
+
+def test_a_pointwise_gradient_of_few_images_is_one_of_each() -> None:
+    """ShuffleNet's last one, 464 channels to 1,024, of two images: its peak on the H100."""
+    import torch
+
+    with VirtualGPU("H100", torch="2.11") as gpu:
+        x = torch.empty(2, 464, 7, 7, device=gpu.device)
+        w = torch.empty(1024, 464, 1, 1, device=gpu.device, requires_grad=True)
+        y = torch.nn.functional.conv2d(x, w)
+        grad = torch.empty_like(y)
+        before = gpu.memory_allocated()
+        gpu.reset_peak_memory_stats()
+        y.backward(grad)
+        assert gpu.max_memory_allocated() - before == w.nbytes + 2 * w.nbytes
+
+
+def test_filters_that_are_far_apart_keep_a_whole_sum_of_each_part() -> None:
+    """DeepLab's with dilation 12, of two images: five sums beside the copies, 128 MB."""
+    import torch
+
+    with VirtualGPU("H100", torch="2.11") as gpu:
+        x = torch.empty(2, 2048, 28, 28, device=gpu.device)
+        w = torch.empty(256, 2048, 3, 3, device=gpu.device, requires_grad=True)
+        for dilation, sums in ((12, 5), (4, 0.42)):
+            y = torch.nn.functional.conv2d(x, w, padding=dilation, dilation=dilation)
+            before = gpu.memory_allocated()
+            gpu.reset_peak_memory_stats()
+            y.backward(y.detach())
+            copies = x.nbytes + y.nbytes + w.nbytes
+            found = gpu.max_memory_allocated() - before - w.nbytes - copies
+            assert found == pytest.approx(sums * w.nbytes, rel=0.01)
+            w.grad = None
 
 
 def _peak(events: list[int]) -> int:

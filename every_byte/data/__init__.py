@@ -121,6 +121,12 @@ def named(name: str) -> str | None:
     return found if found in cards() else None
 
 
+def context_of(name: str) -> int:
+    """Bytes of the CUDA context on a card, by its name: see `Card.context`; else `CONTEXT`."""
+    known = named(name)
+    return CONTEXT if known is None else cards()[known].context
+
+
 def unknown_card(memory: int) -> Card:
     """A card of so many bytes of which nothing else is known: with what is most elsewhere."""
     return Card(memory >> 30, memory, "9.0", CONTEXT_MULTIPROCESSORS)

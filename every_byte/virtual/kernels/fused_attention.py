@@ -172,7 +172,7 @@ def _tile(half: bool, size: int) -> tuple[int, int]:
     """Queries and keys of a block on cards from 8.0 on (``generate_kernels.py`` there)."""
     if size <= 64:
         return 64, 64
-    return (128, 128) if half else (64, 128)
+    return 128, 128 if half else 64
 
 
 def _up(number: int, by: int) -> int:
