@@ -25,7 +25,8 @@ const atLeast = (of, what, from, more = "") => {
   if (of[what] < from) refuse(what, of[what], `a whole number from ${from} up${more}`);
 };
 const ofQkv = (s) => has(s, "biases") || has(s, "query, key and value biases");
-const inputs = (s) => (s.model_type === "gpt2" ? 1n : 3n); // matrices of attention's input
+const inputs = (s) => (has(s, "joined") || s.model_type === "gpt2" ? 1n : 3n); // matrices that read attention's
+const mlpInputs = (s) => (has(s, "gated") && !has(s, "joined") ? 2n : 1n); // input, and the MLP's
 const isOther = (s) => has(s, "encoder") || has(s, "images"); // no decoder-only transformer
 const isMatrix = (s, part, shape) => shape.length === 2
   && (["attention", "latent", "shared"].includes(part) || (part === "mlp" && !s.num_local_experts));
@@ -256,7 +257,8 @@ function castWeights(s, setup, dtype) {
 
 const normInput = (s, b) =>
   has(s, "layer norm") ? b * s.hidden_size + 8n : (b > 4n ? b : 4n) * s.hidden_size + 4n;
-const normRest = (s, b, rank) => (rank || has(s, "layer norm") ? 0n : b * s.hidden_size);
+const inFP32 = (s) => has(s, "wide norms") || has(s, "norms after"); // before a norm's weight
+const normRest = (s, b, rank) => (rank || has(s, "layer norm") ? 0n : (inFP32(s) ? most(4n, b) : b) * s.hidden_size);
 
 function attentionKernel(s, dtype, attention) {
   if (attention !== "sdpa") return attention;
@@ -269,11 +271,11 @@ const hasScores = (...of) => ["eager", "math"].includes(attentionKernel(...of));
 
 // What LoRA keeps for each token beside the frozen layers, or instead of them.
 function adaptersKeep(s, rank, b, own, dropout) {
-  const h = s.hidden_size, i = s.intermediate_size, gate = has(s, "gated") ? 1n : 0n;
+  const h = s.hidden_size, i = s.intermediate_size, mlp = mlpInputs(s);
   const dense = s.num_local_experts ? 0n : 1n, qkv = inputs(s);
-  const kept = (qkv + 1n + (2n + gate) * dense) * rank * own;
+  const kept = (qkv + 1n + (1n + mlp) * dense) * rank * own;
   if (own === b && !dropout) return kept;
-  const read = qkv * h + s.num_attention_heads * s.head_dim + ((1n + gate) * h + i) * dense;
+  const read = qkv * h + s.num_attention_heads * s.head_dim + (mlp * h + i) * dense;
   return kept + read * (own + (dropout ? 1n : 0n)) - b * (h + (h + i) * dense);
 }
 
@@ -287,15 +289,17 @@ function layerActivations(s, batch, length, dtype, asked) {
   const queries = heads * s.head_dim, keys = s.num_key_value_heads * s.head_dim;
   const experts = s.num_experts_per_tok || 1n, gated = has(s, "gated");
   const wide = autocast ? 4n : b;
-  const readers = autocast ? inputs(s) + (gated ? 2n : 1n) : 2n;
-  const inFP32 = autocast || !has(s, "layer norm"); // the softmax
-  const scores = inFP32 && half ? b + 4n : half || !inFP32 ? b : 4n;
+  const readers = autocast ? inputs(s) + mlpInputs(s) : 2n;
+  const upcast = autocast || !has(s, "layer norm"); // the softmax
+  const scores = upcast && half ? b + 4n : half || !upcast ? b : 4n;
   let fixed = 0n; // for the whole batch
-  let token = 2n * (normInput(s, wide) + normRest(s, wide, rank)) + readers * b * h;
-  if (has(s, "query and key norms")) {
-    token += ((half ? 4n : b) + (rank ? 0n : b)) * (queries + keys);
+  const norms = has(s, "four norms") ? 4n : 2n, inNorm = half ? 4n : b, each = has(s, "query and key norms");
+  let token = norms * (normInput(s, wide) + normRest(s, wide, rank)) + readers * b * h;
+  if (each) {
+    token += (inNorm + (rank ? 0n : has(s, "wide norms") ? inNorm : b)) * (queries + keys);
     token += 4n * (heads + s.num_key_value_heads);
   }
+  if (has(s, "wide query and key norms")) token += inNorm * (rank ? 1n : 2n) * (queries + keys) + 8n;
   if (attention === "eager") {
     const once = batch === 1n && s.num_key_value_heads === 1n;
     const repeated = once ? (autocast ? queries : keys) + keys : 2n * queries;
@@ -306,9 +310,11 @@ function layerActivations(s, batch, length, dtype, asked) {
     const fast = attention === "flash";
     const rows = batch * (fast ? length : 32n * ceil(length, 32n));
     token += 2n * b * (queries + keys);
+    if (has(s, "joined")) token += b * (queries + keys) + (fast ? b * queries : 0n);
     fixed = 4n * heads * rows + (rows ? (fast ? 24n : dropout ? 0n : 16n) : 0n);
   }
   token += (gated ? experts * 4n * b : 5n * b + (autocast ? 6n : 0n)) * s.intermediate_size;
+  if (has(s, "wide norms")) fixed += most(4n, wide) * (norms * h + (each ? 2n * s.head_dim : 0n)); // 1 + weight
   if (dropout) token += 2n * h;
   if (s.num_local_experts) {
     token += 2n * experts * b * h + 4n * s.num_local_experts + 40n * experts + 4n;
@@ -325,13 +331,17 @@ function activations(s, batch, length, dtype, checkpointing, asked) {
   const b = width(dtype), h = s.hidden_size, layers = s.num_hidden_layers;
   const wide = autocast ? 4n : b, norm = normInput(s, wide);
   let last = batch * length * (norm + normRest(s, wide, rank) + (rank ? 0n : b * h));
-  if (!has(s, "learned positions")) last += 2n * wide * length * s.head_dim;
+  if (!has(s, "learned positions")) {
+    const kinds = has(s, "wide norms") && s.sliding_layers && s.sliding_layers < layers ? 2n : 1n;
+    last += 2n * kinds * (has(s, "norms after") ? most(4n, b) : wide) * length * s.head_dim;
+  }
+  if (has(s, "wide norms") && !(rank && layers)) last += most(4n, wide) * h;
   if (dropout) last += batch * length * h;
   if (checkpointing) {
-    const inputs = layers + (rank && layers && has(s, "learned positions") ? 1n : 0n);
+    const inputs = layers + (rank && layers && (has(s, "learned positions") || has(s, "scaled embedding")) ? 1n : 0n);
     return last + inputs * batch * length * h * wide + (layers ? layer : 0n);
   }
-  return last + layers * layer - (rank && layers ? batch * length * norm : 0n);
+  return last + layers * layer - (rank && layers && !has(s, "norms after") ? batch * length * norm : 0n);
 }
 
 const logits = (s, batch, length, dtype) => batch * length * s.vocab_size * width(dtype);
@@ -433,6 +443,10 @@ function checkTogether(s, setup) {
     refuse("attention", "flash",
       `another one, for flash is for fp16 and bf16, not ${computed}`);
   }
+  const window = s.sliding_layers && s.sliding_window;
+  if (window && setup.length >= window && attentionKernel(s, computed, setup.attention) !== "eager") {
+    refuse("length", setup.length, `below the window of ${window} tokens, or eager attention, to train`);
+  }
 }
 
 function checkReading(s, setup) {
@@ -459,7 +473,7 @@ function layerTemporaries(s, setup, b) {
   const split = setup.gpus > 1n && data.sharding[setup.sharding].includes("gradients") && !gathered(s, setup)[0];
   const own = setup.rank || split ? 0n : width(setup.gradients ?? setup.dtype);
   const matrix = own * h * i * (s.num_local_experts || 1n);
-  let taken = tokens * (3n * b + (autocast && !gated ? 4n : 0n)) * experts * i + matrix;
+  let taken = tokens * (3n * b + (autocast && !gated ? 4n : 0n)) * experts * i + matrix * (gated && has(s, "joined") ? 2n : 1n);
   if (hasScores(s, computed, setup.attention)) {
     const softmax = has(s, "layer norm") && !autocast ? b : most(4n, b);
     let scores = 3n * softmax - (softmax > b ? b : 0n);
@@ -468,7 +482,7 @@ function layerTemporaries(s, setup, b) {
     if (setup.rank && !s.num_local_experts) { // what its factors read
       const wide = autocast ? b : width(setup.adapters ?? setup.dtype);
       if (wide !== b || setup.lora_dropout) {
-        mlp += ((1n + g) * h + i) * (wide + (setup.lora_dropout ? 1n : 0n)) - b * (h + i);
+        mlp += (mlpInputs(s) * h + i) * (wide + (setup.lora_dropout ? 1n : 0n)) - b * (h + i);
       }
     }
     let attention = tokens * (heads * setup.length * scores - mlp);

@@ -3,7 +3,7 @@
 import math
 from fractions import Fraction
 
-from every_byte.estimate.architecture import Dimensions, check_dimensions
+from every_byte.estimate.architecture import Dimensions, check_dimensions, inputs
 from every_byte.estimate.checks import check_batch, check_choice, check_flag, check_whole, refuse
 from every_byte.estimate.weights import bytes_per_parameter, computed_width
 
@@ -89,13 +89,21 @@ def layer_activations(
     experts = max(1, sizes.num_experts_per_tok)
     once = 0  # for the whole batch
     gated, wide = sizes.has("gated"), 4 if autocast else b
-    readers = (1 if sizes.model_type == "gpt2" else 3) + 1 + gated if autocast else 2
+    readers = sum(inputs(sizes)) if autocast else 2
     in_fp32 = autocast or not sizes.has("layer norm")  # the softmax
     scores = b + 4 * half if in_fp32 and half else b if half or not in_fp32 else 4
-    token = 2 * (_norm_input(sizes, wide) + _norm_rest(sizes, wide, rank)) + readers * b * h
+    norms = 4 if sizes.has("four norms") else 2
+    token = norms * (_norm_input(sizes, wide) + _norm_rest(sizes, wide, rank)) + readers * b * h
+    in_norm = 4 if half else b  # a number of what queries and keys are normalised from
     if sizes.has("query and key norms"):
-        token += ((4 if half else b) + (0 if rank else b)) * (queries + keys)
+        scaled = in_norm if sizes.has("wide norms") else b
+        token += (in_norm + (0 if rank else scaled)) * (queries + keys)
         token += 4 * (heads + sizes.num_key_value_heads)
+    if sizes.has("wide query and key norms"):  # each over all heads
+        token += in_norm * (1 if rank else 2) * (queries + keys) + 2 * 4
+    if sizes.has("wide norms"):  # 1 + weight of each
+        once += max(4, wide) * norms * h
+        once += max(4, wide) * 2 * sizes.head_dim * sizes.has("query and key norms")
     if attention == "eager":
         # Query, output, and keys and values repeated for all heads: a copy, unless
         # one head of one sequence can be looked at many times over. Autocast copies
@@ -111,6 +119,11 @@ def layer_activations(
     else:
         token += 2 * b * (queries + keys)
         rows = batch * length
+        if sizes.has("joined"):
+            # The values are a part of what one matrix gave, which stays as a whole; the
+            # queries' layout is another one, so the output is copied (rotary's torch.cat).
+            token += b * (queries + keys)
+            token += b * queries if attention == "flash" else 0
         if attention == "flash":
             once += 24 if rows else 0
         else:
@@ -137,15 +150,15 @@ def layer_activations(
 
 def _adapters_keep(sizes: Dimensions, rank: int, b: int, width: int, dropout: bool) -> int:
     """Bytes for each token that LoRA keeps beside the frozen layers, or instead of them."""
-    h, i, gated = sizes.hidden_size, sizes.intermediate_size, sizes.has("gated")
+    h, i = sizes.hidden_size, sizes.intermediate_size
     queries = sizes.num_attention_heads * sizes.head_dim
     dense = not sizes.num_local_experts  # experts are not adapted, see `is_matrix`
-    qkv = 1 if sizes.model_type == "gpt2" else 3
-    matrices = qkv + 1 + (2 + gated) * dense
+    qkv, mlp = inputs(sizes)
+    matrices = qkv + 1 + (1 + mlp) * dense
     kept = matrices * rank * width
     if width == b and not dropout:
         return kept
-    read = qkv * h + queries + ((1 + gated) * h + i) * dense  # numbers that are read
+    read = qkv * h + queries + (mlp * h + i) * dense  # numbers that are read
     shared = h + (h + i) * dense  # what the frozen layers' inputs were counted for
     return kept + read * (width + dropout) - b * shared
 
@@ -159,7 +172,10 @@ def _norm_input(sizes: Dimensions, b: int) -> int:
 
 def _norm_rest(sizes: Dimensions, b: int, rank: int) -> int:
     """Bytes for each token of the normalised input, which the norm's own gradient needs."""
-    return 0 if rank or sizes.has("layer norm") else b * sizes.hidden_size
+    if rank or sizes.has("layer norm"):
+        return 0
+    wide = sizes.has("wide norms") or sizes.has("norms after")  # before the weight, in FP32
+    return (max(4, b) if wide else b) * sizes.hidden_size
 
 
 def activations(
@@ -204,15 +220,23 @@ def activations(
     norm = _norm_input(sizes, wide)
     last = batch * length * (norm + _norm_rest(sizes, wide, rank) + (0 if rank else b * h))
     if not sizes.has("learned positions"):
-        last += 2 * wide * length * sizes.head_dim  # the rotary embedding's cos and sin
+        # The rotary embedding's cos and sin: OLMo 2's are FP32, Gemma 3's of two kinds.
+        kinds = 1 + (sizes.has("wide norms") and 0 < sizes.sliding_layers < layers)
+        last += (
+            2 * kinds * (max(4, b) if sizes.has("norms after") else wide) * length * sizes.head_dim
+        )
+    if sizes.has("wide norms"):  # 1 + weight of the last norm; not of the first where it is frozen
+        last += max(4, wide) * h * (1 if not (rank and layers) else 0)
     last += batch * length * h if dropout else 0  # of the embedding
     if checkpointing:
         inputs = math.ceil(layers / checkpointing) * batch * length * h * wide
-        if rank and layers and sizes.has("learned positions"):
-            # The embedding's output, whose gradient PEFT asks for, before positions are added.
+        scaled = sizes.has("learned positions") or sizes.has("scaled embedding")
+        if rank and layers and scaled:
+            # The embedding's output, whose gradient PEFT asks for, before what is done to it.
             inputs += batch * length * h * wide
         return last + inputs + min(checkpointing, layers) * layer
-    return last + layers * layer - (batch * length * norm if rank and layers else 0)
+    first = rank and layers and not sizes.has("norms after")
+    return last + layers * layer - (batch * length * norm if first else 0)
 
 
 def logits(sizes: Dimensions, batch: int, length: int, dtype: str = "fp32") -> int:

@@ -9,6 +9,7 @@ from every_byte.estimate.architecture import (
     TRAITS,
     Dimensions,
     check_dimensions,
+    inputs,
     is_matrix,
     parameters,
     shape_counts,
@@ -397,7 +398,8 @@ def layer_temporaries(sizes: Dimensions, setup: Setup, b: int) -> int:
     root, _ = gathered(sizes, setup)
     own *= 1 if root or setup.gpus == 1 or "gradients" not in SHARDING[setup.sharding] else 0
     matrix = own * sizes.hidden_size * sizes.intermediate_size * max(1, sizes.num_local_experts)
-    taken = tokens * (3 * b + powers) * experts * sizes.intermediate_size + matrix
+    last = matrix * (2 if sizes.has("joined") and gated else 1)
+    taken = tokens * (3 * b + powers) * experts * sizes.intermediate_size + last
     if kernel in ("eager", "math"):
         softmax = b if sizes.has("layer norm") and not autocast else max(4, b)
         scores = 3 * softmax - (b if softmax > b else 0)
@@ -408,7 +410,7 @@ def layer_temporaries(sizes: Dimensions, setup: Setup, b: int) -> int:
         if setup.rank and not sizes.num_local_experts:  # what its factors read
             width = b if autocast else computed_width(setup.adapters or setup.dtype)
             if width != b or setup.lora_dropout:
-                read = (1 + gated) * sizes.hidden_size + sizes.intermediate_size
+                read = inputs(sizes)[1] * sizes.hidden_size + sizes.intermediate_size
                 shared = sizes.hidden_size + sizes.intermediate_size
                 mlp += read * (width + setup.lora_dropout) - b * shared
         output = own * sizes.num_attention_heads * sizes.head_dim * sizes.hidden_size
@@ -543,6 +545,12 @@ def check_together(sizes: Dimensions, setup: Setup) -> None:
             raise refuse(
                 "attention", "flash", f"another one, for flash is for fp16 and bf16, not {computed}"
             )
+        window = sizes.sliding_window if sizes.sliding_layers else 0
+        fused = attention_kernel(sizes, computed, setup.attention) != "eager"
+        if window and setup.length >= window and fused:
+            # From there on transformers makes a mask, and PyTorch takes another kernel.
+            below = f"below the window of {window} tokens, or eager attention, to train"
+            raise refuse("length", setup.length, below)
 
 
 def fragments(sizes: Dimensions, setup: Setup) -> int:
