@@ -28,6 +28,7 @@ from every_byte.data import cards
 from every_byte.estimate import Dimensions, Memory, Setup
 from every_byte.estimate.architecture import with_layers
 from every_byte.estimate.config import OTHER_NAMES, SAME_IN_BOTH
+from every_byte.estimate.forward import masked_layers
 from every_byte.gpu import VirtualGPU
 from every_byte.tracker import untracked
 from helpers.models import CAUSAL_SDPA
@@ -263,7 +264,8 @@ def _replayed(case: Case, capacity: int, context: int) -> int:
     setup, sizes = case.setup, case.sizes
     attention = "eager" if setup.attention == "eager" else CAUSAL_SDPA
     other = sizes.has("encoder") or sizes.has("images")
-    if other and attention != "eager":
+    trained = setup.task == "training"
+    if attention != "eager" and (other or (trained and masked_layers(sizes, setup.length, "sdpa"))):
         attention = "sdpa"
     dtype, batch, length = DTYPES[setup.dtype], setup.batch, setup.length
     with untracked():

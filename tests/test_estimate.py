@@ -868,14 +868,43 @@ def test_what_encoders_cannot_do_is_refused(
         estimate.memory(sizes, Setup(**given))  # type: ignore[arg-type]
 
 
-def test_a_window_is_longer_than_what_is_trained() -> None:
-    """From its length on transformers makes a mask, which the formulas do not describe."""
-    sizes, setup = small("gemma3_text"), Setup(dtype="bf16", attention="sdpa", length=512)
-    with pytest.raises(ValueError, match="length is 512: expected below the window of 512 tokens"):
-        estimate.memory(sizes, setup)
-    assert estimate.memory(sizes, dataclasses.replace(setup, length=511))
-    assert estimate.memory(sizes, dataclasses.replace(setup, attention="eager"))
-    assert estimate.memory(sizes, dataclasses.replace(setup, task="inference"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["gemma3_text", "mistral", "phi3"])
+def test_what_a_window_keeps_is_as_estimated(kind: str, dtype: str) -> None:
+    """From its length on SDPA has a mask, and another kernel: to the byte, but for the loss."""
+    layers = 1 if kind == "gemma3_text" else 2
+    sizes = dataclasses.replace(small(kind), sliding_window=64, sliding_layers=layers)
+    with VirtualGPU("H200", capacity=1 << 50, torch="2.11", values="assume") as gpu:
+        with gpu.device:
+            model = build(sizes, dtype, "sdpa")
+        held, loss = held_after_forward(model, gpu, 3, 96, mask=False)
+        del loss
+    expected = estimate.activations(sizes, 3, 96, dtype, "sdpa")
+    assert abs(held - expected - 2 * estimate.logits(sizes, 3, 96, dtype)) <= 64
+    shorter = dataclasses.replace(sizes, sliding_window=97)
+    assert estimate.activations(shorter, 3, 96, dtype, "sdpa") != expected
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "window", "length", "given"),
+    [
+        ("Phi-3-mini-4k-instruct", 2047, 2300, {"dtype": "bf16"}),
+        ("Mistral-7B-v0.1", 512, 1500, {"dtype": "bf16", "rank": 16, "checkpointing": True}),
+        ("Mistral-7B-v0.1", 512, 700, {"dtype": "fp32"}),
+        ("gemma-3-1b-it", 512, 900, {"dtype": "fp32", "amp": "bf16"}),
+    ],
+)
+def test_a_peak_beyond_a_window_is_as_estimated(
+    name: str, window: int, length: int, given: dict[str, str]
+) -> None:
+    sizes = architecture.with_layers(estimate.dimensions(name), 2)
+    sizes = dataclasses.replace(sizes, sliding_window=window)
+    setup = Setup(optimizer="adamw", implementation="fused", attention="sdpa", length=length)
+    case = estimates.Case(name, sizes, dataclasses.replace(setup, **given), "H200")
+    found, memory = estimates.replayed(case), estimates.estimated(case)
+    assert found["fits"]
+    assert -estimates.BELOW <= memory.peak / found["peak"] - 1 <= estimates.ABOVE, memory.moments
 
 
 def test_what_is_not_described_is_not_trained() -> None:

@@ -31,6 +31,25 @@ def attention_kernel(sizes: Dimensions, dtype: str, attention: str) -> str:
     return "math" if grouped or dtype == "fp64" else "efficient"
 
 
+def masked_layers(sizes: Dimensions, length: int, attention: str) -> int:
+    """How many layers have a mask in SDPA, for a window that the text is longer than.
+
+    Memory-efficient attention or cuDNN's then, with keys and values repeated for all heads
+    and the mask as numbers (transformers 5.23, ``masking_utils.py``, and
+    ``integrations/sdpa_attention.py``, use_gqa_in_sdpa). Flash attention knows windows.
+    """
+    fused = attention in ("sdpa", "efficient") and not sizes.has("no sdpa")
+    longer = 0 < sizes.sliding_window <= length
+    return sizes.sliding_layers if fused and longer else 0
+
+
+def kinds_of_layers(sizes: Dimensions, length: int, attention: str) -> dict[bool, int]:
+    """How many layers there are with a mask (True), and without one."""
+    masked = masked_layers(sizes, length, attention)
+    found = {True: masked, False: sizes.num_hidden_layers - masked}
+    return {kind: count for kind, count in found.items() if count} or {False: 0}
+
+
 def layer_activations(
     sizes: Dimensions,
     batch: int,
@@ -42,6 +61,7 @@ def layer_activations(
     dropout: bool = False,
     adapters: str | None = None,
     lora_dropout: bool = False,
+    masked: bool = False,
 ) -> int:
     """Bytes that autograd keeps of one decoder layer from forward to backward.
 
@@ -67,6 +87,7 @@ def layer_activations(
             them keeps its own copy of what it reads, as PEFT's do
             (``peft/tuners/lora/layer.py``, ``_cast_input_dtype``).
         lora_dropout: of what LoRA's factors read: a copy and a byte for each number.
+        masked: whether the layer is one of `masked_layers`.
 
     Raises:
         ValueError: impossible sizes, an unknown dtype or kind of attention, or
@@ -75,7 +96,8 @@ def layer_activations(
     check_dimensions(sizes)
     check_batch(batch, length)
     check_choice("attention", attention, (*ATTENTION, "sdpa"))
-    attention = attention_kernel(sizes, dtype, attention)
+    check_flag("masked", masked)
+    attention = "masked" if masked else attention_kernel(sizes, dtype, attention)
     check_whole("rank", rank, 0, "0 for no LoRA")
     check_flag("autocast", autocast)
     check_flag("dropout", dropout)
@@ -117,13 +139,14 @@ def layer_activations(
         # (aten/src/ATen/native/transformers/attention.cpp, _attention_math).
         token += b * (4 * queries + heads * length)
     else:
-        token += 2 * b * (queries + keys)
+        repeated = queries if masked and sizes.num_key_value_heads > 1 else keys
+        token += 2 * b * (queries + repeated) + b * length * masked
         rows = batch * length
         if sizes.has("joined"):
             # The values are a part of what one matrix gave, which stays as a whole; the
             # queries' layout is another one, so the output is copied (rotary's torch.cat).
-            token += b * (queries + keys)
-            token += b * queries if attention == "flash" else 0
+            token += b * (queries + keys) if repeated == keys else 0  # else values are copied
+            token += b * queries if half else 0
         if attention == "flash":
             once += 24 if rows else 0
         else:
@@ -201,18 +224,23 @@ def activations(
         ValueError: impossible sizes, an unknown dtype or kind of attention, or
             dropout where the architecture has none.
     """
-    layer = layer_activations(
-        sizes,
-        batch,
-        length,
-        dtype,
-        attention,
-        rank,
-        autocast,
-        dropout,
-        adapters,
-        lora_dropout,
-    )
+    kinds = kinds_of_layers(sizes, length, attention)
+    kept = {
+        kind: layer_activations(
+            sizes,
+            batch,
+            length,
+            dtype,
+            attention,
+            rank,
+            autocast,
+            dropout,
+            adapters,
+            lora_dropout,
+            kind,
+        )
+        for kind in kinds
+    }
     if not isinstance(checkpointing, bool):  # True: of each layer
         check_whole("checkpointing", checkpointing, 0, "0 for none")
     b, h, layers = computed_width(dtype), sizes.hidden_size, sizes.num_hidden_layers
@@ -221,9 +249,9 @@ def activations(
     last = batch * length * (norm + _norm_rest(sizes, wide, rank) + (0 if rank else b * h))
     if not sizes.has("learned positions"):
         # The rotary embedding's cos and sin: OLMo 2's are FP32, Gemma 3's of two kinds.
-        kinds = 1 + (sizes.has("wide norms") and 0 < sizes.sliding_layers < layers)
+        tables = 1 + (sizes.has("wide norms") and 0 < sizes.sliding_layers < layers)
         last += (
-            2 * kinds * (max(4, b) if sizes.has("norms after") else wide) * length * sizes.head_dim
+            2 * tables * (max(4, b) if sizes.has("norms after") else wide) * length * sizes.head_dim
         )
     if sizes.has("wide norms"):  # 1 + weight of the last norm; not of the first where it is frozen
         last += max(4, wide) * h * (1 if not (rank and layers) else 0)
@@ -234,9 +262,11 @@ def activations(
         if rank and layers and scaled:
             # The embedding's output, whose gradient PEFT asks for, before what is done to it.
             inputs += batch * length * h * wide
-        return last + inputs + min(checkpointing, layers) * layer
+        inputs += batch * length * length if True in kinds else 0  # the mask
+        return last + inputs + min(checkpointing, layers) * max(kept.values())
     first = rank and layers and not sizes.has("norms after")
-    return last + layers * layer - (batch * length * norm if first else 0)
+    every = sum(count * kept[kind] for kind, count in kinds.items())
+    return last + every - (batch * length * norm if first else 0)
 
 
 def logits(sizes: Dimensions, batch: int, length: int, dtype: str = "fp32") -> int:
