@@ -28,6 +28,7 @@ from every_byte.data import cards
 from every_byte.estimate import Dimensions, Memory, Setup
 from every_byte.estimate.architecture import with_layers
 from every_byte.estimate.config import OTHER_NAMES, SAME_IN_BOTH
+from every_byte.estimate.forward import masked_layers
 from every_byte.gpu import VirtualGPU
 from every_byte.tracker import untracked
 from helpers.models import CAUSAL_SDPA
@@ -37,6 +38,18 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CARDS = ("H200", "A100 80 GB", "RTX 4090", "T4")
 TORCH = "2.11"
 STORED = Path(__file__).with_name("estimates.json")
+FAMILIES = (
+    "gemma-2b",
+    "gemma-3-270m",
+    "gemma-3-1b-it",
+    "Phi-3-mini-4k-instruct",
+    "Phi-4-mini-instruct",
+    "OLMo-2-0425-1B",
+    "OLMo-2-1124-7B",
+    "granite-3.3-2b-base",
+    "granite-3.3-8b-base",
+)
+"""Of those that are not the book's, what ``--families`` draws from."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,17 +62,18 @@ class Case:
     card: str
 
 
-def random_case(seed: int, layers: int | None = None) -> Case:
-    """A model of the data file and a set-up that a replay can follow, the same for a seed.
+def random_case(seed: int, layers: int | None = None, names: tuple[str, ...] = ()) -> Case:
+    """A model and a set-up that a replay can follow, the same for a seed.
 
     Args:
         seed: of the random numbers.
         layers: the most that the model keeps of its layers; all if None.
+        names: of the models; those of the book without experts if there are none.
     """
     rng = random.Random(seed)
-    dense = {n: estimate.dimensions(n) for n in estimate.known_models()}
-    name = rng.choice([n for n, s in dense.items() if not s.num_local_experts])
-    sizes = dense[name]
+    known = {n: estimate.dimensions(n) for n in names or estimate.known_models()}
+    name = rng.choice([n for n, s in known.items() if not s.num_local_experts])
+    sizes = known[name]
     if layers is not None:
         few = min(rng.randint(1, layers), sizes.num_hidden_layers)
         sizes = with_layers(sizes, few)
@@ -74,14 +88,16 @@ def random_case(seed: int, layers: int | None = None) -> Case:
         "attention": rng.choice(["sdpa", "sdpa", "sdpa", "eager"]),
         "load": rng.choice(["to", "device_map"]),
     }
+    if sizes.sliding_layers:  # from the window's length on, there is a mask
+        given["length"] = min(given["length"], sizes.sliding_window - 8)
     if task == "inference":
         given["all_logits"] = rng.random() < 0.5
         return Case(name, sizes, Setup(**given), rng.choice(CARDS))
     given["optimizer"] = rng.choice(
         ["sgd", "momentum", "adam", "adamw", "adamw", "rmsprop", "adafactor", "adam 8-bit", "lion"]
     )
-    known = estimate.OPTIMIZERS[given["optimizer"]]
-    given["implementation"] = rng.choice(["foreach", "for-loop", *["fused"] * 2 * known.fused])
+    fused = estimate.OPTIMIZERS[given["optimizer"]].fused
+    given["implementation"] = rng.choice(["foreach", "for-loop", *["fused"] * 2 * fused])
     given["amp"] = rng.choice([None, "bf16", "fp16"]) if dtype == "fp32" else None
     given["checkpointing"] = rng.random() < 0.3
     given["accumulation"] = rng.random() < 0.2
@@ -248,7 +264,8 @@ def _replayed(case: Case, capacity: int, context: int) -> int:
     setup, sizes = case.setup, case.sizes
     attention = "eager" if setup.attention == "eager" else CAUSAL_SDPA
     other = sizes.has("encoder") or sizes.has("images")
-    if other and attention != "eager":
+    trained = setup.task == "training"
+    if attention != "eager" and (other or (trained and masked_layers(sizes, setup.length, "sdpa"))):
         attention = "sdpa"
     dtype, batch, length = DTYPES[setup.dtype], setup.batch, setup.length
     with untracked():
@@ -384,14 +401,18 @@ def replayed_sharded(sizes: Dimensions, setup: Setup, card: str = "H200") -> int
 # All of them
 
 
-def stored() -> list[tuple[Case, int]]:
-    """The cases of ``estimates.json``, and the peak in bytes that the replay of each showed."""
+def stored(kind: str = "peaks") -> list[tuple[Case, int]]:
+    """The cases of ``estimates.json``, and the peak in bytes that the replay of each showed.
+
+    Args:
+        kind: ``peaks``, or ``families`` for those of `FAMILIES`.
+    """
     known = json.loads(STORED.read_text("utf-8"))
-    peaks = enumerate(known["peaks"])
-    return [(random_case(seed, known["layers"]), peak) for seed, peak in peaks]
+    names = FAMILIES if kind == "families" else ()
+    return [(random_case(n, known["layers"], names), peak) for n, peak in enumerate(known[kind])]
 
 
-def store(found: list[dict[str, Any]], layers: int | None) -> None:
+def store(kind: str, found: list[dict[str, Any]], layers: int | None) -> None:
     """Write ``estimates.json``: of what versions, and each seed's peak, from 0 on.
 
     Raises:
@@ -401,13 +422,15 @@ def store(found: list[dict[str, Any]], layers: int | None) -> None:
 
     if bad := [n for n, one in enumerate(found) if one["seed"] != n or not one.get("fits")]:
         raise ValueError(f"seed is {bad[0]}: expected all from 0 on, each of which ran")
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    rules, peaks = {"rules_of_torch": TORCH, "layers": layers}, [one["peak"] for one in found]
-    text = json.dumps({**versions, **rules, "peaks": peaks}, indent=0)
-    STORED.write_text(text + "\n", "utf-8")
+    known = json.loads(STORED.read_text("utf-8")) if STORED.exists() else {}
+    known |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    known |= {"rules_of_torch": TORCH, "layers": layers, kind: [one["peak"] for one in found]}
+    STORED.write_text(json.dumps(known, indent=0) + "\n", "utf-8")
 
 
-def compared(seeds: range, results: Path, layers: int | None) -> Iterator[dict[str, Any]]:
+def compared(
+    seeds: range, results: Path, layers: int | None, names: tuple[str, ...] = ()
+) -> Iterator[dict[str, Any]]:
     """What each seed's replay showed, from the file as far as it goes, then replayed."""
     known: dict[int, dict[str, Any]] = {}
     if results.exists():
@@ -415,7 +438,7 @@ def compared(seeds: range, results: Path, layers: int | None) -> Iterator[dict[s
         known = {line["seed"]: line for line in lines}
     for seed in seeds:
         if seed not in known:
-            case = random_case(seed, layers)
+            case = random_case(seed, layers, names)
             try:
                 known[seed] = {"seed": seed, **replayed(case)}
             except Exception as error:
@@ -438,6 +461,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--layers", type=int, help="the most layers of a model; all by default")
     parser.add_argument("--results", type=Path, default=Path("estimates.jsonl"))
+    parser.add_argument("--families", action="store_true", help="of models beyond the book's")
     parser.add_argument("--store", action="store_true", help="write benchmarks/estimates.json")
     parser.add_argument("--worst", type=int, default=20, help="how many of the worst to print")
     asked = parser.parse_args(arguments)
@@ -447,11 +471,12 @@ def main(arguments: list[str] | None = None) -> int:
     logging.set_verbosity_error()
     rows, errors = [], []
     seeds = range(asked.first, asked.first + asked.seeds)
-    results = list(compared(seeds, asked.results, asked.layers))
+    names = FAMILIES if asked.families else ()
+    results = list(compared(seeds, asked.results, asked.layers, names))
     if asked.store:
-        store(results, asked.layers)
+        store("families" if asked.families else "peaks", results, asked.layers)
     for found in results:
-        case = random_case(found["seed"], asked.layers)
+        case = random_case(found["seed"], asked.layers, names)
         if "error" in found:
             errors.append((found["seed"], found["error"]))
             continue

@@ -1,8 +1,5 @@
-/* The formulas of every_byte/estimate, for the estimator's page.
-
-   tests/test_estimator.py proves them equal to Python's, to the byte, on thousands
-   of inputs. Whole numbers are BigInt: exact at any size. `data` are the constants
-   of the Python modules, which book/_ext/estimator.py writes into the page. */
+/* The formulas of every_byte/estimate, which tests/test_estimator.py proves equal to Python's,
+   to the byte. Whole numbers are BigInt; `data` is what book/_ext/estimator.py writes. */
 "use strict";
 
 class Refusal extends Error {
@@ -13,7 +10,6 @@ class Refusal extends Error {
   }
 }
 
-// What is in the one function of each of these files is not indented for it.
 function everyByteFormulas(data) {
 const big = (value) => BigInt(value);
 const ceil = (n, d) => (n + d - 1n) / d;
@@ -25,7 +21,8 @@ const atLeast = (of, what, from, more = "") => {
   if (of[what] < from) refuse(what, of[what], `a whole number from ${from} up${more}`);
 };
 const ofQkv = (s) => has(s, "biases") || has(s, "query, key and value biases");
-const inputs = (s) => (s.model_type === "gpt2" ? 1n : 3n); // matrices of attention's input
+const inputs = (s) => (has(s, "joined") || s.model_type === "gpt2" ? 1n : 3n); // matrices that read attention's
+const mlpInputs = (s) => (has(s, "gated") && !has(s, "joined") ? 2n : 1n); // input, and the MLP's
 const isOther = (s) => has(s, "encoder") || has(s, "images"); // no decoder-only transformer
 const isMatrix = (s, part, shape) => shape.length === 2
   && (["attention", "latent", "shared"].includes(part) || (part === "mlp" && !s.num_local_experts));
@@ -256,7 +253,8 @@ function castWeights(s, setup, dtype) {
 
 const normInput = (s, b) =>
   has(s, "layer norm") ? b * s.hidden_size + 8n : (b > 4n ? b : 4n) * s.hidden_size + 4n;
-const normRest = (s, b, rank) => (rank || has(s, "layer norm") ? 0n : b * s.hidden_size);
+const inFP32 = (s) => has(s, "wide norms") || has(s, "norms after"); // before a norm's weight
+const normRest = (s, b, rank) => (rank || has(s, "layer norm") ? 0n : (inFP32(s) ? most(4n, b) : b) * s.hidden_size);
 
 function attentionKernel(s, dtype, attention) {
   if (attention !== "sdpa") return attention;
@@ -269,17 +267,32 @@ const hasScores = (...of) => ["eager", "math"].includes(attentionKernel(...of));
 
 // What LoRA keeps for each token beside the frozen layers, or instead of them.
 function adaptersKeep(s, rank, b, own, dropout) {
-  const h = s.hidden_size, i = s.intermediate_size, gate = has(s, "gated") ? 1n : 0n;
+  const h = s.hidden_size, i = s.intermediate_size, mlp = mlpInputs(s);
   const dense = s.num_local_experts ? 0n : 1n, qkv = inputs(s);
-  const kept = (qkv + 1n + (2n + gate) * dense) * rank * own;
+  const kept = (qkv + 1n + (1n + mlp) * dense) * rank * own;
   if (own === b && !dropout) return kept;
-  const read = qkv * h + s.num_attention_heads * s.head_dim + ((1n + gate) * h + i) * dense;
+  const read = qkv * h + s.num_attention_heads * s.head_dim + (mlp * h + i) * dense;
   return kept + read * (own + (dropout ? 1n : 0n)) - b * (h + (h + i) * dense);
 }
 
-function layerActivations(s, batch, length, dtype, asked) {
+// How many layers have no mask for a window, and how many have one.
+function kindsOfLayers(s, length, attention) {
+  const fused = ["sdpa", "efficient"].includes(attention) && !has(s, "no sdpa");
+  const masked = fused && s.sliding_window > 0n && length >= s.sliding_window ? s.sliding_layers : 0n;
+  return [s.num_hidden_layers - masked, masked];
+}
+
+function allMasked(s, { length, attention }) {
+  const [plain, masked] = kindsOfLayers(s, length, attention);
+  return masked && !plain;
+}
+
+// The largest of the kinds that there are.
+const largestLayer = (kinds, of) => most(kinds[0] || !kinds[1] ? of(false) : 0n, kinds[1] ? of(true) : 0n);
+
+function layerActivations(s, batch, length, dtype, asked, masked = false) {
   const { rank, autocast, dropout, adapters, lora_dropout } = asked;
-  const attention = attentionKernel(s, dtype, asked.attention);
+  const attention = masked ? "masked" : attentionKernel(s, dtype, asked.attention);
   if (dropout && !has(s, "dropout")) {
     refuse("dropout", true, `False, as ${s.model_type} has none`);
   }
@@ -287,15 +300,17 @@ function layerActivations(s, batch, length, dtype, asked) {
   const queries = heads * s.head_dim, keys = s.num_key_value_heads * s.head_dim;
   const experts = s.num_experts_per_tok || 1n, gated = has(s, "gated");
   const wide = autocast ? 4n : b;
-  const readers = autocast ? inputs(s) + (gated ? 2n : 1n) : 2n;
-  const inFP32 = autocast || !has(s, "layer norm"); // the softmax
-  const scores = inFP32 && half ? b + 4n : half || !inFP32 ? b : 4n;
+  const readers = autocast ? inputs(s) + mlpInputs(s) : 2n;
+  const upcast = autocast || !has(s, "layer norm"); // the softmax
+  const scores = upcast && half ? b + 4n : half || !upcast ? b : 4n;
   let fixed = 0n; // for the whole batch
-  let token = 2n * (normInput(s, wide) + normRest(s, wide, rank)) + readers * b * h;
-  if (has(s, "query and key norms")) {
-    token += ((half ? 4n : b) + (rank ? 0n : b)) * (queries + keys);
+  const norms = has(s, "four norms") ? 4n : 2n, inNorm = half ? 4n : b, each = has(s, "query and key norms");
+  let token = norms * (normInput(s, wide) + normRest(s, wide, rank)) + readers * b * h;
+  if (each) {
+    token += (inNorm + (rank ? 0n : has(s, "wide norms") ? inNorm : b)) * (queries + keys);
     token += 4n * (heads + s.num_key_value_heads);
   }
+  if (has(s, "wide query and key norms")) token += inNorm * (rank ? 1n : 2n) * (queries + keys) + 8n;
   if (attention === "eager") {
     const once = batch === 1n && s.num_key_value_heads === 1n;
     const repeated = once ? (autocast ? queries : keys) + keys : 2n * queries;
@@ -305,10 +320,13 @@ function layerActivations(s, batch, length, dtype, asked) {
   else {
     const fast = attention === "flash";
     const rows = batch * (fast ? length : 32n * ceil(length, 32n));
-    token += 2n * b * (queries + keys);
+    const repeated = masked && s.num_key_value_heads > 1n ? queries : keys;
+    token += 2n * b * (queries + repeated) + (masked ? b * length : 0n);
+    if (has(s, "joined")) token += (repeated === keys ? b * (queries + keys) : 0n) + (half ? b * queries : 0n);
     fixed = 4n * heads * rows + (rows ? (fast ? 24n : dropout ? 0n : 16n) : 0n);
   }
   token += (gated ? experts * 4n * b : 5n * b + (autocast ? 6n : 0n)) * s.intermediate_size;
+  if (has(s, "wide norms")) fixed += most(4n, wide) * (norms * h + (each ? 2n * s.head_dim : 0n)); // 1 + weight
   if (dropout) token += 2n * h;
   if (s.num_local_experts) {
     token += 2n * experts * b * h + 4n * s.num_local_experts + 40n * experts + 4n;
@@ -321,17 +339,21 @@ function layerActivations(s, batch, length, dtype, asked) {
 
 function activations(s, batch, length, dtype, checkpointing, asked) {
   const { rank, autocast, dropout } = asked;
-  const layer = layerActivations(s, batch, length, dtype, asked);
+  const kinds = kindsOfLayers(s, length, asked.attention), layer = (masked) => layerActivations(s, batch, length, dtype, asked, masked);
   const b = width(dtype), h = s.hidden_size, layers = s.num_hidden_layers;
   const wide = autocast ? 4n : b, norm = normInput(s, wide);
   let last = batch * length * (norm + normRest(s, wide, rank) + (rank ? 0n : b * h));
-  if (!has(s, "learned positions")) last += 2n * wide * length * s.head_dim;
+  if (!has(s, "learned positions")) {
+    const tables = has(s, "wide norms") && s.sliding_layers && s.sliding_layers < layers ? 2n : 1n;
+    last += 2n * tables * (has(s, "norms after") ? most(4n, b) : wide) * length * s.head_dim;
+  }
+  if (has(s, "wide norms") && !(rank && layers)) last += most(4n, wide) * h;
   if (dropout) last += batch * length * h;
   if (checkpointing) {
-    const inputs = layers + (rank && layers && has(s, "learned positions") ? 1n : 0n);
-    return last + inputs * batch * length * h * wide + (layers ? layer : 0n);
+    const inputs = layers + (rank && layers && (has(s, "learned positions") || has(s, "scaled embedding")) ? 1n : 0n);
+    return last + inputs * batch * length * h * wide + (kinds[1] ? batch * length * length : 0n) + (layers ? largestLayer(kinds, layer) : 0n);
   }
-  return last + layers * layer - (rank && layers ? batch * length * norm : 0n);
+  return last + kinds[0] * layer(false) + kinds[1] * layer(true) - (rank && layers && !has(s, "norms after") ? batch * length * norm : 0n);
 }
 
 const logits = (s, batch, length, dtype) => batch * length * s.vocab_size * width(dtype);
@@ -407,6 +429,7 @@ function checked(given) {
   return setup;
 }
 
+const splits = (setup, what) => data.sharding[setup.sharding].includes(what);
 const usesAutocast = (setup) => setup.amp !== null && setup.dtype === "fp32";
 
 function checkLength(s, length) {
@@ -456,11 +479,11 @@ function layerTemporaries(s, setup, b) {
   const tokens = setup.batch * setup.length, h = s.hidden_size, i = s.intermediate_size;
   const computed = { 2: "bf16", 4: "fp32", 8: "fp64" }[b], heads = s.num_attention_heads;
   const autocast = usesAutocast(setup), g = gated ? 1n : 0n;
-  const split = setup.gpus > 1n && data.sharding[setup.sharding].includes("gradients") && !gathered(s, setup)[0];
+  const split = setup.gpus > 1n && splits(setup, "gradients") && !gathered(s, setup)[0];
   const own = setup.rank || split ? 0n : width(setup.gradients ?? setup.dtype);
   const matrix = own * h * i * (s.num_local_experts || 1n);
-  let taken = tokens * (3n * b + (autocast && !gated ? 4n : 0n)) * experts * i + matrix;
-  if (hasScores(s, computed, setup.attention)) {
+  let taken = tokens * (3n * b + (autocast && !gated ? 4n : 0n)) * experts * i + matrix * (gated && has(s, "joined") ? 2n : 1n);
+  if (hasScores(s, computed, setup.attention) && !allMasked(s, setup)) {
     const softmax = has(s, "layer norm") && !autocast ? b : most(4n, b);
     let scores = 3n * softmax - (softmax > b ? b : 0n);
     if (softmax > b && (autocast ? setup.amp : setup.dtype) === "fp16") scores -= b;
@@ -468,7 +491,7 @@ function layerTemporaries(s, setup, b) {
     if (setup.rank && !s.num_local_experts) { // what its factors read
       const wide = autocast ? b : width(setup.adapters ?? setup.dtype);
       if (wide !== b || setup.lora_dropout) {
-        mlp += ((1n + g) * h + i) * (wide + (setup.lora_dropout ? 1n : 0n)) - b * (h + i);
+        mlp += (mlpInputs(s) * h + i) * (wide + (setup.lora_dropout ? 1n : 0n)) - b * (h + i);
       }
     }
     let attention = tokens * (heads * setup.length * scores - mlp);
@@ -485,7 +508,7 @@ const outsideOfLayers = (s) => parameters({ ...s, num_hidden_layers: 0n });
 
 // What a sharded model has whole while it computes: what is outside of the layers; one layer.
 function gathered(s, setup) {
-  const sharded = setup.gpus > 1n && data.sharding[setup.sharding].includes("parameters");
+  const sharded = setup.gpus > 1n && splits(setup, "parameters");
   if (!sharded && setup.offload !== "all") return [0n, 0n];
   const outside = outsideOfLayers(s), b = width(setup.dtype);
   return [b * outside, s.num_hidden_layers ? b * (parameters({ ...s, num_hidden_layers: 1n }) - outside) : 0n];
@@ -636,11 +659,13 @@ function fragments(s, setup) {
   if (training && !setup.rank) large.push(s.vocab_size * h * width(setup.gradients ?? setup.dtype));
   const computed = { 2: "bf16", 4: "fp32", 8: "fp64" }[b];
   if (has(s, "query and key norms")) large.push(tokens * heads * s.head_dim * most(4n, b));
-  const scores = hasScores(s, computed, setup.attention);
+  const mask = training && kindsOfLayers(s, setup.length, setup.attention)[1];
+  const scores = hasScores(s, computed, setup.attention) && !(training && allMasked(s, setup));
   if (scores) large.push(tokens * heads * setup.length * most(4n, b));
+  if (mask) large.push(tokens * setup.length * b);
   const blocks = large.map((n) => block(n, true)), narrow = training && b < 4n ? scored * b : 0n;
   const largest = block(large.reduce(most), true);
-  return largest + (scores ? blocks.reduce((all, n) => all + n) : largest)
+  return largest + (scores || mask ? blocks.reduce((all, n) => all + n) : largest)
     + block(narrow, true) + big(data.allocator.kLargeBuffer);
 }
 
@@ -674,8 +699,9 @@ function memory(s, given, workspace = data.workspace, context = data.context) {
       break;
     }
     if (setup.attention === "eager") kept += batch * length * length * width(dtype);
-    layer = layers ? layerActivations(s, batch, length, computed, asked) : 0n;
-    outer = activations({ ...s, num_hidden_layers: 0n }, batch, length, computed, false, asked);
+    layer = layers ? largestLayer(kindsOfLayers(s, length, setup.attention),
+      (masked) => layerActivations(s, batch, length, computed, asked, masked)) : 0n;
+    outer = activations({ ...s, num_hidden_layers: 0n, sliding_layers: 0n }, batch, length, computed, false, asked);
     held.logits = 2n * logits(s, batch, length, computed);
     if (autocast) {
       held.logits += logits(s, batch, length, "fp32");
@@ -696,10 +722,10 @@ function memory(s, given, workspace = data.workspace, context = data.context) {
     let some = tensorsOf[kind], own = kind === "parameters" && setup.load === "to";
     let nbytes = sum(some);
     if (training && data.offloaded[setup.offload ?? "null"].includes(kind)) {
-      host += data.sharding[setup.sharding].includes(kind) ? ceil(nbytes, setup.gpus) : nbytes;
+      host += splits(setup, kind) ? ceil(nbytes, setup.gpus) : nbytes;
       [nbytes, some] = [0n, []];
     }
-    if (setup.gpus > 1n && data.sharding[setup.sharding].includes(kind)) {
+    if (setup.gpus > 1n && splits(setup, kind)) {
       nbytes = ceil(nbytes, setup.gpus);
       [some, own] = [[[nbytes, 1n]], false];
     }
@@ -721,7 +747,7 @@ function memory(s, given, workspace = data.workspace, context = data.context) {
       kept: kept + held.cast_weights - again, again, one: layers ? layer + copy : 0n, outer, cast,
       step: (setup.offload ? 0n : ceil(
         stepTemporaries(parts, setup, states_, rank ? 0n : s.hidden_size * s.num_attention_heads * s.head_dim),
-        data.sharding[setup.sharding].includes("optimizer_states") ? setup.gpus : 1n)) + shared.gradients,
+        splits(setup, "optimizer_states") ? setup.gpus : 1n)) + shared.gradients,
     });
   } else if (isOther(s)) held.moments = readingMoments(s, setup, rest, held.kv_cache);
   else held.moments = inferenceMoments(s, setup, rest + held.kv_cache, held.kv_cache);
@@ -738,6 +764,6 @@ const verdict = (held, capacity) =>
 const total = (held) => KINDS.reduce((all, kind) => all + held[kind], 0n);
 
 return { dimensions, parameters, loraParameters, width, bytes, layerActivations, usesAutocast,
-  has, isOther, tensors, isStored, quantised, cacheBytes, innerNumbers,
+  has, splits, isOther, tensors, isStored, quantised, cacheBytes, innerNumbers,
   memory, verdict, total, refuse, atLeast, checkLength, ceil, most };
 }

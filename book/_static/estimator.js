@@ -102,7 +102,7 @@ function read() {
 
 const isModel = (name) => name === "own" || Object.hasOwn(data.models, name);
 
-// A refusal in a reader's words: the field by its label, what was typed, what is expected.
+// A refusal in a reader's words.
 function inPlainWords({ what, value, expected }) {
   const label = control(what) && form.ownerDocument.querySelector(`label[for=e-${what}]`);
   const said = value === null || value === "" ? "nothing" : typeof value === "string" ? `“${value}”` : String(value);
@@ -135,7 +135,7 @@ function inWords(kind, { sizes, setup, held }) {
   const autocast = F.usesAutocast(setup), computed = autocast ? setup.amp : setup.dtype;
   const own = (setup.rank && setup.adapters) || setup.dtype, words = grouped(sizes.vocab_size);
   const { none, note } = data.kinds[kind], work = `${batch} × ${length} tokens`;
-  const split = setup.gpus > 1n && data.sharding[setup.sharding].includes(kind)
+  const split = setup.gpus > 1n && F.splits(setup, kind)
     ? `; divided by ${grouped(setup.gpus)} GPUs, rounded up to a whole byte` : "";
   switch (kind) {
     case "parameters":
@@ -189,7 +189,7 @@ const moment = (held, name) => held.moments.find(([known]) => known === name)[1]
 const PARTS = { held: ["held at rest", "parameters"], peak: ["at the peak, on top", "activations"],
   margin: ["fragmentation, at most", "rounding"], context: ["CUDA context", "context"] };
 
-// A row whose name is a button: pointed at or reached by the Tab key, it explains itself.
+// A row that explains itself when pointed at or reached by the Tab key.
 function explained(row, button, tell) {
   for (const event of ["focus", "click"]) button.addEventListener(event, tell);
   row.addEventListener("mouseenter", tell);
@@ -305,7 +305,7 @@ function showCards({ sizes, setup }) {
   }));
 }
 
-// A button that changes fields of the form, and then has the focus where it was.
+// A button that changes fields of the form, and keeps the focus near.
 function lever(list, name, change, after) {
   const item = document.createElement("li"), button = element("button", name, { type: "button" });
   button.addEventListener("click", () => {

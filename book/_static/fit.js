@@ -1,6 +1,5 @@
-/* What would make it fit, and what a config.json says, for the estimator's page:
-   ports of every_byte/estimate/fit.py, config.py and serving.py, which
-   tests/test_estimator.py proves equal. F are the formulas of estimate.js. */
+/* What would make it fit, and what a config.json says: ports of every_byte/estimate/fit.py,
+   config.py and serving.py. F are the formulas of estimate.js. */
 "use strict";
 
 function everyByteFit(data, F) {

@@ -18,12 +18,12 @@ TRAITS: dict[str, frozenset[str]] = {
     "mixtral": frozenset({"gated"}),
     "qwen2": frozenset({"gated", "query, key and value biases"}),
     "qwen3": frozenset({"gated", "query and key norms"}),
-    "gemma": frozenset({"gated", "inference only"}),
+    "gemma": frozenset({"gated", "wide norms", "scaled embedding"}),
     "gemma2": frozenset({"gated", "four norms", "no sdpa", "scaled logits", "inference only"}),
-    "gemma3_text": frozenset({"gated", "four norms", "query and key norms", "inference only"}),
-    "phi3": frozenset({"gated", "joined", "inference only"}),
-    "granite": frozenset({"gated", "scaled logits", "inference only"}),
-    "olmo2": frozenset({"gated", "wide query and key norms", "inference only"}),
+    "gemma3_text": frozenset({"gated", "four norms", "query and key norms", "wide norms"}),
+    "phi3": frozenset({"gated", "joined"}),
+    "granite": frozenset({"gated", "scaled logits", "scaled embedding"}),
+    "olmo2": frozenset({"gated", "wide query and key norms", "norms after"}),
     "cohere": frozenset({"gated", "one norm", "scaled logits", "inference only"}),
     "cohere2": frozenset({"gated", "one norm", "scaled logits", "inference only"}),
     "gpt_oss": frozenset({"gated", "biases", "sinks", "no sdpa", "inference only"}),
@@ -408,6 +408,13 @@ def is_matrix(sizes: Dimensions, part: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and (
         part in ("attention", "latent", "shared") or (part == "mlp" and not sizes.num_local_experts)
     )
+
+
+def inputs(sizes: Dimensions) -> tuple[int, int]:
+    """How many matrices read the input of a layer's attention, and that of its MLP."""
+    joined = sizes.has("joined")
+    attention = 1 if joined or sizes.model_type == "gpt2" else 3
+    return attention, 1 + (sizes.has("gated") and not joined)
 
 
 def tensor_counts(sizes: Dimensions) -> Counter[ParameterShape]:

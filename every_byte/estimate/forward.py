@@ -3,7 +3,7 @@
 import math
 from fractions import Fraction
 
-from every_byte.estimate.architecture import Dimensions, check_dimensions
+from every_byte.estimate.architecture import Dimensions, check_dimensions, inputs
 from every_byte.estimate.checks import check_batch, check_choice, check_flag, check_whole, refuse
 from every_byte.estimate.weights import bytes_per_parameter, computed_width
 
@@ -31,6 +31,25 @@ def attention_kernel(sizes: Dimensions, dtype: str, attention: str) -> str:
     return "math" if grouped or dtype == "fp64" else "efficient"
 
 
+def masked_layers(sizes: Dimensions, length: int, attention: str) -> int:
+    """How many layers have a mask in SDPA, for a window that the text is longer than.
+
+    Memory-efficient attention or cuDNN's then, with keys and values repeated for all heads
+    and the mask as numbers (transformers 5.23, ``masking_utils.py``, and
+    ``integrations/sdpa_attention.py``, use_gqa_in_sdpa). Flash attention knows windows.
+    """
+    fused = attention in ("sdpa", "efficient") and not sizes.has("no sdpa")
+    longer = 0 < sizes.sliding_window <= length
+    return sizes.sliding_layers if fused and longer else 0
+
+
+def kinds_of_layers(sizes: Dimensions, length: int, attention: str) -> dict[bool, int]:
+    """How many layers there are with a mask (True), and without one."""
+    masked = masked_layers(sizes, length, attention)
+    found = {True: masked, False: sizes.num_hidden_layers - masked}
+    return {kind: count for kind, count in found.items() if count} or {False: 0}
+
+
 def layer_activations(
     sizes: Dimensions,
     batch: int,
@@ -42,6 +61,7 @@ def layer_activations(
     dropout: bool = False,
     adapters: str | None = None,
     lora_dropout: bool = False,
+    masked: bool = False,
 ) -> int:
     """Bytes that autograd keeps of one decoder layer from forward to backward.
 
@@ -67,6 +87,7 @@ def layer_activations(
             them keeps its own copy of what it reads, as PEFT's do
             (``peft/tuners/lora/layer.py``, ``_cast_input_dtype``).
         lora_dropout: of what LoRA's factors read: a copy and a byte for each number.
+        masked: whether the layer is one of `masked_layers`.
 
     Raises:
         ValueError: impossible sizes, an unknown dtype or kind of attention, or
@@ -75,7 +96,8 @@ def layer_activations(
     check_dimensions(sizes)
     check_batch(batch, length)
     check_choice("attention", attention, (*ATTENTION, "sdpa"))
-    attention = attention_kernel(sizes, dtype, attention)
+    check_flag("masked", masked)
+    attention = "masked" if masked else attention_kernel(sizes, dtype, attention)
     check_whole("rank", rank, 0, "0 for no LoRA")
     check_flag("autocast", autocast)
     check_flag("dropout", dropout)
@@ -89,13 +111,21 @@ def layer_activations(
     experts = max(1, sizes.num_experts_per_tok)
     once = 0  # for the whole batch
     gated, wide = sizes.has("gated"), 4 if autocast else b
-    readers = (1 if sizes.model_type == "gpt2" else 3) + 1 + gated if autocast else 2
+    readers = sum(inputs(sizes)) if autocast else 2
     in_fp32 = autocast or not sizes.has("layer norm")  # the softmax
     scores = b + 4 * half if in_fp32 and half else b if half or not in_fp32 else 4
-    token = 2 * (_norm_input(sizes, wide) + _norm_rest(sizes, wide, rank)) + readers * b * h
+    norms = 4 if sizes.has("four norms") else 2
+    token = norms * (_norm_input(sizes, wide) + _norm_rest(sizes, wide, rank)) + readers * b * h
+    in_norm = 4 if half else b  # a number of what queries and keys are normalised from
     if sizes.has("query and key norms"):
-        token += ((4 if half else b) + (0 if rank else b)) * (queries + keys)
+        scaled = in_norm if sizes.has("wide norms") else b
+        token += (in_norm + (0 if rank else scaled)) * (queries + keys)
         token += 4 * (heads + sizes.num_key_value_heads)
+    if sizes.has("wide query and key norms"):  # each over all heads
+        token += in_norm * (1 if rank else 2) * (queries + keys) + 2 * 4
+    if sizes.has("wide norms"):  # 1 + weight of each
+        once += max(4, wide) * norms * h
+        once += max(4, wide) * 2 * sizes.head_dim * sizes.has("query and key norms")
     if attention == "eager":
         # Query, output, and keys and values repeated for all heads: a copy, unless
         # one head of one sequence can be looked at many times over. Autocast copies
@@ -109,8 +139,14 @@ def layer_activations(
         # (aten/src/ATen/native/transformers/attention.cpp, _attention_math).
         token += b * (4 * queries + heads * length)
     else:
-        token += 2 * b * (queries + keys)
+        repeated = queries if masked and sizes.num_key_value_heads > 1 else keys
+        token += 2 * b * (queries + repeated) + b * length * masked
         rows = batch * length
+        if sizes.has("joined"):
+            # The values are a part of what one matrix gave, which stays as a whole; the
+            # queries' layout is another one, so the output is copied (rotary's torch.cat).
+            token += b * (queries + keys) if repeated == keys else 0  # else values are copied
+            token += b * queries if half else 0
         if attention == "flash":
             once += 24 if rows else 0
         else:
@@ -137,15 +173,15 @@ def layer_activations(
 
 def _adapters_keep(sizes: Dimensions, rank: int, b: int, width: int, dropout: bool) -> int:
     """Bytes for each token that LoRA keeps beside the frozen layers, or instead of them."""
-    h, i, gated = sizes.hidden_size, sizes.intermediate_size, sizes.has("gated")
+    h, i = sizes.hidden_size, sizes.intermediate_size
     queries = sizes.num_attention_heads * sizes.head_dim
     dense = not sizes.num_local_experts  # experts are not adapted, see `is_matrix`
-    qkv = 1 if sizes.model_type == "gpt2" else 3
-    matrices = qkv + 1 + (2 + gated) * dense
+    qkv, mlp = inputs(sizes)
+    matrices = qkv + 1 + (1 + mlp) * dense
     kept = matrices * rank * width
     if width == b and not dropout:
         return kept
-    read = qkv * h + queries + ((1 + gated) * h + i) * dense  # numbers that are read
+    read = qkv * h + queries + (mlp * h + i) * dense  # numbers that are read
     shared = h + (h + i) * dense  # what the frozen layers' inputs were counted for
     return kept + read * (width + dropout) - b * shared
 
@@ -159,7 +195,10 @@ def _norm_input(sizes: Dimensions, b: int) -> int:
 
 def _norm_rest(sizes: Dimensions, b: int, rank: int) -> int:
     """Bytes for each token of the normalised input, which the norm's own gradient needs."""
-    return 0 if rank or sizes.has("layer norm") else b * sizes.hidden_size
+    if rank or sizes.has("layer norm"):
+        return 0
+    wide = sizes.has("wide norms") or sizes.has("norms after")  # before the weight, in FP32
+    return (max(4, b) if wide else b) * sizes.hidden_size
 
 
 def activations(
@@ -185,18 +224,23 @@ def activations(
         ValueError: impossible sizes, an unknown dtype or kind of attention, or
             dropout where the architecture has none.
     """
-    layer = layer_activations(
-        sizes,
-        batch,
-        length,
-        dtype,
-        attention,
-        rank,
-        autocast,
-        dropout,
-        adapters,
-        lora_dropout,
-    )
+    kinds = kinds_of_layers(sizes, length, attention)
+    kept = {
+        kind: layer_activations(
+            sizes,
+            batch,
+            length,
+            dtype,
+            attention,
+            rank,
+            autocast,
+            dropout,
+            adapters,
+            lora_dropout,
+            kind,
+        )
+        for kind in kinds
+    }
     if not isinstance(checkpointing, bool):  # True: of each layer
         check_whole("checkpointing", checkpointing, 0, "0 for none")
     b, h, layers = computed_width(dtype), sizes.hidden_size, sizes.num_hidden_layers
@@ -204,15 +248,25 @@ def activations(
     norm = _norm_input(sizes, wide)
     last = batch * length * (norm + _norm_rest(sizes, wide, rank) + (0 if rank else b * h))
     if not sizes.has("learned positions"):
-        last += 2 * wide * length * sizes.head_dim  # the rotary embedding's cos and sin
+        # The rotary embedding's cos and sin: OLMo 2's are FP32, Gemma 3's of two kinds.
+        tables = 1 + (sizes.has("wide norms") and 0 < sizes.sliding_layers < layers)
+        last += (
+            2 * tables * (max(4, b) if sizes.has("norms after") else wide) * length * sizes.head_dim
+        )
+    if sizes.has("wide norms"):  # 1 + weight of the last norm; not of the first where it is frozen
+        last += max(4, wide) * h * (1 if not (rank and layers) else 0)
     last += batch * length * h if dropout else 0  # of the embedding
     if checkpointing:
         inputs = math.ceil(layers / checkpointing) * batch * length * h * wide
-        if rank and layers and sizes.has("learned positions"):
-            # The embedding's output, whose gradient PEFT asks for, before positions are added.
+        scaled = sizes.has("learned positions") or sizes.has("scaled embedding")
+        if rank and layers and scaled:
+            # The embedding's output, whose gradient PEFT asks for, before what is done to it.
             inputs += batch * length * h * wide
-        return last + inputs + min(checkpointing, layers) * layer
-    return last + layers * layer - (batch * length * norm if rank and layers else 0)
+        inputs += batch * length * length if True in kinds else 0  # the mask
+        return last + inputs + min(checkpointing, layers) * max(kept.values())
+    first = rank and layers and not sizes.has("norms after")
+    every = sum(count * kept[kind] for kind, count in kinds.items())
+    return last + every - (batch * length * norm if first else 0)
 
 
 def logits(sizes: Dimensions, batch: int, length: int, dtype: str = "fp32") -> int:

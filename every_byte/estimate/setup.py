@@ -9,6 +9,7 @@ from every_byte.estimate.architecture import (
     TRAITS,
     Dimensions,
     check_dimensions,
+    inputs,
     is_matrix,
     parameters,
     shape_counts,
@@ -23,6 +24,7 @@ from every_byte.estimate.forward import (
     activations,
     attention_kernel,
     inner_numbers,
+    kinds_of_layers,
     kv_cache,
     layer_activations,
     logits,
@@ -397,8 +399,10 @@ def layer_temporaries(sizes: Dimensions, setup: Setup, b: int) -> int:
     root, _ = gathered(sizes, setup)
     own *= 1 if root or setup.gpus == 1 or "gradients" not in SHARDING[setup.sharding] else 0
     matrix = own * sizes.hidden_size * sizes.intermediate_size * max(1, sizes.num_local_experts)
-    taken = tokens * (3 * b + powers) * experts * sizes.intermediate_size + matrix
-    if kernel in ("eager", "math"):
+    last = matrix * (2 if sizes.has("joined") and gated else 1)
+    taken = tokens * (3 * b + powers) * experts * sizes.intermediate_size + last
+    kinds = kinds_of_layers(sizes, setup.length, setup.attention)
+    if kernel in ("eager", "math") and False in kinds:
         softmax = b if sizes.has("layer norm") and not autocast else max(4, b)
         scores = 3 * softmax - (b if softmax > b else 0)
         if softmax > b and "fp16" in (setup.dtype, setup.amp if autocast else None):
@@ -408,7 +412,7 @@ def layer_temporaries(sizes: Dimensions, setup: Setup, b: int) -> int:
         if setup.rank and not sizes.num_local_experts:  # what its factors read
             width = b if autocast else computed_width(setup.adapters or setup.dtype)
             if width != b or setup.lora_dropout:
-                read = (1 + gated) * sizes.hidden_size + sizes.intermediate_size
+                read = inputs(sizes)[1] * sizes.hidden_size + sizes.intermediate_size
                 shared = sizes.hidden_size + sizes.intermediate_size
                 mlp += read * (width + setup.lora_dropout) - b * shared
         output = own * sizes.num_attention_heads * sizes.head_dim * sizes.hidden_size
@@ -555,8 +559,8 @@ def fragments(sizes: Dimensions, setup: Setup) -> int:
     model's own logits beside those in FP32, and a segment of smaller blocks, are enough
     for all traces of an H200 (`least` in ``tests/measured_peaks.toml``) and for replays
     of random set-ups with few layers, where states leave most of a segment idle
-    (``python -m benchmarks.estimates``). With attention as a matrix, one of each kind of
-    large block besides.
+    (``python -m benchmarks.estimates``). With attention as a matrix, or with a mask, one of
+    each kind of large block besides.
     """
     training = setup.task == "training"
     autocast = training and setup.amp is not None and setup.dtype == "fp32"
@@ -575,8 +579,15 @@ def fragments(sizes: Dimensions, setup: Setup) -> int:
     if sizes.has("query and key norms"):
         large.append(tokens * heads * sizes.head_dim * max(4, b))
     once = 0
-    if attention_kernel(sizes, computed, setup.attention) in ("eager", "math"):
-        large.append(tokens * heads * setup.length * max(4, b))
+    kinds = kinds_of_layers(sizes, setup.length, setup.attention)
+    kernel = attention_kernel(sizes, computed, setup.attention)
+    matrices = []
+    if kernel in ("eager", "math") and (False in kinds or not training):
+        matrices.append(tokens * heads * setup.length * max(4, b))
+    if training and True in kinds:  # a mask of numbers
+        matrices.append(tokens * setup.length * b)
+    if matrices:
+        large += matrices
         once = sum(block(n, own_segment=True) for n in large) - block(max(large), own_segment=True)
     narrow = scored * b if training and b < 4 else 0
     found = 2 * block(max(large), own_segment=True) + once
@@ -680,16 +691,20 @@ def assemble(
                 break
         if setup.attention == "eager":  # the mask, transformers' masking_utils.py
             kept += setup.batch * setup.length**2 * computed_width(dtype)
-        layer = layer_activations(
-            sizes,
-            *work,
-            dtype=computed,
-            attention=setup.attention,
-            rank=setup.rank,
-            autocast=autocast,
-            dropout=setup.dropout,
-            adapters=read,
-            lora_dropout=setup.lora_dropout,
+        layer = max(
+            layer_activations(
+                sizes,
+                *work,
+                dtype=computed,
+                attention=setup.attention,
+                rank=setup.rank,
+                autocast=autocast,
+                dropout=setup.dropout,
+                adapters=read,
+                lora_dropout=setup.lora_dropout,
+                masked=masked,
+            )
+            for masked in kinds_of_layers(sizes, setup.length, setup.attention)
         )
         again = min(groups, sizes.num_hidden_layers) * layer
         outer = activations(
