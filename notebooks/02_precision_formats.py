@@ -304,7 +304,7 @@ for axes, some in zip(panels, (drawings[:5], drawings[5:])):
         axes.plot(*zip(*drawn.items()), style, color=color, label=name)
     axes.set(yscale="log", xlim=(-40, 20), ylabel="largest relative error")
     axes.set_ylim(top=1)
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 0.96), fontsize=9)
+    axes.legend(loc="center left", bbox_to_anchor=(0, 0.32))
 ticks = range(-40, 21, 10)
 panels[1].set_xticks(ticks, [f"$2^{{{p}}}$" for p in ticks])
 panels[1].set_xlabel("magnitude")

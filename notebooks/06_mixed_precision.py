@@ -656,7 +656,7 @@ for axes, title in zip(
     panels, ("trains", "fails, or is cured", "small steps")
 ):
     axes.set(title=title, ylabel="loss, mean of 10 steps", ylim=(0, 3))
-    axes.legend(fontsize=8)
+    axes.legend()
 panels[-1].set_xlabel("step")
 broken = [name for name, losses in LOSSES.items() if losses[-1] != losses[-1]]
 assert broken == ["FP16, Adam"], broken

@@ -326,7 +326,7 @@ def unstack(models, weights):
 
 
 # %% [markdown]
-# The digits lie in 28 by 28 pixels with an empty border. A batch cuts out 24 by 24, each time at another place, so that the networks don't learn the places by heart. The test takes the middle.
+# A digit has 28 by 28 pixels with an empty border. A batch cuts out 24 by 24 of them, each time at another place, so that the networks don't learn places by heart. The test takes the middle.
 
 
 # %% tags=["hide-input"]
@@ -415,7 +415,7 @@ def middle(results, index=0):
 
 
 # %% [markdown]
-# {numref}`digits-against-bytes` is in the style of the article's figure: a colour for each network, and a marker for each format at the median of the five seeds, with a bar from the best to the worst. Training differs in its last digits from machine to machine, so its results are not compared when the notebook is checked. What must hold everywhere is asserted.
+# {numref}`digits-against-bytes` is in the style of the article's figure: a colour for each network, and a marker for each format at the median of the five seeds, with a bar from the best to the worst. Training differs in its last digits from machine to machine, so the check of this notebook does not compare its results. What must hold everywhere is asserted.
 
 # %% tags=["nbval-ignore-output", "hide-input"] mystnb={"image": {"alt": "Two panels above each other, against bytes from 2 KiB to 1 MiB, both axes logarithmic: the share of test digits read wrongly, and the cross-entropy. Each of five networks is a line that runs level from FP32 through 16, 8 and 6 bits, bends a little at 4 bits, and rises steeply at 3 and 2 bits. The lines of larger networks lie lower and further right. In 4 bits a network lies below one of half its width in 16 bits, with fewer bytes."}, "figure": {"name": "digits-against-bytes", "caption": "Five networks that read digits, in fourteen formats: wrong answers and cross-entropy against bytes."}}
 figure = against_bytes(
@@ -434,12 +434,12 @@ for model in networks:
 assert loss["256 wide", "NF4"] < loss["128 wide", "FP16"]
 
 # %% [markdown]
-# Down to 6 bits each network stays where it was, within a fraction of what another seed would change. At 4 bits it begins to bend, at 3 it falls, and 2 bits ruin it. Larger networks bear it better: the 256 wide one in 3 bits is nearly itself, the 16 wide one is not.
+# Down to 6 bits each network stays as good as it was, within a fraction of what another seed would change. At 4 bits it begins to lose, at 3 it loses clearly, and 2 bits ruin it. Larger networks bear it better: the one that is 256 wide is nearly itself in 3 bits, the one that is 16 wide is not.
 
 # %% [markdown]
 # ## A language model
 #
-# The article's figure is about language. Our models must learn theirs in seconds, so it is a small one that comes with every Python: the **names of the characters** in Unicode 3.2. Python keeps that edition unchanged {cite}`python-unicodedata`. We take names of up to 31 letters and without digits, and leave out the Hangul syllables, which follow a formula. Sorted by their hash, 400 of them are held out.
+# The article's figure is about language. Our models must learn theirs in seconds, so we take a small one that comes with every Python: the **names of the characters** in Unicode 3.2. Python keeps that edition unchanged {cite}`python-unicodedata`. We take names of up to 31 letters and without digits, and leave out the Hangul syllables, which follow a formula. We sort them by their hash, and hold out 400 for the test.
 
 # %% tags=["hide-input"]
 names = [

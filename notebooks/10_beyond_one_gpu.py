@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Beyond one GPU: what each of many holds
 #
-# **If one GPU is too small, do eight need an eighth each?** With DDP each of them still needs everything; ZeRO and FSDP divide parameters, gradients and optimizer states. But the peak does not shrink with them: each GPU gathers whole layers to compute with, and nobody divides its activations.
+# **If one GPU is too small, do eight need an eighth each?** With DDP each of them still needs everything; ZeRO and FSDP divide parameters, gradients and optimizer states. But the peak does not shrink with them: each GPU gathers whole layers to compute with, and holds all of its own activations.
 #
 # After this chapter you can say what each GPU of a cluster holds with DDP, ZeRO and FSDP, where its peak falls, and measure it with one GPU or with none.
 #
@@ -277,7 +277,7 @@ table(
 # The prediction is right to the byte, for any number of GPUs. A GPU holds more than $P / N$ because it holds whole rows: nothing more with 2 GPUs, a little with 8, and 0.5 % with 512. The last layer has 10 rows. Most of the 512 GPUs hold none of them, but keep room for one.
 
 # %% [markdown]
-# ## The peak: somebody's layer is here
+# ## The peak: a whole layer is here
 #
 # You can't multiply with a part of a matrix. Before a layer runs, the GPU *gathers* the parts of all others, and after the layer it frees them. In backward it gathers them again and computes the whole gradient. Then all GPUs add up their gradients, and each keeps its own part of the sum.
 #
@@ -598,7 +598,7 @@ table(
 )
 
 # %% [markdown]
-# Up to 4 GPUs the peak is in the optimizer's step and follows $1/N$: Adam makes a temporary as large as this GPU's part of the parameters. From 8 GPUs on, the peak is in backward. There the things that nobody divides take over: one layer of the model, and the activations of this GPU's own text.
+# Up to 4 GPUs the peak is in the optimizer's step and follows $1/N$: Adam makes a temporary as large as this GPU's part of the parameters. From 8 GPUs on, the peak is in backward. There the things that are not divided take over: one layer of the model, and the activations of this GPU's own text.
 #
 # The last column is what PyTorch has *reserved*. FSDP gathers on a CUDA stream of its own, beside the computation, and a block freed on one stream is not given to another {cite}`pytorch-allocator`. So the cache grows beyond the memory in use by gigabytes. Is that lost?
 
@@ -850,7 +850,7 @@ print(f"one FP32 tensor like the logits: {logits / GiB:.2f} GiB")
 # It is not the model: parameters and states are a sixth of what is in use. The peak is in the loss: the logarithms of 16,384 x 128,256 probabilities, which count as activations, and two gradients of the same size. The rest of the activations is what the checkpoints keep. None of that shrinks with more GPUs, so 16 times as many save 15 GiB and no more.
 
 # %% [markdown]
-# ## What nobody divides
+# ## What is not divided
 #
 # - **Activations and logits** belong to a GPU's own batch. With more GPUs you can give each a smaller batch, and [activation checkpointing](05_activations_and_peaks.ipynb) does the rest. To divide one long text you need other kinds of parallelism: tensor, sequence or context.
 # - **Workspaces and the CUDA context** exist on each GPU.
@@ -910,4 +910,4 @@ print(f"{peak(recorded):,} B, {peak(recorded) - peak(on[GPUS][0]):+,} B")
 # %% [markdown]
 # ## Where to go next
 #
-# [Troubleshooting](11_troubleshooting.ipynb) is for the day when it does not fit. The [estimator](../book/estimator.md) divides by ZeRO's formulas, for any model and number of GPUs. [Activations and peaks](05_activations_and_peaks.ipynb) has the levers against what nobody divides. [How the virtual GPU works](../book/virtual_gpu.md) opens the machine that this page used.
+# [Troubleshooting](11_troubleshooting.ipynb) is for the day when it does not fit. The [estimator](../book/estimator.md) divides by ZeRO's formulas, for any model and number of GPUs. [Activations and peaks](05_activations_and_peaks.ipynb) has the levers against what is not divided. [How the virtual GPU works](../book/virtual_gpu.md) opens the machine that this page used.

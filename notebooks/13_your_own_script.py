@@ -161,7 +161,7 @@ run("generate.py", GENERATE, "--card", "RTX 4060")
 # %% [markdown]
 # How much of this is the KV cache? It is counted among the activations, because PyTorch does not tell the two apart: $2 \times 6$ layers $\times 16 \times 519 \times 768$ numbers of 2 bytes, 0.153 GB.
 #
-# The last lines list the values that nobody computed. A virtual card knows shapes, and whole numbers that come from the host, but it has no weights. So nobody knows the scores that choose the tokens. The report names each place that looks at them, and what it assumed there. This text ends at the longest length that it can have. If your program *decides* something by such a value, you know where to look.
+# The last lines list the values that were not computed. A virtual card knows shapes, and whole numbers that come from the host, but it has no weights. So it cannot know the scores that choose the tokens. The report names each place that looks at them, and what it assumed there. This text ends at the longest length that it can have. If your program *decides* something by such a value, you know where to look.
 
 # %% [markdown]
 # ## What would help?
@@ -224,7 +224,7 @@ table(
 #
 # - You don't have to change a script, or own the card, to learn what it will allocate: `every-byte run script.py --card "RTX 4090"`.
 # - The report names the line of the peak and what filled it. If a step leaves something behind, it says what keeps that alive.
-# - What depends on values that nobody computed is listed. Everything else is replayed to the byte.
+# - The report lists what depends on values that were not computed. Everything else is replayed to the byte.
 
 # %% [markdown]
 # ## Exercises

@@ -82,7 +82,7 @@ axes.set_xlabel("memory (GB)")
 legend = figure.legend(loc="outside lower center", ncols=2)
 
 # %% [markdown]
-# {numref}`vllm-shares` shows three cards. What weights and a step leave is cache, and the cache is users.
+# {numref}`vllm-shares` shows three cards. Whatever weights and a step leave becomes cache, and the cache decides how many users there are.
 #
 # The weights are the same on each card. Everything that is left becomes **KV cache**: the keys and values of all the tokens that are being worked on. So a larger card doesn't run the same model better. It has room for more users, or longer texts.
 
@@ -294,7 +294,7 @@ table(
 )
 
 # %% [markdown]
-# Its 262,208 words make the step, and the formula finds them: 4 % are missing. So are 0.5 GiB of the weights; we don't know what they are. The graphs stay below the bound.
+# Its vocabulary of 262,208 words decides what a step takes, and the formula finds all but 4 % of that. It also misses 0.5 GiB of the weights; we don't know what they are. The graphs stay below the bound.
 #
 # **CUDA graphs** are recorded after that, one for each batch size. They keep buffers of their own, 0.1 to 1 GiB in logs. We have no formula for that, so `serve` takes the largest value seen. `--enforce-eager` does without, and is slower.
 
@@ -411,7 +411,7 @@ table(
 # %% [markdown]
 # ## What to remember
 #
-# - A server holds weights, what a step needs for the moment, and KV cache. The cache is what users take: $2 \cdot L \cdot k \cdot d$ numbers for each token.
+# - A server holds weights, what a step needs while it runs, and KV cache. The cache is what users take: $2 \cdot L \cdot k \cdot d$ numbers for each token.
 # - vLLM takes the whole card on purpose. Its log tells how many tokens that holds; divide by your users' length.
 # - On a small card make the weights smaller, on a large one the cache.
 

@@ -34,7 +34,7 @@ use_book_style()
 print(versions("torch", "transformers"))
 
 # %% [markdown]
-# A language model ends with a score for each word that could come next: its {term}`logits`. Llama 3 knows 128,256 words. So 8,192 tokens get a billion scores, about as many numbers as Llama-3.2-1B has parameters. The loss holds several copies of them.
+# A language model ends with a score for each word that could come next: its {term}`logits`. Llama 3 knows 128,256 words. So 8,192 tokens have a billion scores, about as many numbers as Llama-3.2-1B has parameters. And the loss holds several copies of them.
 #
 # {numref}`one-loss` is one loss of 8,192 tokens on a virtual GPU: the last layer of Llama-3.2-1B, transformers' loss and its backward.
 
@@ -450,7 +450,7 @@ for name, program, sizes, tokens in (
 table(["loss", "B for each logit", "as copies in BF16"], rows)
 
 # %% [markdown]
-# Tidying up alone saves a quarter of GRPO's. Distillation is the worst by far: two models' logits, log-probabilities, exponentials, their mean, its logarithm, and gradients of them. Each of these losses can be computed in chunks as well: trl and Liger do it.
+# Tidying up alone saves a quarter of GRPO's copies. Distillation is the worst by far: it holds two models' logits, log-probabilities and exponentials, their mean, its logarithm, and gradients of them. Each of these losses can be computed in chunks as well: trl and Liger do it.
 
 # %% [markdown]
 # ## What to remember

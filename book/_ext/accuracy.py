@@ -127,7 +127,7 @@ def figure(own: Sequence[Row], others: Sequence[Row]) -> str:
     for at, (system, title) in enumerate(SYSTEMS.items()):
         off = [one for one in (row.off(system) for row in (*own, *others)) if one is not None]
         said = f"{title}: {len(off)}, {off.count(0.0)} exact"
-        axes.text(0.0, at - 0.3, said, transform=axes.get_yaxis_transform(), fontsize=9)
+        axes.text(0.0, at - 0.3, said, transform=axes.get_yaxis_transform())
         for label, rows, mark, color in marks:
             places = Counter[float]()
             xs, ys = [], []

@@ -14,7 +14,7 @@ from inline_figures import inline
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from every_byte.units import MB
+from every_byte.units import short
 from helpers.plots import use_book_style
 from helpers.tables import table
 
@@ -56,14 +56,14 @@ def figure(some: list[Row]) -> str:
     use_book_style()
     drawn = [(max(shares(row).values()), row) for row in some]
     ordered = sorted(((most, row) for most, row in drawn if most >= SEEN), key=lambda one: one[0])
-    shown, axes = plt.subplots(figsize=(5.4, 0.9 + 0.4 * len(ordered)))
+    shown, axes = plt.subplots(figsize=(5.4, 0.9 + 0.58 * len(ordered)))
     for at, (_, row) in enumerate(ordered):
-        axes.text(0.04, at + 0.42, row["code"], fontsize=9, va="center")
+        axes.text(0.04, at + 0.42, row["code"], va="center")
         bars = [(name, share) for name, share in shares(row).items() if share >= SEEN]
         for number, (name, share) in enumerate(bars):
             height = at + 0.1 - 0.19 * number
             axes.barh(height, share, 0.15, color=COLORS[name])
-            axes.text(share + 0.06, height, f"{share:.2g}", fontsize=8, va="center")
+            axes.text(share + 0.06, height, f"{share:.2g}", fontsize=9.5, va="center")
     axes.set_ylim(-0.5, len(ordered) - 0.35)
     axes.set_yticks([])
     axes.set_xlabel("bytes beside the result (its inputs are 1)")
@@ -81,9 +81,9 @@ def figure(some: list[Row]) -> str:
     return file.getvalue()
 
 
-def megabytes(nbytes: int) -> str:
-    """Bytes in MB with two decimals, small ones as they are."""
-    return f"{nbytes / MB:,.2f} MB" if nbytes >= 10_000 else f"{nbytes:,} B" if nbytes else "0"
+def in_short(nbytes: int) -> str:
+    """Bytes in three digits, small ones as they are."""
+    return short(nbytes) if nbytes >= 10_000 else f"{nbytes:,} B" if nbytes else "0"
 
 
 def told(pair: list[int | None] | None, estimated: bool) -> str:
@@ -93,10 +93,10 @@ def told(pair: list[int | None] | None, estimated: bool) -> str:
     replayed, measured = pair
     how = "est." if estimated else "replayed"
     if measured is None:
-        return f"{megabytes(int(replayed or 0))} ({how})"
+        return f"{in_short(int(replayed or 0))} ({how})"
     if measured == replayed:
-        return megabytes(measured)
-    return f"{megabytes(measured)} ({how} {megabytes(int(replayed or 0))})"
+        return in_short(measured)
+    return f"{in_short(measured)} ({how} {in_short(int(replayed or 0))})"
 
 
 def code(text: str) -> str:
@@ -109,7 +109,7 @@ def listed(some: list[Row]) -> str:
     lines = []
     for row in some:
         keeps = [f"`{name}`" if len(name) == 1 else name for name in row["keeps"]]
-        keeps += [megabytes(row["saves"])] if row["saves"] else []
+        keeps += [in_short(row["saves"])] if row["saves"] else []
         lines.append(
             (
                 f"{code(row['code'])} on {row['given']}",
