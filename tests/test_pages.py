@@ -47,6 +47,14 @@ CUT_OFF = """() => [...document.querySelectorAll(".prev-next-area *")]
     .filter((part) => part.getBoundingClientRect().right > innerWidth)
     .map((part) => part.textContent.trim())"""
 
+# Of figures, in pixels: the book's 10 points are 9 on a phone.
+SMALL_TEXT = """() => [...document.querySelectorAll("svg.cell-figure")].flatMap((figure) => {
+    const scale = figure.getBoundingClientRect().width / figure.viewBox.baseVal.width;
+    return [...figure.querySelectorAll("text")]
+        .filter((text) => parseFloat(getComputedStyle(text).fontSize) * scale < 8.5)
+        .map((text) => text.textContent);
+})"""
+
 # Once the page has been laid out: edges.js then puts tables into stacks.
 WIDE_TABLES = """async () => {
     for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame);
@@ -147,6 +155,8 @@ def test_a_page(
         if width < 576:  # a phone
             assert tab.evaluate(WIDE_CODE) == tab.evaluate(CUT_OFF) == []
             assert len(wide := tab.evaluate(WIDE_TABLES)) <= 1, wide
+        if width == 390:
+            assert tab.evaluate(SMALL_TEXT) == []
     watched.check(home)
     for color, behind in tab.evaluate(CODE_COLORS):
         assert contrast(from_css(color), from_css(behind)) >= 4.5, (color, behind)
