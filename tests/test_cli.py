@@ -194,6 +194,11 @@ def test_a_config_of_ones_own(
 
     monkeypatch.setattr(urllib.request, "urlopen", nothing)
     assert "give the path of its config.json" in refusal(capsys, "estimate", "me/mine")
+    # What is in the list needs no network, by the hub's name either.
+    for model in ("Qwen3-0.6B", "Qwen/Qwen3-0.6B"):
+        assert cli.main(["estimate", model, "--json"]) == 0
+        listed = json.loads(capsys.readouterr().out)["parts"]
+        assert listed["parameters"] == 2 * 596_049_920
     path.write_text(json.dumps(CONFIG | {"mlp_bias": True}))
     assert "mlp_bias is True: expected none" in refusal(capsys, "estimate", "--config", str(path))
     path.write_text("{")

@@ -754,6 +754,14 @@ def test_a_measured_peak_is_as_estimated(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MEASURED["workloads"])
+def test_the_page_shows_it_as_it_is(name: str) -> None:
+    memory, peak = measured(name)
+    sizes = f"{peak / 1e9:.2f} | {memory.peak / 1e9:.2f} | {memory.peak / peak - 1:+.2%}"
+    row = f"| {name} | {sizes[:-1]} % | {memory.peak_at} |"
+    assert row in (ROOT / "book" / "estimator.md").read_text("utf-8").splitlines()
+
+
+@pytest.mark.parametrize("name", MEASURED["workloads"])
 def test_the_verdict_on_a_measured_workload_is_right(name: str) -> None:
     """On cards of just the size that it needs, and of just too little.
 

@@ -268,8 +268,8 @@ function explain(kind) {
 }
 
 function showServing({ sizes, setup, card, capacity, ofCard, limits, utilization }) {
-  $("e-serving").hidden = setup.task !== "inference";
-  if (setup.task !== "inference") return;
+  $("e-serving").hidden = setup.task !== "inference" || F.isOther(sizes);
+  if ($("e-serving").hidden) return;
   const rows = [];
   try {
     if (data.kind_of[card] === "Apple") throw new Refusal("card", "Apple's", "one that vLLM shares out: of NVIDIA or AMD");

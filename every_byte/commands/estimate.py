@@ -31,6 +31,7 @@ from every_byte.kinds import FIELDS
 from every_byte.units import GB, GiB, grouped
 
 SHOWN = 5  # levers, of all that there are
+HUB = "https://huggingface.co"
 HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"
 
 
@@ -49,7 +50,7 @@ def add(subparsers: Subparsers) -> None:
         "model",
         nargs="?",
         help="a name of the list; or the path of a config.json, or of a folder that holds one; or "
-        "org/name, whose config.json is fetched from the Hugging Face hub. The list: "
+        "org/name, of the list or fetched from the Hugging Face hub. The list: "
         + ", ".join(catalogue()),
     )
     parser.add_argument("--config", type=Path, help="a config.json of your own, instead of a name")
@@ -235,7 +236,8 @@ def _parts(found: Memory) -> dict[str, Any]:
 def _sizes(options: argparse.Namespace) -> Dimensions:
     """Of a name, of a file, or of what the hub has.
 
-    A name of the list comes first, then a path that is there, then the hub.
+    A name of the list comes first, then a path that is there, then the list by the hub's
+    names, then the hub.
 
     Raises:
         Refused: none of them or two are given, or it cannot be read.
@@ -247,6 +249,9 @@ def _sizes(options: argparse.Namespace) -> Dimensions:
         if name in catalogue():
             return dimensions(name)
         path = Path(name) if Path(name).exists() else None
+        listed = {model["source"]: known for known, model in catalogue().items()}
+        if path is None and (known := listed.get(f"{HUB}/{name}")):
+            return dimensions(known)  # the same sizes, without a network
     if path is not None:
         path = path / "config.json" if path.is_dir() else path
         return from_config(_read(str(path), path.read_bytes))
@@ -254,7 +259,7 @@ def _sizes(options: argparse.Namespace) -> Dimensions:
         if not options.hub:
             return dimensions(name)  # which refuses it, and lists what there is
         raise Refused(f"model is {name!r}: expected org/name, as the hub has it")
-    address = f"https://huggingface.co/{name}/resolve/main/config.json"
+    address = f"{HUB}/{name}/resolve/main/config.json"
 
     def fetched() -> bytes:
         with urllib.request.urlopen(address, timeout=30) as answer:

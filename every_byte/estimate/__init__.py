@@ -1,4 +1,4 @@
-"""Closed formulas for what a decoder-only transformer takes: no torch, no model, no GPU.
+"""Closed formulas for what a transformer takes: no torch, no model, no GPU.
 
 The front door is `memory`: what one GPU holds, for `Dimensions` of a model and a
 `Setup` of what is done with it. `training` and `inference` are short forms of it.
