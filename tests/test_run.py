@@ -388,6 +388,12 @@ def test_layers_that_are_computed_again_are_not_models_of_their_own(
             "torch.ops.mine.twice(torch.zeros(2, device='cuda'))",
             "line 3 of {path} needs the operator mine::twice, .* a meta kernel",
         ),
+        (
+            "import torch\n"
+            "loss = torch.nn.Linear(2000, 3000).cuda()(torch.randn(2, 2000).cuda()).sum()\n"
+            "int(loss.item())",
+            r"int\(\) of a number .* \(item\(\) at .*:3\), which a virtual GPU does not have",
+        ),
     ],
 )
 def test_what_needs_a_real_gpu_is_one_line(

@@ -110,11 +110,21 @@ def test_losses_and_scans_take_what_they_took_on_the_card(name: str) -> None:
             assert equal(one, signatures.replayed(gpu, one.signature)), one
 
 
-@pytest.mark.parametrize("name", ["_scaled_dot_product_efficient_attention_backward"])
-def test_all_of_an_operations_sizes_take_what_they_took(name: str) -> None:
-    """Also heads of 72 and 80 numbers, whose blocks are of 128 queries and 64 keys."""
+@pytest.mark.parametrize(
+    ("name", "many"),
+    [
+        ("_scaled_dot_product_efficient_attention_backward", 60),
+        ("mish_backward", 2),
+        *(("native_batch_norm" + which, 16) for which in ("", "_backward")),
+        *(("upsample_nearest2d" + which, 12) for which in ("", "_backward")),
+        *(("upsample_bilinear2d" + which, 12) for which in ("", "_backward")),
+        *(("reflection_pad2d" + which, 12) for which in ("", "_backward")),
+    ],
+)
+def test_all_of_an_operations_sizes_take_what_they_took(name: str, many: int) -> None:
+    """Also heads of 72 and 80 numbers, whose blocks are of 128 queries, and channels last."""
     found = [one for one in KERNELS if one.operation == f"aten.{name}.default"]
-    assert len(found) == 60
+    assert len(found) == many
     with VirtualGPU("H100", capacity=1 << 50, torch="2.11") as gpu:
         for one in found:
             assert equal(one, signatures.replayed(gpu, one.signature)), one

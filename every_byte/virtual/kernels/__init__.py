@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from every_byte.virtual.kernels import (
+    activations,
     attention,
     convolution,
     ctc,
@@ -25,6 +26,7 @@ from every_byte.virtual.kernels import (
     recurrent,
 )
 from every_byte.virtual.kernels.attention import attention_kernel
+from every_byte.virtual.kernels.images import image_temporaries
 from every_byte.virtual.kernels.products import by_cublaslt, product_temporaries
 from every_byte.virtual.kernels.reductions import reduction_temporaries
 from every_byte.virtual.rules import Rules
@@ -40,8 +42,13 @@ __all__ = [
     "temporaries",
 ]
 
-COMPOSITES: dict[Any, Callable[..., Any]] = {**attention.COMPOSITES, **recurrent.COMPOSITES}
+COMPOSITES: dict[Any, Callable[..., Any]] = {
+    **activations.COMPOSITES,
+    **attention.COMPOSITES,
+    **recurrent.COMPOSITES,
+}
 KERNELS: dict[Any, Callable[..., Any]] = {
+    **activations.KERNELS,
     **attention.KERNELS,
     **fused_attention.KERNELS,
     **recurrent.KERNELS,
@@ -102,6 +109,8 @@ def temporaries(
     found = reduction_temporaries(operation, args, kwargs, rules)
     if found is None:
         found = product_temporaries(operation, args, rules)
+    if found is None:
+        found = image_temporaries(operation, args)
     if found is None:
         found = normalisation.temporaries(operation, args, kwargs)
     if found is None:

@@ -318,15 +318,15 @@ def _native_batch_norm(
     result = torch.empty_like(input)
     channels = input.size(1) if training else 0
     mean, invstd = (input.new_empty(channels, dtype=exact) for _ in range(2))
-    if training and _by_channels(input):
+    if training and _by_channels(input, weight):
         _stage(input, 4)
     return result, mean, invstd
 
 
-def _by_channels(input: Tensor) -> bool:
+def _by_channels(input: Tensor, weight: Tensor | None) -> bool:
     # batch_norm_choose_impl in native/cuda/Normalization.cu, where cuDNN is not taken:
-    # _select_batch_norm_backend in native/Normalization.cpp has it for FP32 and FP16.
-    return _is_channels_last(input) and input.dtype is torch.bfloat16
+    # _select_batch_norm_backend in native/Normalization.cpp has it for FP32 and FP16 with weights.
+    return _is_channels_last(input) and (input.dtype is torch.bfloat16 or weight is None)
 
 
 def _native_batch_norm_backward(
@@ -344,7 +344,7 @@ def _native_batch_norm_backward(
     exact = torch.float64 if input.dtype is torch.float64 else torch.float32
     channels = input.size(1)
     of_weight = exact if weight is None else weight.dtype
-    if train and _by_channels(input):
+    if train and _by_channels(input, weight):
         sums = [input.new_empty(channels, dtype=exact) for _ in range(2)]
         grads = [input.new_empty(channels, dtype=of_weight) if m else None for m in output_mask[1:]]
         _stage(input, 2)
