@@ -197,7 +197,8 @@ table(
 #
 # - `--snapshot memory.pickle` writes a file for [PyTorch's memory viewer](https://pytorch.org/memory_viz).
 # - `-m` runs a module.
-# - `--gpus 8` plays the first of eight processes that `torchrun` would start (DDP).
+# - `--gpus 8` plays the first of eight processes that `torchrun` would start, or that the script spawns itself (DDP, `fully_shard`). Name the script, not the launcher.
+# - What stands after `--` is the script's own: `every-byte run train.py --card T4 -- --lr 3`.
 # - `--json` is for other programs.
 #
 # `every-byte run --help` has the rest.
