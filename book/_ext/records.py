@@ -26,6 +26,7 @@ from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 from torch import nn
 
+from every_byte.data import named
 from every_byte.gpu import VirtualGPU
 from every_byte.units import GB, MiB, binary
 from helpers.measured import cause_of, peak, peak_off, read_unwatched, unwatched_pairs
@@ -480,12 +481,16 @@ def context(path: Path) -> str:
         (after, *(of.get(after, {}).get(figure, "") for of in steps for figure in _CONTEXT))
         for after in order
     ]
-    columns = [f"{told['card']}, {words}" for told in cards for words in _CONTEXT.values()]
+    columns = [
+        f"{named(told['card']) or told['card']}, {words}"
+        for told in cards
+        for words in _CONTEXT.values()
+    ]
     said = "\n\n".join(map(_measured_on, cards))
     return f"{said}\n\n{table(['after the', *columns], rows).data}"
 
 
-_CONTEXT = {"outside": "outside PyTorch (B)", "nvidia_smi_mib": "nvidia-smi, all together (MiB)"}
+_CONTEXT = {"outside": "outside PyTorch (B)", "nvidia_smi_mib": "all in nvidia-smi (MiB)"}
 
 
 def articles(path: Path) -> str:
