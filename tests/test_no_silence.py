@@ -365,14 +365,7 @@ def check(front: str, program: list[tuple[str, str]]) -> list[str]:
 
 # What is refused where; everything else has to work, so that the property is not empty.
 REFUSED = {
-    "as_cuda": {
-        "loaded by name",
-        "loaded in a box",
-        "storages",
-        "process",
-        "sparse",
-        "dlpack",
-    },
+    "as_cuda": {"loaded in a box", "process", "sparse", "dlpack"},
     "VirtualGPU": {"cuda", "generator", "pinned", "process", "sparse", "dlpack", "legacy"},
 }
 
