@@ -5,7 +5,7 @@
 #
 # After this chapter you can read an out-of-memory message, find what holds the memory, and cure it.
 #
-# - **Time:** a minute for your message, 40 for all entries; about a minute to run.
+# - **Time:** a minute for your message, 40 for all entries; under a minute to run.
 # - **Needs:** nothing. It runs on any machine, a GPU is optional, and nothing is downloaded.
 
 # %% [markdown]

@@ -5,7 +5,7 @@
 #
 # After this chapter you can take a fine-tuning that runs out of memory at its first step down to a card you have, and say what each change saves and what it costs.
 #
-# - **Time:** 15 minutes to read, two minutes to run.
+# - **Time:** 15 minutes to read, under a minute to run.
 # - **Needs:** nothing. It runs on any machine, no GPU is used, and nothing is downloaded.
 
 # %% tags=["hide-input", "nbval-ignore-output"] mystnb={"code_prompt_show": "Show the set-up", "code_prompt_hide": "Hide the set-up"}
