@@ -917,7 +917,7 @@ table(
 )
 
 # %% [markdown]
-# At 64 rows FP8 needs a little less, because this product takes no cuBLAS workspace here. **Cure.** There is none: it is made for speed. FP8 saves memory where you *store* in it: weights for inference, a KV cache, an optimizer's states, or what backward keeps.
+# FP8 needs more each time, by the operands' copies. **Cure.** There is none: it is made for speed. FP8 saves memory where you *store* in it: weights for inference, a KV cache, an optimizer's states, or what backward keeps.
 
 # %% [markdown]
 # <a id="recompute"></a>

@@ -259,6 +259,24 @@ def test_each_thread_takes_its_workspace_at_its_first_matrix_product(gpu: Virtua
     assert gpu.breakdown()["workspaces"] == 0
 
 
+@pytest.mark.parametrize(("version", "taken"), [("2.11", 2**21 + 2**20), ("2.14", 2**21)])
+def test_a_product_of_eight_bit_floats_takes_cublaslts_workspace(version: str, taken: int) -> None:
+    """On an H200 with torch 2.11: 2,097,152 and 1,048,576 bytes, after another product."""
+    with VirtualGPU("H200", torch=version) as gpu:
+        x = torch.ones(1024, 1024, device=gpu.device, dtype=torch.bfloat16)
+        _ = x @ x
+        small, scale = x.to(torch.float8_e4m3fn), torch.ones((), device=gpu.device)
+        before = gpu.memory_allocated()
+        product = torch._scaled_mm(small, small.t(), scale, scale, out_dtype=torch.bfloat16)
+        assert gpu.memory_allocated() - before == taken
+        assert product.shape == x.shape
+    with VirtualGPU("RTX 4090") as gpu:  # it may be the first
+        small = torch.ones(64, 64, device=gpu.device, dtype=torch.bfloat16).to(small.dtype)
+        scale = torch.ones((), device=gpu.device)
+        product = torch._scaled_mm(small, small.t(), scale, scale, out_dtype=torch.bfloat16)
+        assert gpu.breakdown()["workspaces"] >= 8_519_680
+
+
 def test_each_thread_has_a_cublaslt_workspace_where_it_is_not_cublas_own() -> None:
     """Measured on an H100 with 2.11: a layer that is computed again in backward takes another."""
     from torch.utils.checkpoint import checkpoint

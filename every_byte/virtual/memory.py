@@ -79,7 +79,7 @@ class VirtualMemory(CachingAllocator):
         getattr(torch.ops.aten, name)
         for name in (
             *("mm", "addmm", "addmm_", "_addmm_activation", "bmm", "baddbmm", "baddbmm_"),
-            *("addbmm", "addbmm_", "mv", "addmv", "addmv_", "dot", "vdot"),
+            *("addbmm", "addbmm_", "mv", "addmv", "addmv_", "dot", "vdot", "_scaled_mm"),
         )
     )
 

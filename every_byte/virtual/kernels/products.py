@@ -39,11 +39,12 @@ def product_temporaries(operation: Any, args: tuple[Any, ...], rules: Rules) -> 
 
 
 def by_cublaslt(operation: Any, args: tuple[Any, ...]) -> bool:
-    """Whether cuBLASLt carries out a product: one with a bias for each column.
+    """Whether cuBLASLt carries out a product, with a workspace: one with a bias for each column.
 
-    ``isInputCompliesAddmmCudaLt`` in ``aten/src/ATen/native/cuda/Blas.cpp``.
+    ``isInputCompliesAddmmCudaLt`` in ``aten/src/ATen/native/cuda/Blas.cpp``; and of FP8, by
+    ``scaled_gemm`` in ``aten/src/ATen/cuda/CUDABlas.cpp``, whose ``int8_gemm`` takes none.
     """
-    if operation.overloadpacket in (aten._scaled_mm, aten._int_mm):
+    if operation.overloadpacket is aten._scaled_mm:
         return True
     if operation.overloadpacket not in (aten.addmm, aten._addmm_activation):
         return False
