@@ -5,7 +5,7 @@
 "use strict";
 
 const SCROLLING =
-  ".pst-scrollable-table-container, .bd-article div.math, .bd-article pre";
+  ".pst-scrollable-table-container, .bd-article div.math, .bd-article pre, .scroll";
 const LONG = 20; // characters
 const PHONE = matchMedia("(max-width: 576px)");
 const MATRIX = 9; // columns
@@ -28,8 +28,8 @@ function label(table) {
 // What is wider than its place: whether it can stand in a stack, and which cells hold sentences.
 function fit(place) {
   const table = place.querySelector("table");
-  if (!place.clientWidth || !table?.tHead) {
-    return;
+  if (!place.clientWidth || !table?.tHead || place.matches(".scroll")) {
+    return; // the estimator's tables, which it draws anew, stay as they are
   }
   table.classList.remove("stacked");
   for (const cell of table.querySelectorAll("td")) {
