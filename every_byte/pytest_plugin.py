@@ -52,13 +52,19 @@ class VirtualGPUUnderTest:
         """Keep a budget: the peak since the test began is below so many bytes.
 
         Raises:
-            AssertionError: it is not; the message has the line and the phase at the peak.
+            AssertionError: it is not; the message has the line and the phase at the peak. Or
+                nothing was put on the card, so that there is no peak.
             TypeError: `below` is no whole number.
         """
         __tracebackhide__ = True
         if type(below) is not int:
             raise TypeError(f"below is {below!r}: expected bytes, as an int")
         watch = self._watch
+        if not watch.peak:
+            raise AssertionError(
+                f"the test put nothing on the {self.gpu.memory.name}: expected tensors on "
+                '"cuda", made in this process'
+            )
         if watch.peak >= below:
             raise AssertionError(
                 f"the peak is {grouped(watch.peak)} B, {watch.place.phase} at {watch.place} "

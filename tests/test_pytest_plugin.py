@@ -28,6 +28,10 @@ def test_marked(virtual_gpu):
     with pytest.raises(torch.OutOfMemoryError):
         torch.zeros(2**28, device="cuda")
 
+def test_elsewhere(virtual_gpu):
+    torch.zeros(2**20)
+    virtual_gpu.assert_max_memory_allocated(below=10**6)
+
 @pytest.mark.virtual_gpu("RTX 1")
 def test_unknown(virtual_gpu):
     pass
@@ -41,12 +45,13 @@ def test_a_budget_is_kept_and_broken(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(TESTS)
     pytester.makeini("[pytest]\nvirtual_gpu_card = T4\naddopts = --strict-markers")
     done = pytester.runpytest_inprocess("-p", "every_byte.pytest_plugin", "-p", "no:nbval")
-    done.assert_outcomes(passed=3, failed=1, errors=1)
+    done.assert_outcomes(passed=3, failed=2, errors=1)
     done.stdout.fnmatch_lines(
         [
             "*virtual_gpu: card is 'RTX 1': expected one of *",
             "*AssertionError: the peak is *B, backward at test_a_budget_is_kept_and_broken.py:6 "
             "(model(*.sum().backward()): expected below 1,000,000 B on the T4",
+            "*AssertionError: the test put nothing on the T4: expected tensors on *",
         ]
     )
 
