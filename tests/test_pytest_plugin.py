@@ -2,6 +2,8 @@
 
 import pytest
 
+import every_byte
+
 pytest_plugins = ["pytester"]
 
 TESTS = """
@@ -42,6 +44,8 @@ def test_without():
 
 
 def test_a_budget_is_kept_and_broken(pytester: pytest.Pytester) -> None:
+    with every_byte.as_cuda("T4"):
+        pass  # what it imports, pytester would forget, and PyTorch knows it all the same
     pytester.makepyfile(TESTS)
     pytester.makeini("[pytest]\nvirtual_gpu_card = T4\naddopts = --strict-markers")
     done = pytester.runpytest_inprocess("-p", "every_byte.pytest_plugin", "-p", "no:nbval")

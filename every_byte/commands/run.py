@@ -39,9 +39,10 @@ def add(subparsers: Subparsers) -> None:
         "run a CUDA script on a virtual card, and say what its memory is for",
         "The script runs unchanged, as __main__; it is ended after some optimizer steps. Ctrl-C "
         "ends it with a report of what it did until then. Exits with the script's status, or "
-        "with 3 where memory runs out, 2 where it put nothing on the card. Arguments of the script that begin with a dash stand "
-        "after --. The script is really run, with your rights and no sandbox: what it writes, "
-        "deletes or sends, it does; run no script that you would not run with python.",
+        "with 3 where memory runs out, 2 where it put nothing on the card. Arguments of the "
+        "script that begin with a dash stand after --. The script is really run, with your rights "
+        "and no sandbox: what it writes, deletes or sends, it does; run no script that you would "
+        "not run with python.",
     )
     parser.add_argument("script", help="a file, or a module's name with -m")
     parser.add_argument("arguments", nargs="*", help="of the script")
