@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -181,11 +180,20 @@ def added_memory() -> float:
     return float(subprocess.run(run, capture_output=True, text=True, check=True).stdout)
 
 
+def _highest_rss() -> int:
+    """Bytes of RAM that this process had at most, on Linux.
+
+    Not ``ru_maxrss``, which begins with what its parent had.
+    """
+    status = Path("/proc/self/status").read_text("ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
 def _added_memory() -> int:
     replay(_llama(LLAMA_70B | {"num_hidden_layers": 1}))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _highest_rss()
     replay(_llama(LLAMA_70B))
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return _highest_rss() - before
 
 
 # All of it
