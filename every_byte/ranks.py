@@ -107,16 +107,12 @@ def first_of(gpus: int) -> Iterator[None]:
     def alone(*_: object, **__: object) -> None:
         pass  # the first process sends; or waits for the others
 
-    rank = (
-        {}
-        if gpus == 1
-        else {
-            **dict.fromkeys(("RANK", "LOCAL_RANK", "GROUP_RANK"), "0"),
-            **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(gpus)),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "29500",
-        }
-    )
+    rank = {
+        **dict.fromkeys(("RANK", "LOCAL_RANK", "GROUP_RANK"), "0"),
+        **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(gpus)),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
     patches = {
         "init_process_group": init_process_group,
         "new_group": new_group,
@@ -126,7 +122,11 @@ def first_of(gpus: int) -> Iterator[None]:
         "barrier": alone,
         "is_nccl_available": lambda: True,
     }
-    with _ready(open_gpu()), mock.patch.dict(os.environ, rank), ExitStack() as stack:
+    with (
+        _ready(open_gpu()),
+        mock.patch.dict(os.environ, rank if gpus > 1 else {}),
+        ExitStack() as stack,
+    ):
         for name, patch in patches.items():
             for module in (dist, distributed_c10d):
                 stack.enter_context(mock.patch.object(module, name, patch))

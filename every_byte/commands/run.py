@@ -202,7 +202,7 @@ def run(options: argparse.Namespace) -> int:
             _say(f"every-byte run: {line} until it was interrupted")
         if status != DONE:
             return status  # an error has been shown
-        others = "".join(f"; {text}" for text in report.estimates if text.startswith("another"))
+        others = "".join(f"; {text}" for text in report.estimates)  # such as another process
         raise Refused(f'{line}, so there is nothing to judge: it made no tensor on "cuda"{others}')
     if options.levers and not (failed or report.interrupted):
         report = levers.try_levers(

@@ -254,7 +254,7 @@ def activations(
             2 * tables * (max(4, b) if sizes.has("norms after") else wide) * length * sizes.head_dim
         )
     if sizes.has("wide norms"):  # 1 + weight of the last norm; not of the first where it is frozen
-        last += max(4, wide) * h * (1 if not (rank and layers) else 0)
+        last += max(4, wide) * h * (not (rank and layers))
     last += batch * length * h if dropout else 0  # of the embedding
     if checkpointing:
         inputs = math.ceil(layers / checkpointing) * batch * length * h * wide

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from every_byte.allocator.config import kLargeBuffer, kMinLargeAlloc, kSmallSize
 from every_byte.data import CONTEXT
@@ -670,18 +671,12 @@ def assemble(
         computed = setup.amp if setup.amp and autocast else dtype
         groups = int(setup.checkpointing) if every is None else every
         read = computed if autocast else own_dtype
-        held["activations"] = kept = activations(
-            sizes,
-            *work,
-            dtype=computed,
-            attention=setup.attention,
-            checkpointing=groups,
-            rank=setup.rank,
-            autocast=autocast,
-            dropout=setup.dropout,
-            adapters=read,
-            lora_dropout=setup.lora_dropout,
-        )
+        of_setup: dict[str, Any] = {
+            **{"dtype": computed, "attention": setup.attention, "autocast": autocast},
+            **{"rank": setup.rank, "adapters": read, "lora_dropout": setup.lora_dropout},
+            "dropout": setup.dropout,
+        }
+        held["activations"] = kept = activations(sizes, *work, checkpointing=groups, **of_setup)
         for width in (sizes.hidden_size, sizes.intermediate_size):
             # Most of them are of one of these sizes, or small multiples.
             size = width * setup.batch * setup.length * computed_width(computed)
@@ -692,30 +687,11 @@ def assemble(
         if setup.attention == "eager":  # the mask, transformers' masking_utils.py
             kept += setup.batch * setup.length**2 * computed_width(dtype)
         layer = max(
-            layer_activations(
-                sizes,
-                *work,
-                dtype=computed,
-                attention=setup.attention,
-                rank=setup.rank,
-                autocast=autocast,
-                dropout=setup.dropout,
-                adapters=read,
-                lora_dropout=setup.lora_dropout,
-                masked=masked,
-            )
+            layer_activations(sizes, *work, masked=masked, **of_setup)
             for masked in kinds_of_layers(sizes, setup.length, setup.attention)
         )
         again = min(groups, sizes.num_hidden_layers) * layer
-        outer = activations(
-            with_layers(sizes, 0),
-            *work,
-            dtype=computed,
-            attention=setup.attention,
-            rank=setup.rank,
-            autocast=autocast,
-            dropout=setup.dropout,
-        )
+        outer = activations(with_layers(sizes, 0), *work, **of_setup)
         held["logits"] = 2 * logits(sizes, *work, computed)
         if autocast:
             held["logits"] += logits(sizes, *work, "fp32")
