@@ -55,13 +55,17 @@ SMALL_TEXT = """() => [...document.querySelectorAll("svg.cell-figure")].flatMap(
         .map((text) => text.textContent);
 })"""
 
-# Once the page has been laid out: edges.js then puts tables into stacks.
-WIDE_TABLES = """async () => {
-    for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame);
-    return [...document.querySelectorAll(".pst-scrollable-table-container")]
-        .filter((place) => !place.closest("details:not([open])"))
-        .filter((place) => place.scrollWidth > place.clientWidth + 1)
-        .map((place) => place.textContent.trim().slice(0, 60));
+WIDE_TABLES = """() => [...document.querySelectorAll(".pst-scrollable-table-container")]
+    .filter((place) => !place.closest("details:not([open])"))
+    .filter((place) => place.scrollWidth > place.clientWidth + 1)
+    .map((place) => place.textContent.trim().slice(0, 60))"""
+
+# Once the page has been laid out anew, and edges.js has looked at what scrolls then. Nothing may
+# move: stillness is asked for.
+SETTLED = """async () => {
+    for (let i = 0; i < 3; i++) await new Promise(requestAnimationFrame);
+    if (document.getAnimations().length) throw new Error("what moves was to stand still");
+    return document.documentElement.scrollWidth;
 }"""
 
 
@@ -88,7 +92,7 @@ class Watched:
     def resize(self, width: int) -> None:
         """Make the window `width` pixels wide: nothing may reach beyond it."""
         self.tab.set_viewport_size({"width": width, "height": 900})
-        assert self.tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert self.tab.evaluate(SETTLED) <= width
 
     def check(self, home: str) -> None:
         """Nothing failed, nothing was asked of anyone else, every image is there."""
