@@ -720,10 +720,11 @@ class Tracker(TorchDispatchMode):
         for optimizer in filter(None, optimizers):
             note("optimizer states", *tree_leaves(list(optimizer.state.values())))
         if model is not None:
+            parameters = list(model.parameters())
             note("scales", *scales(model))
             note("buffers", *model.buffers())
-            note("gradients", *(p.grad for p in model.parameters()))
-            note("parameters", *model.parameters())
+            note("gradients", *(p.grad for p in parameters))
+            note("parameters", *parameters)
         return roles
 
     def _as_unwatched(

@@ -183,6 +183,21 @@ def test_large_tensors_are_not_kept(gpu: VirtualGPU) -> None:
     assert not hasattr(large.untyped_storage(), "_every_byte_copy")
 
 
+@pytest.mark.parametrize("size", [8, 3 << 20])
+def test_zeros_are_those_of_the_tensor_alone(gpu: VirtualGPU, size: int) -> None:
+    """Those of a large one are new pages: 8-bit optimizers make gigabytes of zeros."""
+    numbers = torch.full((size,), 7, dtype=torch.uint8, device="meta")
+    ends = numbers[:: size - 1]
+    numbers[:3].zero_()
+    assert (numbers[1:5].tolist(), ends.tolist()) == ([0, 0, 7, 7], [0, 7])
+    before = gpu.memory.values.known(numbers)
+    numbers.zero_()
+    assert (numbers[1:5].tolist(), ends.tolist()) == ([0] * 4, [0, 0])
+    assert before is not None and before[-1] == 7
+    ends += 1
+    assert numbers[size - 1].item() == 1
+
+
 def test_an_unknown_tensor_has_its_shape_and_strides_on_the_host(gpu: VirtualGPU) -> None:
     x = torch.empty(64, 100, device="meta").t()
     host = x.cpu()

@@ -189,14 +189,24 @@ def _is_cast(func: Any, args: tuple[Any, ...]) -> bool:
 
 def _blank(tensor: Tensor, origin: str | None = None) -> _Copy:
     """Zeros for a tensor's whole storage; large ones take no pages until they are touched."""
-    size = tensor.untyped_storage().nbytes()
-    if size >= MiB:
-        zeros = torch.frombuffer(mmap(-1, size), dtype=torch.uint8)
-    else:
-        zeros = torch.zeros(size, dtype=torch.uint8, device=_HOST)
-    copy = _Copy(zeros.untyped_storage(), origin)
+    copy = _Copy(_zeros(tensor.untyped_storage().nbytes()), origin)
     tensor.untyped_storage()._every_byte_copy = copy  # type: ignore[attr-defined]
     return copy
+
+
+def _zeros(size: int) -> torch.UntypedStorage:
+    if size >= MiB:
+        return torch.frombuffer(mmap(-1, size), dtype=torch.uint8).untyped_storage()
+    return torch.zeros(size, dtype=torch.uint8, device=_HOST).untyped_storage()
+
+
+def _clear(tensor: Tensor, copy: _Copy) -> None:
+    """Let a tensor be zeros; pages of a large one, if it is the whole storage, are given back."""
+    size = copy.bytes.nbytes()
+    if size >= MiB and tensor.is_contiguous() and tensor.nbytes == size:
+        copy.bytes = _zeros(size)
+    else:
+        _on_host(tensor, copy).zero_()
 
 
 def _forget(tensor: Tensor) -> None:
@@ -496,7 +506,9 @@ class Values:
                 _blank(args[0])
             else:
                 return  # a part of what is not known
-        if known:
+        if func is aten.zero_.default and (copy := _copy_of(args[0])) is not None:
+            _clear(args[0], copy)
+        elif known:
             try:
                 self._carry_out(func, about, args, kwargs)
             except Exception:
@@ -511,7 +523,7 @@ class Values:
                 if origin or (about.overwrites and everything):
                     copy.origin = origin
             elif tensor.dtype in WHOLE:
-                _on_host(tensor, copy).zero_()
+                _clear(tensor, copy)
                 copy.origin = self._origin(func)
             else:
                 _forget(tensor)
