@@ -435,6 +435,18 @@ def open_state(tab: Page, text: str) -> None:
     tab.goto(ADDRESS[0] + (f"#{text}" if text else ""))
 
 
+def follow(tab: Page, text: str) -> None:
+    """Go to an address of the page that is open: a third of the time that loading it takes."""
+    tab.evaluate(
+        """(text) => new Promise((told) => {
+            if (location.hash === (text && "#" + text)) return told();
+            addEventListener("popstate", () => setTimeout(told), { once: true });
+            location.hash = text;
+        })""",
+        text,
+    )
+
+
 ADDRESS: list[str] = []
 
 
@@ -462,8 +474,7 @@ def test_every_control_is_tested(tab: Page) -> None:
 
 @pytest.mark.parametrize(("name", "value", "before"), CONTROLS)
 def test_a_control(tab: Page, name: str, value: str | bool, before: str) -> None:
-    if before:
-        open_state(tab, before)
+    follow(tab, before)
     first = check(tab)
     start = state(tab)
     assert start[name] != value
@@ -476,8 +487,10 @@ def test_a_control(tab: Page, name: str, value: str | bool, before: str) -> None
         assert second != first
         assert bool(change_of_all(tab)) == (second.total != first.total)
     # The address brings it all back.
-    values = state(tab)
-    tab.reload()
+    values, address = state(tab), tab.url.partition("#")[2]
+    follow(tab, "")
+    assert state(tab)[name] != value
+    follow(tab, address)
     assert state(tab) == values
     assert check(tab) == second
 
