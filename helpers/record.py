@@ -35,7 +35,7 @@ from unittest import mock
 import torch
 
 from every_byte.allocator.replay import replay_trace
-from every_byte.data import named
+from every_byte.data import cards, named
 from every_byte.gpu import GPU, CudaGPU, VirtualGPU
 from every_byte.tracker import KINDS, untracked
 from every_byte.virtual.memory import CUBLAS_WORKSPACE
@@ -53,6 +53,7 @@ _SETTINGS = (
 )
 
 OPERATIONS = RECORDS.parent.parent / "tests" / "data" / "h200-torch-2.11" / "kernels.json.xz"
+_REHEARSED = "H200"  # the card of --dry-run
 _OF_EACH = 12  # signatures of an operation that --all measures, far from each other
 _MADE_OF = ("transformers", "accelerate", "bitsandbytes", "torchaudio", "torch.distributed.fsdp")
 
@@ -434,6 +435,28 @@ def _written(path: Path, record: Result) -> bool:
     return True
 
 
+def _dry_run(names: list[str]) -> int:
+    """Carry experiments out on a virtual card as if one were recorded; returns the exit status.
+
+    By the rules of the installed PyTorch. What raises is said, and so are those that would
+    tell nothing; no file is written.
+    """
+    import_first()
+    about: Result = {"card": _REHEARSED, "memory": cards()[_REHEARSED].usable}
+    about |= {"versions": versions()}
+    failed = 0
+    for number, name in enumerate(names, 1):
+        alloc_conf = _experiment(name).alloc_conf
+        told = replay(name, {"alloc_conf": alloc_conf, "outside": 0}, about)
+        reached = told.get("checkpoints", {})
+        why = told.get("not_replayed", "" if reached else "no checkpoint was reached")
+        failed += bool(why)
+        print(f"[{number}/{len(names)}] {name}: {why or f'{len(reached)} checkpoints'}", flush=True)
+    told_by = f"PyTorch {about['versions']['torch']}"
+    print(f"{len(names) - failed} of {len(names)} experiments run with {told_by}")
+    return 1 if failed else 0
+
+
 def _chosen(patterns: list[str] | None, every: bool = False) -> list[str]:
     """The experiments that the patterns name, in order; `every`: of those that ``--all`` adds, too.
 
@@ -520,6 +543,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--replay", type=Path, metavar="RECORD", help="replay a record anew; needs no GPU"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="see that each runs on a virtual card with the versions installed here; needs no GPU",
+    )
     asked = parser.parse_args(arguments)
     if asked.replay is not None:
         return _replay_again(asked.replay)
@@ -531,6 +559,8 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.list:
         print("\n".join(names))
         return 0
+    if asked.dry_run:
+        return _dry_run(names)
     if not torch.cuda.is_available():
         print(
             "torch.cuda.is_available() is False: recording needs an NVIDIA GPU and a CUDA build "

@@ -549,6 +549,26 @@ def test_bad_input_is_one_clear_line(
     assert said.startswith("torch.cuda.is_available() is False: ") and said.count("\n") == 1
 
 
+def test_a_dry_run_needs_no_gpu_writes_nothing_and_says_what_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raises(gpu: GPU, look: Any) -> None:
+        raise RuntimeError("no such operation\nand more")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(record, "import_first", lambda: None)
+    names = ["--dry-run", "--only", "fragmentation", "mlp-sgd"]
+    assert main(names) == 0
+    assert "2 of 2 experiments run with PyTorch" in capsys.readouterr().out
+    monkeypatch.setitem(EXPERIMENTS, "fragmentation", Experiment(raises))
+    monkeypatch.setitem(EXPERIMENTS, "mlp-sgd", Experiment(lambda gpu, look: None))
+    assert main(names) == 1
+    said = capsys.readouterr().out
+    assert "mlp-sgd: no checkpoint was reached\n" in said
+    assert "fragmentation: RuntimeError: no such operation\n0 of 2 experiments run" in said
+    assert not any(tmp_path.iterdir())
+
+
 def test_plain_python_is_enough() -> None:
     """No Jupyter and no matplotlib; the names need neither a GPU nor transformers."""
     code = (
