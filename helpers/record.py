@@ -74,15 +74,25 @@ def _run_of(name: str) -> Experiment:
 
 
 def _operation(of: list[str], gpu: GPU, look: Look) -> None:
-    """One operation after the other, each a checkpoint that is named by its signature."""
+    """One operation after the other, each a checkpoint that is named by its signature.
+
+    Raises:
+        Unread: none can be carried out with the versions installed, or on this GPU.
+    """
+    why: Exception | None = None
+    reached = False
     for signature in of:
         try:
             call = signatures.prepared(gpu.device, signature)
             result = call()
-        except (signatures.Unread, torch.OutOfMemoryError):
+        except (signatures.Unread, torch.OutOfMemoryError) as error:
+            why = error
             continue  # not here; the checkpoint is on one GPU only, which the notes name
         look(signature)
+        reached = True
         del call, result
+    if why is not None and not reached:
+        raise signatures.Unread(str(why).partition("\n")[0])
 
 
 @cache
@@ -438,23 +448,25 @@ def _written(path: Path, record: Result) -> bool:
 def _dry_run(names: list[str]) -> int:
     """Carry experiments out on a virtual card as if one were recorded; returns the exit status.
 
-    By the rules of the installed PyTorch. What raises is said, and so are those that would
-    tell nothing; no file is written.
+    By the rules of the installed PyTorch. What raises is said, and what would tell nothing;
+    an operation that this version does not have is no fault. No file is written.
     """
     import_first()
     about: Result = {"card": _REHEARSED, "memory": cards()[_REHEARSED].usable}
     about |= {"versions": versions()}
-    failed = 0
+    failed = absent = 0
     for number, name in enumerate(names, 1):
         alloc_conf = _experiment(name).alloc_conf
         told = replay(name, {"alloc_conf": alloc_conf, "outside": 0}, about)
         reached = told.get("checkpoints", {})
         why = told.get("not_replayed", "" if reached else "no checkpoint was reached")
+        absent += why.startswith(signatures.Unread.__name__)
         failed += bool(why)
         print(f"[{number}/{len(names)}] {name}: {why or f'{len(reached)} checkpoints'}", flush=True)
     told_by = f"PyTorch {about['versions']['torch']}"
-    print(f"{len(names) - failed} of {len(names)} experiments run with {told_by}")
-    return 1 if failed else 0
+    but = f"; {absent} are of operations that it does not have" if absent else ""
+    print(f"{len(names) - failed} of {len(names)} experiments run with {told_by}{but}")
+    return 1 if failed > absent else 0
 
 
 def _chosen(patterns: list[str] | None, every: bool = False) -> list[str]:
