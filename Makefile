@@ -52,7 +52,7 @@ audit: env ## look for known vulnerabilities in what requirements.lock pins; nee
 	@$(PY) -m uv tool run --quiet pip-audit@2.10.1 --strict --progress-spinner off --disable-pip \
 		--require-hashes --requirement requirements.lock
 
-test-versions: env ## the engine's tests with the oldest and the newest PyTorch (6 GB each)
+test-versions: env ## the engine's tests and a dry run of the record with the oldest and the newest PyTorch (6 GB each)
 	@$(PY) -m tools.versions
 
 gpu-test: env ## run every notebook on this machine's CUDA GPU, and compare with the stored bytes

@@ -17,8 +17,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch._prims_common import is_non_overlapping_and_dense_or_false as _is_dense
 from torch.utils._python_dispatch import TorchDispatchMode
+
+try:
+    from torch._prims_common import is_non_overlapping_and_dense_or_false as _is_dense
+except ImportError:  # PyTorch 2.8
+    from torch._prims_common import (  # type: ignore[attr-defined,no-redef]
+        is_non_overlapping_and_dense as _is_dense,
+    )
 
 _aten = torch.ops.aten
 _ADD = _aten.add.Tensor

@@ -35,7 +35,7 @@ from unittest import mock
 import torch
 
 from every_byte.allocator.replay import replay_trace
-from every_byte.data import named
+from every_byte.data import cards, named
 from every_byte.gpu import GPU, CudaGPU, VirtualGPU
 from every_byte.tracker import KINDS, untracked
 from every_byte.virtual.memory import CUBLAS_WORKSPACE
@@ -53,6 +53,7 @@ _SETTINGS = (
 )
 
 OPERATIONS = RECORDS.parent.parent / "tests" / "data" / "h200-torch-2.11" / "kernels.json.xz"
+_REHEARSED = "H200"  # the card of --dry-run
 _OF_EACH = 12  # signatures of an operation that --all measures, far from each other
 _MADE_OF = ("transformers", "accelerate", "bitsandbytes", "torchaudio", "torch.distributed.fsdp")
 
@@ -73,15 +74,25 @@ def _run_of(name: str) -> Experiment:
 
 
 def _operation(of: list[str], gpu: GPU, look: Look) -> None:
-    """One operation after the other, each a checkpoint that is named by its signature."""
+    """One operation after the other, each a checkpoint that is named by its signature.
+
+    Raises:
+        Unread: none can be carried out with the versions installed, or on this GPU.
+    """
+    why: Exception | None = None
+    reached = False
     for signature in of:
         try:
             call = signatures.prepared(gpu.device, signature)
             result = call()
-        except (signatures.Unread, torch.OutOfMemoryError):
+        except (signatures.Unread, torch.OutOfMemoryError) as error:
+            why = error
             continue  # not here; the checkpoint is on one GPU only, which the notes name
         look(signature)
+        reached = True
         del call, result
+    if why is not None and not reached:
+        raise signatures.Unread(str(why).partition("\n")[0])
 
 
 @cache
@@ -434,6 +445,30 @@ def _written(path: Path, record: Result) -> bool:
     return True
 
 
+def _dry_run(names: list[str]) -> int:
+    """Carry experiments out on a virtual card as if one were recorded; returns the exit status.
+
+    By the rules of the installed PyTorch. What raises is said, and what would tell nothing;
+    an operation that this version does not have is no fault. No file is written.
+    """
+    import_first()
+    about: Result = {"card": _REHEARSED, "memory": cards()[_REHEARSED].usable}
+    about |= {"versions": versions()}
+    failed = absent = 0
+    for number, name in enumerate(names, 1):
+        alloc_conf = _experiment(name).alloc_conf
+        told = replay(name, {"alloc_conf": alloc_conf, "outside": 0}, about)
+        reached = told.get("checkpoints", {})
+        why = told.get("not_replayed", "" if reached else "no checkpoint was reached")
+        absent += why.startswith(signatures.Unread.__name__)
+        failed += bool(why)
+        print(f"[{number}/{len(names)}] {name}: {why or f'{len(reached)} checkpoints'}", flush=True)
+    told_by = f"PyTorch {about['versions']['torch']}"
+    but = f"; {absent} are of operations that it does not have" if absent else ""
+    print(f"{len(names) - failed} of {len(names)} experiments run with {told_by}{but}")
+    return 1 if failed > absent else 0
+
+
 def _chosen(patterns: list[str] | None, every: bool = False) -> list[str]:
     """The experiments that the patterns name, in order; `every`: of those that ``--all`` adds, too.
 
@@ -520,6 +555,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--replay", type=Path, metavar="RECORD", help="replay a record anew; needs no GPU"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="see that each runs on a virtual card with the versions installed here; needs no GPU",
+    )
     asked = parser.parse_args(arguments)
     if asked.replay is not None:
         return _replay_again(asked.replay)
@@ -531,6 +571,8 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.list:
         print("\n".join(names))
         return 0
+    if asked.dry_run:
+        return _dry_run(names)
     if not torch.cuda.is_available():
         print(
             "torch.cuda.is_available() is False: recording needs an NVIDIA GPU and a CUDA build "

@@ -29,7 +29,7 @@ from every_byte.gpu import GPU, VirtualGPU
 from every_byte.tracker import KINDS
 from every_byte.units import GiB
 from every_byte.virtual.memory import VirtualMemory
-from helpers import models, record
+from helpers import models, record, signatures
 from helpers.environment import cache_folder
 from helpers.experiments import EXPERIMENTS, LOADS, Experiment
 from helpers.record import (
@@ -547,6 +547,40 @@ def test_bad_input_is_one_clear_line(
     assert main([]) == 1
     said = capsys.readouterr().err
     assert said.startswith("torch.cuda.is_available() is False: ") and said.count("\n") == 1
+
+
+def test_a_dry_run_needs_no_gpu_writes_nothing_and_says_what_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raises(gpu: GPU, look: Any) -> None:
+        raise RuntimeError("no such operation\nand more")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(record, "import_first", lambda: None)
+    names = ["--dry-run", "--only", "fragmentation", "mlp-sgd"]
+    assert main(names) == 0
+    assert "2 of 2 experiments run with PyTorch" in capsys.readouterr().out
+    monkeypatch.setitem(EXPERIMENTS, "fragmentation", Experiment(raises))
+    monkeypatch.setitem(EXPERIMENTS, "mlp-sgd", Experiment(lambda gpu, look: None))
+    assert main(names) == 1
+    said = capsys.readouterr().out
+    assert "mlp-sgd: no checkpoint was reached\n" in said
+    assert "fragmentation: RuntimeError: no such operation\n0 of 2 experiments run" in said
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dry_run_forgives_an_operation_that_another_version_has(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def prepared(device: torch.device, signature: str) -> Any:
+        raise signatures.Unread("aten.topk is not an operation here")
+
+    monkeypatch.setattr(record, "import_first", lambda: None)
+    monkeypatch.setattr(signatures, "prepared", prepared)
+    assert main(["--dry-run", "--all", "--only", "operation-aten.topk.default"]) == 0
+    said = capsys.readouterr().out
+    assert ": Unread: aten.topk is not an operation here\n0 of 1 experiments run" in said
+    assert said.endswith("; 1 are of operations that it does not have\n")
 
 
 def test_plain_python_is_enough() -> None:

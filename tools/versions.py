@@ -1,12 +1,15 @@
 """Run the engine's tests with the oldest and the newest PyTorch that can be had.
 
 Each has an environment of its own, in the cache folder, of the engine's requirements and
-pytest alone. The tests are those that need no more: see `engine_tests`.
+pytest alone. The tests are those that need no more: see `engine_tests`. Then the libraries of
+the record come in, just as old or new, and it is seen that each of its experiments runs, on
+the virtual GPU: ``every-byte record --dry-run``.
 """
 
 import argparse
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +18,7 @@ from every_byte.environment import cache_folder
 from tools.repository import ROOT
 
 RESOLUTIONS = {"oldest": "lowest-direct", "newest": "highest"}  # uv's names
+_OF_RECORD = re.compile("(platformdirs|peft|torchvision)\\b")
 ALLOWED = {"every_byte", "helpers.mlp", "hypothesis", "pytest", "torch"}
 
 
@@ -54,17 +58,36 @@ def environment(which: str) -> Path:
     return python
 
 
+def add_the_records(python: Path, which: str) -> None:
+    """Install what the record's experiments use beside the engine.
+
+    Raises:
+        CalledProcessError: uv failed; it has said why.
+    """
+    lists = [ROOT / "requirements" / f"{name}.txt" for name in ("engine", "transformers", "book")]
+    asked = [line for path in lists[:2] for line in path.read_text("utf-8").splitlines()]
+    asked += [line for line in lists[2].read_text("utf-8").splitlines() if _OF_RECORD.match(line)]
+    ranges = [line for line in asked if line and not line.startswith("#")]
+    install = [sys.executable, "-m", "uv", "--quiet", "pip", "install", "--python", str(python)]
+    # In one call: torchvision goes with one version of torch alone.
+    subprocess.run([*install, "--resolution", RESOLUTIONS[which], *ranges], check=True)
+
+
 def run(which: str) -> bool:
-    """Run the tests with one of `RESOLUTIONS`; whether they pass."""
+    """Run the tests and the record's experiments with one of `RESOLUTIONS`; whether they pass."""
     python = environment(which)
     tell = "import platform, torch; print('Python', platform.python_version(), torch.__version__)"
     said = subprocess.run([python, "-c", tell], check=True, capture_output=True, text=True)
     print(f"{which}: {said.stdout.strip()}", flush=True)
     env = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
     tests = [str(path) for path in engine_tests()]
+    env |= {"PYTHONPATH": str(ROOT)}
     command = [str(python), "-m", "pytest", "-q", *tests]
-    done = subprocess.run(command, cwd=ROOT, check=False, env=env | {"PYTHONPATH": str(ROOT)})
-    return done.returncode == 0
+    tested = subprocess.run(command, cwd=ROOT, check=False, env=env)
+    add_the_records(python, which)
+    dry = [str(python), "-m", "helpers.record", "--dry-run"]
+    ran = subprocess.run(dry, cwd=ROOT, check=False, env=env)
+    return tested.returncode == ran.returncode == 0
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -149,10 +149,9 @@ PRIVATE_NAMES = (
         "gradients are never added in place: peaks of backward are too high",
     ),
     PrivateName(
-        "torch._prims_common.is_non_overlapping_and_dense_or_false",
-        "tells whether a gradient fills its block",
+        "torch._prims_common",
+        "tells whether a gradient fills its block, by is_non_overlapping_and_dense or _or_false",
         "expanded gradients would be added to in place",
-        checked=("2.14",),
     ),
     # Autocast
     PrivateName(
