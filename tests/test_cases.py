@@ -389,3 +389,25 @@ def test_a_transformer_in_inference_says_that_it_takes_no_fast_path(
     with torch.no_grad():
         assert model.eval()(x, src_key_padding_mask=mask).shape == x.shape
     assert "without PyTorch's fast path" in gpu.estimates[0]
+
+
+def test_whisper_goes_on_behind_a_segment_of_assumed_tokens(gpu: every_byte.VirtualGPU) -> None:
+    """What a library's `_retrieve_segment` finds: else it would begin again for ever."""
+    tokens = torch.randn(1, 20, 500, device="cuda").argmax(-1)[0]
+    text = "def _retrieve_segment(tokens): return torch.where(tokens >= 40)[0]"
+    scope: dict[str, Any] = {"torch": torch}
+    exec(compile(text, torch.__file__, "exec"), scope)
+    assert scope["_retrieve_segment"](tokens).shape == (0,)
+    assert torch.where(tokens >= 40)[0].shape == (20,)  # a program's own: the largest
+    said = [str(one) for one in gpu.memory.values.assumptions]
+    assert "nonzero() answered what it is of the tokens that were assumed" in said[0]
+
+
+def test_a_whole_number_of_an_unknown_one_is_refused_in_one_line() -> None:
+    with (
+        pytest.raises(every_byte.virtual.values.UnknownValueError, match=r"^int\(\) of a number"),
+        every_byte.as_cuda("RTX 4090"),
+    ):
+        int(torch.randn(10_000, device="cuda").sum().item())
+    with pytest.raises(ValueError, match=r"^invalid literal"), every_byte.as_cuda("RTX 4090"):
+        int("a")

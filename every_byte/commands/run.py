@@ -125,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
     from every_byte.files import check_writable
     from every_byte.gpu import is_snapshot
     from every_byte.report import Report
-    from every_byte.script import as_cuda
+    from every_byte.script import as_cuda, unknown_number
     from every_byte.virtual.values import UnknownValueError
     from every_byte.watch import EnoughSteps, Watch
 
@@ -184,7 +184,7 @@ def run(options: argparse.Namespace) -> int:
             raise
         except Exception as error:
             status, failed = NO, True
-            if (line := needs_a_gpu(error) or _unknown_number(error, gpu)) is not None:
+            if (line := needs_a_gpu(error) or unknown_number(error, gpu)) is not None:
                 print(f"every-byte run: {line}", file=sys.stderr)
             else:
                 _show(error)
@@ -335,18 +335,6 @@ def _status(code: Any) -> int:
         return code or DONE
     print(code, file=sys.stderr)
     return NO
-
-
-def _unknown_number(error: Exception, gpu: Any) -> str | None:
-    """What to do where a script makes a whole number of one that was assumed; else None."""
-    assumed = [one for one in gpu.memory.values.assumptions if one.answer == "nan"]
-    if not assumed or str(error) != "cannot convert float NaN to integer":
-        return None
-    last = assumed[-1]
-    return (
-        f"int() of a number that depends on weights or data ({last.operation} at {last.line}), "
-        "which a virtual GPU does not have: give the script a number of its own there"
-    )
 
 
 def _show(error: BaseException) -> None:

@@ -315,6 +315,16 @@ def _goes_on(func: Any) -> bool:
     return func._schema.name == "aten::gt" and _is_within("_check_early_stop_heuristic")
 
 
+def _seeks_timestamps() -> bool:
+    """Whether Whisper looks for timestamps among the tokens of a segment, by ``torch.where``.
+
+    From one it takes the place to go on at (``_retrieve_segment`` in
+    ``transformers/models/whisper/generation_whisper.py`` of 5.17). Tokens that are assumed are
+    0, and no timestamps: it goes on behind the segment, as where it finds none.
+    """
+    return _is_within("_retrieve_segment")
+
+
 def _is_traced() -> bool:
     """Whether ``make_fx`` writes down each operation of this thread: then none is ours."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
@@ -729,6 +739,9 @@ def _sized(
             values._read(what, origin, _of_at_most(host, assumed(func, *args, **kwargs)))
             return _made(values, args[0], host, origin)
         made_by = origin or values._origin(func)
+        if known and what == "nonzero()" and _seeks_timestamps():
+            values._read(what, made_by, "what it is of the tokens that were assumed")
+            return _made(values, args[0], func(*tree_map(_value, args)), made_by)
         if known and assumed is _all_different and bool((_value(args[0]) != 0).any()):
             # chosen from known values, such as the classes of a detector's boxes
             values._read(what, made_by, "what it is of the largest choice that there can be")
