@@ -677,6 +677,17 @@ def test_what_one_of_several_cannot_be_is_refused(
     assert "FullyShardedDataParallel of a script is not replayed: take fully_shard" in said
 
 
+def test_what_a_script_imports_stays_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a library is imported in parts twice, and its classes are not the same any more."""
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    main_before = sys.modules["__main__"]
+    path = script(tmp_path, "import colorsys, torch\ntorch.ones(3).cuda()")
+    assert main(["run", path, *CARD]) == 0
+    assert "colorsys" in sys.modules and sys.modules["__main__"] is main_before
+
+
 def test_a_snapshot_replaces_no_file_of_another_kind(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -305,7 +305,7 @@ def _execute(options: argparse.Namespace, code: Any, watch: "Watch") -> None:
             main.__dict__.update(
                 __file__=os.path.abspath(options.script), __builtins__=__builtins__
             )
-            with mock.patch.dict(sys.modules, {"__main__": main}):
+            with _module_of_main(main):
                 exec(code, main.__dict__)
                 watch.look_for_leaks()
     finally:
@@ -313,6 +313,17 @@ def _execute(options: argparse.Namespace, code: Any, watch: "Watch") -> None:
             threading.current_thread() is threading.main_thread()
         ):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _module_of_main(main: ModuleType) -> Iterator[None]:
+    """Let it be ``__main__``. What is imported meanwhile stays imported, once."""
+    before = sys.modules["__main__"]
+    sys.modules["__main__"] = main
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = before
 
 
 def _execute_module(name: str) -> None:
