@@ -675,6 +675,18 @@ def test_what_one_of_several_cannot_be_is_refused(
     assert main(["run", path, "--card", "T4", "--torch", "2.14", "--gpus", "2"]) == 1
     said = capsys.readouterr().err
     assert "FullyShardedDataParallel of a script is not replayed: take fully_shard" in said
+    assert said.count("\n") == 1 and said.startswith("every-byte run: line ")
+
+
+def test_what_is_not_replayed_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = script(tmp_path, "import torch\ntorch.ones(3).cuda()\ntorch.cuda.CUDAGraph()")
+    assert main(["run", path, *CARD]) == 1
+    said = capsys.readouterr().err
+    begin = f"every-byte run: line 3 of {path}: torch.cuda.CUDAGraph is not replayed"
+    assert said.startswith(begin) and said.endswith("run without them here\n")
+    assert said.count("\n") == 1
 
 
 def test_what_a_script_imports_stays_imported(

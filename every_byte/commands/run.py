@@ -121,7 +121,7 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from every_byte import levers, page, ranks
-    from every_byte.commands.extensions import needs_a_gpu
+    from every_byte.commands.extensions import is_refused, needs_a_gpu
     from every_byte.files import check_writable
     from every_byte.gpu import is_snapshot
     from every_byte.report import Report
@@ -184,7 +184,8 @@ def run(options: argparse.Namespace) -> int:
             raise
         except Exception as error:
             status, failed = NO, True
-            if (line := needs_a_gpu(error) or unknown_number(error, gpu)) is not None:
+            line = needs_a_gpu(error) or is_refused(error) or unknown_number(error, gpu)
+            if line is not None:
                 print(f"every-byte run: {line}", file=sys.stderr)
             else:
                 _show(error)
