@@ -689,6 +689,41 @@ def test_what_is_not_replayed_is_refused_in_one_line(
     assert said.count("\n") == 1
 
 
+ASIDE = """
+import copy, torch
+from torch import nn
+model = nn.Linear(1024, 1024, bias=False).cuda()
+{average}
+opt = torch.optim.SGD(model.parameters())
+for _ in range(2):
+    model(torch.ones(1, 1024, device="cuda")).sum().backward()
+    opt.step()
+"""
+
+
+@pytest.mark.parametrize("average", ["", "average = copy.deepcopy(model)"])
+@pytest.mark.parametrize("steps", ["2", "0"])
+def test_a_model_that_is_not_at_work_has_parameters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], average: str, steps: str
+) -> None:
+    path = script(tmp_path, ASIDE.format(average=average))
+    assert main(["run", path, *CARD, "--steps", steps, "--json"]) == 0
+    held = json.loads(capsys.readouterr().out)["by_kind"]
+    assert held["parameters"] == (1 + bool(average)) * 4 * 1024**2
+
+
+def test_a_model_that_does_not_fit_has_parameters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where memory runs out while it is brought to the card."""
+    text = "from torch import nn\nwith __import__('torch').device('meta'):\n"
+    text += "    model = nn.Sequential(*(nn.Linear(2**15, 2**15, bias=False) for _ in range(9)))\n"
+    path = script(tmp_path, text + "model.to_empty(device='cuda')")
+    assert main(["run", path, *CARD, "--json"]) == 3
+    report = json.loads(capsys.readouterr().out)
+    assert report["by_kind"]["parameters"] == report["peak"]
+
+
 def test_what_a_script_imports_stays_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
