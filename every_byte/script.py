@@ -430,8 +430,12 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
 
     scripts: list[str] = []
 
-    def script(function: Any, *_: Any, **__: Any) -> Any:
+    def script(function: Any, *args: Any, **options: Any) -> Any:
         # Its compiler reads torch's functions, and would find those that are patched here.
+        if str(getattr(function, "__module__", "")).startswith("torch._decomp"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                return script_others(function, *args, **options)  # of torch.func.jvp
         if not scripts:
             scripts.append("said")
             warnings.warn(
@@ -492,6 +496,7 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
     make_hooks = torch.autograd.graph.saved_tensors_hooks.__init__
     apply = _in_backward(mode, torch.autograd.function.BackwardCFunction.apply)
     group_others = torch._C._group_tensors_by_device_and_dtype
+    script_others = torch.jit.script
     load_others, make_context = torch.load, DeviceContext.__init__
     function_of = DeviceContext.__torch_function__
     address_of_others = torch.UntypedStorage.data_ptr

@@ -15,10 +15,11 @@ from every_byte.virtual.patches import PRIVATE_NAMES, find
 
 ROOT = Path(__file__).parent.parent
 TABLE = {private.name for private in PRIVATE_NAMES}
-# Two are recognised on the stack, so that beam search and Whisper come to an end; one tells
+# Three are recognised on the stack, so that beam search and Whisper come to an end; one tells
 # what a lever would change.
 OF_TRANSFORMERS = {
     "_check_early_stop_heuristic": "GenerationMixin",
+    "_update_finished_beams": "GenerationMixin",
     "_retrieve_segment": "WhisperForConditionalGeneration",
     "_attn_implementation": "PreTrainedConfig",
 }

@@ -315,6 +315,16 @@ def _goes_on(func: Any) -> bool:
     return func._schema.name == "aten::gt" and _is_within("_check_early_stop_heuristic")
 
 
+def _keeps_beams() -> bool:
+    """Whether a beam search of transformers chooses the beams that it answers with.
+
+    Among finished ones of before, of which there are none, and what runs on until the end, which
+    stands behind them (``_update_finished_beams`` in ``transformers/generation/utils.py`` of
+    5.23).
+    """
+    return _is_within("_update_finished_beams")
+
+
 def _seeks_timestamps() -> bool:
     """Whether Whisper looks for timestamps among the tokens of a segment, by ``torch.where``.
 
@@ -830,7 +840,8 @@ def _nms(func: Any, boxes: Tensor, *_: Any, **__: Any) -> Tensor:
 def _chosen(values: Values, func: Any, args: Any, kwargs: Any) -> Any:
     """The places that ``topk`` chooses by unknown numbers: for each row the next ones.
 
-    They are different within a row, as they must be, and each is chosen as often.
+    They are different within a row, as they must be, and each is chosen as often. Only beams
+    are kept as `_keeps_beams` says.
     """
     if not args[0].is_meta or _known(args)[0]:
         return NotImplemented
@@ -843,6 +854,8 @@ def _chosen(values: Values, func: Any, args: Any, kwargs: Any) -> Any:
         count = args[0].size(dimension) if args[0].dim() else 1
         each = torch.arange(places.numel(), device=_HOST) % count
         width = places.size(dimension) if places.dim() else 1
+        if _keeps_beams():
+            each = each % width + width  # behind the finished beams of before
         moved = list(places.shape)
         if moved:
             moved.append(moved.pop(dimension))
