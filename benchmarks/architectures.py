@@ -784,6 +784,7 @@ def result(case: Case) -> dict[str, Any]:
         return {**row, "result": "wrong", "why": str(error)}
     except Exception as error:
         first = (str(error).splitlines() or [""])[0]
+        first = re.sub(rf" at {Path(__file__).name}:\d+", "", first)  # of no reader's file
         return {**row, "result": "refused", "why": f"{type(error).__name__}: {first}"}
     return {
         **row,

@@ -32,7 +32,7 @@ from every_byte.gpu import VirtualGPU
 from every_byte.tracker import is_wrapper, untracked
 from every_byte.virtual import autocast
 from every_byte.virtual.cuda_names import cuda_names, index_of, legacy_dtype
-from every_byte.virtual.values import as_indices, program_line
+from every_byte.virtual.values import UnknownValueError, as_indices, program_line
 
 _CUDA, _META = torch.device("cuda", 0), torch.device("meta")
 _CARD = torch.device("meta", 0)  # the card as a context; PyTorch's tensors drop the 0
@@ -430,8 +430,12 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
 
     scripts: list[str] = []
 
-    def script(function: Any, *_: Any, **__: Any) -> Any:
+    def script(function: Any, *args: Any, **options: Any) -> Any:
         # Its compiler reads torch's functions, and would find those that are patched here.
+        if str(getattr(function, "__module__", "")).startswith("torch._decomp"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                return script_others(function, *args, **options)  # of torch.func.jvp
         if not scripts:
             scripts.append("said")
             warnings.warn(
@@ -492,6 +496,7 @@ def _patched(mode: _AsCuda) -> Iterator[None]:
     make_hooks = torch.autograd.graph.saved_tensors_hooks.__init__
     apply = _in_backward(mode, torch.autograd.function.BackwardCFunction.apply)
     group_others = torch._C._group_tensors_by_device_and_dtype
+    script_others = torch.jit.script
     load_others, make_context = torch.load, DeviceContext.__init__
     function_of = DeviceContext.__torch_function__
     address_of_others = torch.UntypedStorage.data_ptr
@@ -571,6 +576,18 @@ def _telling_of_processes(estimates: dict[str, None]) -> Iterator[None]:
         yield
 
 
+def unknown_number(error: Exception, gpu: VirtualGPU) -> str | None:
+    """What to do where a program makes a whole number of one that was assumed; else None."""
+    assumed = [one for one in gpu.memory.values.assumptions if one.answer == "nan"]
+    if not assumed or str(error) != "cannot convert float NaN to integer":
+        return None
+    last = assumed[-1]
+    return (
+        f"int() of a number that depends on weights or data ({last.operation} at {last.line}), "
+        "which a virtual GPU does not have: give the script a number of its own there"
+    )
+
+
 @contextmanager
 def as_cuda(
     card: str | None = None,
@@ -596,6 +613,7 @@ def as_cuda(
     Raises:
         TypeError, ValueError: an argument is wrong.
         RuntimeError: another one is under way.
+        UnknownValueError: the program made a whole number of one that is not known.
     """
     if any(isinstance(m, _AsCuda) for m in torch.overrides._get_current_function_mode_stack()):
         raise RuntimeError("as_cuda() is in use already: leave it before it is entered again")
@@ -633,4 +651,9 @@ def as_cuda(
             mock.patch.object(torch._C, clear, gpu.clear_cublas_workspaces, create=True)
         )
         stack.enter_context(mode)
-        yield gpu
+        try:
+            yield gpu
+        except ValueError as error:
+            if (line := unknown_number(error, gpu)) is None:
+                raise
+            raise UnknownValueError(line) from error

@@ -808,7 +808,7 @@ class Tracker(TorchDispatchMode):
             if tensor.layout is not torch.strided:
                 raise NotImplementedError(
                     f"{func} makes a tensor of layout {tensor.layout}: "
-                    "only dense tensors are accounted for"
+                    "only dense tensors are accounted for; make it dense, as by sparse=False"
                 )
             storage = tensor.untyped_storage()
             key, nbytes = storage._cdata, storage.nbytes()

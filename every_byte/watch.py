@@ -4,6 +4,7 @@ A `Watch` looks at the allocator's requests; `every_byte.report` says what it sa
 are bytes.
 """
 
+import gc
 import linecache
 import os
 import time
@@ -88,7 +89,10 @@ class Leak(NamedTuple):
 
 
 class _Trained(torch.nn.Module):
-    """The models and optimizers that were at work so far, as one of each."""
+    """The models and optimizers that were at work so far, as one of each.
+
+    In the end all models are: those that are loaded or kept beside have parameters, too.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,9 +107,16 @@ class _Trained(torch.nn.Module):
         """
         if module in self._parts:
             return False
-        self.models.add(module)
         self._parts.update(module.modules())
+        self.models.add(module)
         return True
+
+    def add_all(self) -> None:
+        """Take what is at no work, too: a model that is being loaded, or an average of one."""
+        for each in gc.get_objects():
+            if issubclass(type(each), torch.nn.Module) and each is not self:
+                if "training" in object.__getattribute__(each, "__dict__"):  # it is made
+                    self.add(each)
 
     def modules(self, remove_duplicate: bool = True) -> Iterator[torch.nn.Module]:
         """Those of all models."""
@@ -162,6 +173,7 @@ class Watch:
     interrupted: bool = False
     _asked: list[int] = field(default_factory=list)  # for by the program, after each step
     _births: dict[int, tuple[int, int, str]] = field(default_factory=dict)
+    _trained: _Trained = field(default_factory=_Trained)
     _forward: int = 0
     _has_begun: bool = False
     _in_optimizer: bool = False
@@ -170,7 +182,7 @@ class Watch:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Look at the program that runs meanwhile."""
-        memory, trained = self.gpu.memory, _Trained()
+        memory, trained = self.gpu.memory, self._trained
         malloc, free = memory.malloc, memory.free
         taken: dict[int, int] = defaultdict(int)  # steps by optimizer
         began = told = self.clock()
@@ -233,6 +245,7 @@ class Watch:
             stack.enter_context(mock.patch.object(memory, "free", watched_free))
             record = self.gpu.record(trained, trained, where=self.now, limit=LIMIT)  # type: ignore[arg-type]
             self.timeline = stack.enter_context(record)
+            stack.callback(trained.add_all)
             yield
 
     def look_for_leaks(self) -> None:
@@ -243,6 +256,8 @@ class Watch:
         Call it while the program's variables are there: within its last step, or, at its end,
         before it is left.
         """
+        self._trained.add_all()
+        self.timeline.see()
         last = len(self.after_step) - 1
         self.leaks = []
         if last < 2 or self._asked[-1] <= self._asked[-2]:

@@ -124,7 +124,8 @@ def pytorchs_own_cases() -> list[Any]:
     """(list, operator, arguments, keywords) of PyTorch's tests of autocast on CUDA."""
     common: Any = types.ModuleType("torch.testing._internal.common_utils")
     common.TEST_WITH_ROCM, common.TestCase = False, unittest.TestCase
-    with mock.patch.dict(sys.modules, {common.__name__: common}):  # it needs a package more
+    with pytest.MonkeyPatch.context() as patch:  # it needs a package more
+        patch.setitem(sys.modules, common.__name__, common)
         from torch.testing._internal.autocast_test_lists import AutocastTestLists
     lists = vars(AutocastTestLists("cpu"))
     return [

@@ -389,3 +389,65 @@ def test_a_transformer_in_inference_says_that_it_takes_no_fast_path(
     with torch.no_grad():
         assert model.eval()(x, src_key_padding_mask=mask).shape == x.shape
     assert "without PyTorch's fast path" in gpu.estimates[0]
+
+
+def test_whisper_goes_on_behind_a_segment_of_assumed_tokens(gpu: every_byte.VirtualGPU) -> None:
+    """What a library's `_retrieve_segment` finds: else it would begin again for ever."""
+    tokens = torch.randn(1, 20, 500, device="cuda").argmax(-1)[0]
+    text = "def _retrieve_segment(tokens): return torch.where(tokens >= 40)[0]"
+    scope: dict[str, Any] = {"torch": torch}
+    exec(compile(text, torch.__file__, "exec"), scope)
+    assert scope["_retrieve_segment"](tokens).shape == (0,)
+    assert torch.where(tokens >= 40)[0].shape == (20,)  # a program's own: the largest
+    said = [str(one) for one in gpu.memory.values.assumptions]
+    assert "nonzero() answered what it is of the tokens that were assumed" in said[0]
+
+
+def test_a_whole_number_of_an_unknown_one_is_refused_in_one_line() -> None:
+    with (
+        pytest.raises(every_byte.virtual.values.UnknownValueError, match=r"^int\(\) of a number"),
+        every_byte.as_cuda("RTX 4090"),
+    ):
+        int(torch.randn(10_000, device="cuda").sum().item())
+    with pytest.raises(ValueError, match=r"^invalid literal"), every_byte.as_cuda("RTX 4090"):
+        int("a")
+
+
+@pytest.mark.parametrize("name", ["MultiMarginLoss", "MultiLabelMarginLoss"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_losses_with_margins_of_classes_have_gradients(
+    gpu: every_byte.VirtualGPU, name: str, reduction: str
+) -> None:
+    x = random(256, 1000)
+    y = torch.zeros(256, 1000, dtype=torch.long, device="cuda")
+    loss = getattr(nn, name)(reduction=reduction)
+    loss(x, y if name == "MultiLabelMarginLoss" else y[:, 0]).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+    before = gpu.memory_allocated()
+    x.grad = None
+    assert before - gpu.memory_allocated() == x.nbytes
+
+
+@pytest.mark.parametrize("name", ["roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool"])
+def test_torchvisions_operators_cast_under_autocast(gpu: every_byte.VirtualGPU, name: str) -> None:
+    """As ``torchvision/csrc/ops/autocast/`` has it: to FP32, and their results back."""
+    ops = pytest.importorskip("torchvision.ops")
+    features = torch.randn(1, 49, 32, 32, device="cuda", dtype=torch.float16, requires_grad=True)
+    boxes = [torch.rand(64, 4, device="cuda")]
+    with pytest.raises(RuntimeError, match="same type"):
+        getattr(ops, name)(features, boxes, 7)
+    with torch.autocast("cuda", torch.float16):
+        made = getattr(ops, name)(features, boxes, 7)
+        kept = ops.nms(boxes[0], torch.rand(64, device="cuda").half(), 0.5)
+    assert made.dtype is torch.float16 and made.size(0) == 64 and kept.dtype is torch.int64
+    made.sum().backward()
+    assert features.grad is not None and features.grad.dtype is torch.float16
+
+
+def test_jacobian_vector_products_and_hessians(gpu: every_byte.VirtualGPU) -> None:
+    """Whose decompositions PyTorch compiles, when it is first asked for one."""
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1)).cuda()
+    x = torch.randn(8, 16, device="cuda")
+    value, tangent = torch.func.jvp(model, (x,), (torch.ones_like(x),))
+    assert value.shape == tangent.shape == (8, 1) and tangent.is_cuda
+    assert torch.func.hessian(lambda x: model(x).sum())(x[0]).shape == (16, 16)

@@ -15,10 +15,12 @@ from every_byte.virtual.patches import PRIVATE_NAMES, find
 
 ROOT = Path(__file__).parent.parent
 TABLE = {private.name for private in PRIVATE_NAMES}
-# One is recognised on the stack, so that beam search is refused by name; one tells what a
-# lever would change.
+# Three are recognised on the stack, so that beam search and Whisper come to an end; one tells
+# what a lever would change.
 OF_TRANSFORMERS = {
     "_check_early_stop_heuristic": "GenerationMixin",
+    "_update_finished_beams": "GenerationMixin",
+    "_retrieve_segment": "WhisperForConditionalGeneration",
     "_attn_implementation": "PreTrainedConfig",
 }
 DOCUMENTED = {"_saved_"}  # of a graph's nodes: "Autograd mechanics" in PyTorch's documentation

@@ -675,6 +675,64 @@ def test_what_one_of_several_cannot_be_is_refused(
     assert main(["run", path, "--card", "T4", "--torch", "2.14", "--gpus", "2"]) == 1
     said = capsys.readouterr().err
     assert "FullyShardedDataParallel of a script is not replayed: take fully_shard" in said
+    assert said.count("\n") == 1 and said.startswith("every-byte run: line ")
+
+
+def test_what_is_not_replayed_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = script(tmp_path, "import torch\ntorch.ones(3).cuda()\ntorch.cuda.CUDAGraph()")
+    assert main(["run", path, *CARD]) == 1
+    said = capsys.readouterr().err
+    begin = f"every-byte run: line 3 of {path}: torch.cuda.CUDAGraph is not replayed"
+    assert said.startswith(begin) and said.endswith("run without them here\n")
+    assert said.count("\n") == 1
+
+
+ASIDE = """
+import copy, torch
+from torch import nn
+model = nn.Linear(1024, 1024, bias=False).cuda()
+{average}
+opt = torch.optim.SGD(model.parameters())
+for _ in range(2):
+    model(torch.ones(1, 1024, device="cuda")).sum().backward()
+    opt.step()
+"""
+
+
+@pytest.mark.parametrize("average", ["", "average = copy.deepcopy(model)"])
+@pytest.mark.parametrize("steps", ["2", "0"])
+def test_a_model_that_is_not_at_work_has_parameters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], average: str, steps: str
+) -> None:
+    path = script(tmp_path, ASIDE.format(average=average))
+    assert main(["run", path, *CARD, "--steps", steps, "--json"]) == 0
+    held = json.loads(capsys.readouterr().out)["by_kind"]
+    assert held["parameters"] == (1 + bool(average)) * 4 * 1024**2
+
+
+def test_a_model_that_does_not_fit_has_parameters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where memory runs out while it is brought to the card."""
+    text = "from torch import nn\nwith __import__('torch').device('meta'):\n"
+    text += "    model = nn.Sequential(*(nn.Linear(2**15, 2**15, bias=False) for _ in range(9)))\n"
+    path = script(tmp_path, text + "model.to_empty(device='cuda')")
+    assert main(["run", path, *CARD, "--json"]) == 3
+    report = json.loads(capsys.readouterr().out)
+    assert report["by_kind"]["parameters"] == report["peak"]
+
+
+def test_what_a_script_imports_stays_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a library is imported in parts twice, and its classes are not the same any more."""
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    main_before = sys.modules["__main__"]
+    path = script(tmp_path, "import colorsys, torch\ntorch.ones(3).cuda()")
+    assert main(["run", path, *CARD]) == 0
+    assert "colorsys" in sys.modules and sys.modules["__main__"] is main_before
 
 
 def test_a_snapshot_replaces_no_file_of_another_kind(

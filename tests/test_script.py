@@ -446,6 +446,7 @@ def test_beam_search_goes_on_to_its_length_and_says_so(
         **options,
     )
     assert found.sequences.shape == (4, 21) and len(found.scores) == 5
+    assert llama.generate(ids[:1], max_new_tokens=5, num_beams=3, **options).shape == (1, 21)
     assert all(score.shape == (6, 1000) for score in found.scores)
     assert any("answered True" in str(a) for a in gpu.memory.values.assumptions)
 

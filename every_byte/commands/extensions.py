@@ -2,9 +2,11 @@
 
 import re
 import traceback
+from pathlib import Path
 
 from every_byte.virtual.values import is_library
 
+_PACKAGE = Path(__file__).parents[1]
 _SDPA = 'take attn_implementation="sdpa", whose kernels are replayed'
 _PLAIN = "take the plain PyTorch of the same model here"
 
@@ -59,6 +61,13 @@ def needs_a_gpu(error: BaseException) -> str | None:
     return None
 
 
+def is_refused(error: BaseException) -> str | None:
+    """One line on what is not replayed, where this package itself refused it; else None."""
+    entries = traceback.extract_tb(error.__traceback__)
+    own = entries and Path(entries[-1].filename).is_relative_to(_PACKAGE)
+    return f"{_where(error)}: {error}" if own and type(error) is NotImplementedError else None
+
+
 def _package(error: BaseException) -> str | None:
     if isinstance(error, ImportError):
         name = (error.name or "").partition(".")[0]
@@ -71,8 +80,11 @@ def _package(error: BaseException) -> str | None:
     return None
 
 
-def _line(error: BaseException, what: str, cure: str) -> str:
+def _where(error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not is_library(f.filename)]
     frames = [f for f in frames if f.lineno is not None]
-    where = f"line {frames[-1].lineno} of {frames[-1].filename}" if frames else "the script"
-    return f"{where} needs {what}, whose kernels run on a real GPU alone: {cure}"
+    return f"line {frames[-1].lineno} of {frames[-1].filename}" if frames else "the script"
+
+
+def _line(error: BaseException, what: str, cure: str) -> str:
+    return f"{_where(error)} needs {what}, whose kernels run on a real GPU alone: {cure}"

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -121,11 +121,11 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     from every_byte import levers, page, ranks
-    from every_byte.commands.extensions import needs_a_gpu
+    from every_byte.commands.extensions import is_refused, needs_a_gpu
     from every_byte.files import check_writable
     from every_byte.gpu import is_snapshot
     from every_byte.report import Report
-    from every_byte.script import as_cuda
+    from every_byte.script import as_cuda, unknown_number
     from every_byte.virtual.values import UnknownValueError
     from every_byte.watch import EnoughSteps, Watch
 
@@ -184,7 +184,8 @@ def run(options: argparse.Namespace) -> int:
             raise
         except Exception as error:
             status, failed = NO, True
-            if (line := needs_a_gpu(error) or _unknown_number(error, gpu)) is not None:
+            line = needs_a_gpu(error) or is_refused(error) or unknown_number(error, gpu)
+            if line is not None:
                 print(f"every-byte run: {line}", file=sys.stderr)
             else:
                 _show(error)
@@ -305,7 +306,7 @@ def _execute(options: argparse.Namespace, code: Any, watch: "Watch") -> None:
             main.__dict__.update(
                 __file__=os.path.abspath(options.script), __builtins__=__builtins__
             )
-            with mock.patch.dict(sys.modules, {"__main__": main}):
+            with _module_of_main(main):
                 exec(code, main.__dict__)
                 watch.look_for_leaks()
     finally:
@@ -313,6 +314,17 @@ def _execute(options: argparse.Namespace, code: Any, watch: "Watch") -> None:
             threading.current_thread() is threading.main_thread()
         ):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _module_of_main(main: ModuleType) -> Iterator[None]:
+    """Let it be ``__main__``. What is imported meanwhile stays imported, once."""
+    before = sys.modules["__main__"]
+    sys.modules["__main__"] = main
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = before
 
 
 def _execute_module(name: str) -> None:
@@ -335,18 +347,6 @@ def _status(code: Any) -> int:
         return code or DONE
     print(code, file=sys.stderr)
     return NO
-
-
-def _unknown_number(error: Exception, gpu: Any) -> str | None:
-    """What to do where a script makes a whole number of one that was assumed; else None."""
-    assumed = [one for one in gpu.memory.values.assumptions if one.answer == "nan"]
-    if not assumed or str(error) != "cannot convert float NaN to integer":
-        return None
-    last = assumed[-1]
-    return (
-        f"int() of a number that depends on weights or data ({last.operation} at {last.line}), "
-        "which a virtual GPU does not have: give the script a number of its own there"
-    )
 
 
 def _show(error: BaseException) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _STAND_IN, _KEY_NAME = "ipu", "AutocastIPU"
@@ -157,6 +157,17 @@ def _banned(operator: Any, args: Any, kwargs: Any) -> Any:
     )
 
 
+OF_TORCHVISION = ("nms", "deform_conv2d", "roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool")
+"""Its operators that cast to FP32, and their results back (``torchvision/csrc/ops/autocast/``)."""
+
+
+def _of_torchvision(name: str, *args: Any, **kwargs: Any) -> Any:
+    operator = getattr(torch.ops.torchvision, name).default
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(_KEY)):
+        result = _fp32(operator, args, kwargs)
+    return result if name == "nms" else tree_map(lambda made: made.to(args[0].dtype), result)
+
+
 _KERNELS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "lower_precision_fp": _lower_precision_fp,
     "fp32": _fp32,
@@ -175,16 +186,19 @@ def _without_autocast(kernel: Any, operator: Any, *args: Any, **kwargs: Any) -> 
 @cache
 def _register() -> tuple[torch.library.Library, ...]:
     """Register the kernels, once; they hold while the returned objects live."""
-    every, aten = (torch.library.Library(name, "IMPL", _KEY_NAME) for name in ("_", "aten"))
+    names = ("_", "aten", "torchvision")
+    every, aten, vision = (torch.library.Library(name, "IMPL", _KEY_NAME) for name in names)
     every.fallback(torch.library.fallthrough_kernel)
-    for policy, names in POLICIES.items():
-        for name in names:
+    for policy, operators in POLICIES.items():
+        for name in operators:
             # Versions of PyTorch differ by some operators: the one installed knows which.
             if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCUDA"):
                 packet, _, overload = name.partition(".")
                 operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
                 aten.impl(name, partial(_without_autocast, _KERNELS[policy], operator))
-    return every, aten
+    for name in OF_TORCHVISION:
+        vision.impl(name, partial(_of_torchvision, name))
+    return every, aten, vision
 
 
 def has_cuda() -> bool:

@@ -343,6 +343,11 @@ PRIVATE_NAMES = (
         "torch.Generator(device='cuda') fails in as_cuda()",
     ),
     PrivateName(
+        "torch._decomp",
+        "has functions that torch.func.jvp compiles: they are left to torch.jit.script",
+        "torch.func.jvp and hessian fail in as_cuda()",
+    ),
+    PrivateName(
         "torch.overrides._get_current_function_mode_stack",
         "tells whether as_cuda() is in use already",
         "two of them map devices twice",

@@ -325,6 +325,26 @@ def _goes_on(func: Any) -> bool:
     return func._schema.name == "aten::gt" and _is_within("_check_early_stop_heuristic")
 
 
+def _keeps_beams() -> bool:
+    """Whether a beam search of transformers chooses the beams that it answers with.
+
+    Among finished ones of before, of which there are none, and what runs on until the end, which
+    stands behind them (``_update_finished_beams`` in ``transformers/generation/utils.py`` of
+    5.23).
+    """
+    return _is_within("_update_finished_beams")
+
+
+def _seeks_timestamps() -> bool:
+    """Whether Whisper looks for timestamps among the tokens of a segment, by ``torch.where``.
+
+    From one it takes the place to go on at (``_retrieve_segment`` in
+    ``transformers/models/whisper/generation_whisper.py`` of 5.17). Tokens that are assumed are
+    0, and no timestamps: it goes on behind the segment, as where it finds none.
+    """
+    return _is_within("_retrieve_segment")
+
+
 def _is_traced() -> bool:
     """Whether ``make_fx`` writes down each operation of this thread: then none is ours."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
@@ -741,6 +761,9 @@ def _sized(
             values._read(what, origin, _of_at_most(host, assumed(func, *args, **kwargs)))
             return _made(values, args[0], host, origin)
         made_by = origin or values._origin(func)
+        if known and what == "nonzero()" and _seeks_timestamps():
+            values._read(what, made_by, "what it is of the tokens that were assumed")
+            return _made(values, args[0], func(*tree_map(_value, args)), made_by)
         if known and assumed is _all_different and bool((_value(args[0]) != 0).any()):
             # chosen from known values, such as the classes of a detector's boxes
             values._read(what, made_by, "what it is of the largest choice that there can be")
@@ -829,7 +852,8 @@ def _nms(func: Any, boxes: Tensor, *_: Any, **__: Any) -> Tensor:
 def _chosen(values: Values, func: Any, args: Any, kwargs: Any) -> Any:
     """The places that ``topk`` chooses by unknown numbers: for each row the next ones.
 
-    They are different within a row, as they must be, and each is chosen as often.
+    They are different within a row, as they must be, and each is chosen as often. Only beams
+    are kept as `_keeps_beams` says.
     """
     if not args[0].is_meta or _known(args)[0]:
         return NotImplemented
@@ -842,6 +866,8 @@ def _chosen(values: Values, func: Any, args: Any, kwargs: Any) -> Any:
         count = args[0].size(dimension) if args[0].dim() else 1
         each = torch.arange(places.numel(), device=_HOST) % count
         width = places.size(dimension) if places.dim() else 1
+        if _keeps_beams():
+            each = each % width + width  # behind the finished beams of before
         moved = list(places.shape)
         if moved:
             moved.append(moved.pop(dimension))

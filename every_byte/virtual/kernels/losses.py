@@ -91,10 +91,36 @@ def _binary_cross_entropy(
     return _as_a_number(elements)
 
 
+def _multi_margin(
+    rules: Rules,
+    self: Tensor,
+    target: Tensor,
+    p: float = 1,
+    margin: float = 1,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+) -> Tensor:
+    """``multi_margin_loss_cuda`` in native/cuda/MultiMarginLoss.cu: a number of each row."""
+    if reduction == _NONE:
+        return self.new_empty(target.shape)
+    result = self.new_empty(())
+    if self.dim() == 2:
+        _add_up(rules, self.new_empty(self.size(0)))
+    return result
+
+
+def _as_its_input(rules: Rules, grad: Tensor, self: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The gradient of a loss with margins of classes, for which PyTorch has no meta kernel."""
+    return self.new_empty(self.shape)
+
+
 WITH_RULES: dict[Any, Callable[..., Any]] = {
     aten.mse_loss.default: _into_its_elements,
     aten.smooth_l1_loss.default: _into_its_elements,
     aten.huber_loss.default: _huber,
     aten.binary_cross_entropy_with_logits.default: _with_logits,
     aten.binary_cross_entropy.default: _binary_cross_entropy,
+    aten.multi_margin_loss.default: _multi_margin,
+    aten.multi_margin_loss_backward.default: _as_its_input,
+    aten.multilabel_margin_loss_backward.default: _as_its_input,
 }
