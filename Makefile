@@ -30,7 +30,7 @@ test: env ## prove it: the helpers, every notebook again, the built book
 		notebooks tests
 
 # No page, no notebook, no model of full size: what tells most of an edit in a minute.
-QUICK := allocator autocast catalogue cli cluster edges environment explain files fit imports \
+QUICK := allocator autocast catalogue cli cluster edges environment explain files fit imports kept_estimates \
 	patches placement precision private_names pytest_plugin units
 check: env ## what one runs after each edit: style, types and the quick tests, in a minute
 	@$(PY) -m ruff check .

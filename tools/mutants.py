@@ -16,6 +16,7 @@ import random
 import resource
 import shutil
 import sys
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -33,11 +34,14 @@ SAID = COPY / "said.txt"  # by the last run of pytest
 # The parts, each with the tests that stand for it.
 PARTS = {
     "allocator": ("every_byte/allocator", ["allocator", "placement", "replay", "edges"]),
-    "estimate": ("every_byte/estimate", ["estimate", "fit", "serving", "catalogue", "edges"]),
+    "estimate": (
+        "every_byte/estimate",
+        ["kept_estimates", "estimate", "fit", "serving", "catalogue", "edges"],
+    ),
     "tracker": ("every_byte/tracker.py", ["gpu", "edges", "in_place", "no_silence", "unwatched"]),
     "kernels": ("every_byte/virtual/kernels", ["cuda_kernels", "edges", "cases", "quantised"]),
 }
-LONGEST = 2.0  # seconds of a test that is asked
+LONGEST = 2.0  # seconds of the processor for a test that is asked
 PATIENCE = 20.0  # seconds for all tests of a change; beyond it those that take longest are left
 # What is the same program wherever small integers, None and the like are compared.
 SAME = ("_Eq_Is", "_NotEq_IsNot", "_Is_Eq", "_IsNot_NotEq")
@@ -63,15 +67,18 @@ class Asked:
     def __init__(self, coverage: Any) -> None:
         self.coverage = coverage
         self.seconds: dict[str, float] = {}
+        self.since = 0.0
 
     def pytest_runtest_setup(self, item: Any) -> None:
         """The lines that follow are this test's."""
         self.coverage.switch_context(item.nodeid)
+        self.seconds[item.nodeid], self.since = 0.0, time.process_time()
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """A test that fails or is skipped says nothing."""
-        took = self.seconds.get(report.nodeid, 0.0) + report.duration
-        self.seconds[report.nodeid] = took if report.passed else float("inf")
+        took = time.process_time() - self.since
+        self.seconds[report.nodeid] += took if report.passed else float("inf")
+        self.since += took
 
 
 class Chosen:
