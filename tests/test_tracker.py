@@ -1,5 +1,6 @@
 """What the tracker writes down, what it counts, and where it stops."""
 
+import threading
 from collections.abc import Callable
 from itertools import count
 
@@ -37,6 +38,7 @@ def test_past_its_limit_a_recording_has_no_highest(gpu: VirtualGPU) -> None:
 def test_a_recording_without_a_look_has_no_highest(gpu: VirtualGPU) -> None:
     with gpu.record(limit=100) as timeline:
         kept = torch.empty(128, device=gpu.device)
+        assert not timeline.is_cut
     assert (timeline.highest, timeline.highest_at, timeline.highest_where) == ({}, 0, None)
     assert timeline.where == [] and not timeline.is_cut
     assert [step.total for step in timeline.steps] == [0, 512]
@@ -70,6 +72,14 @@ def test_a_resize_runs_out_in_pytorchs_words() -> None:
         assert gpu.memory_allocated() == 1024
 
 
+def test_a_recording_follows_a_resize(gpu: VirtualGPU) -> None:
+    storage = torch.empty(128, device=gpu.device).untyped_storage()
+    with gpu.record() as timeline:
+        storage.resize_(4096)
+    assert [step["activations"] for step in timeline.steps] == [512, 4096]
+    assert [step["workspaces"] for step in timeline.steps] == [0, 0]
+
+
 def test_what_no_tracker_saw_made_is_not_counted(gpu: VirtualGPU) -> None:
     counted = torch.empty(256, device=gpu.device)
     with untracked():
@@ -77,7 +87,11 @@ def test_what_no_tracker_saw_made_is_not_counted(gpu: VirtualGPU) -> None:
         assert not is_accounted(counted)  # nobody looks here
     assert is_accounted(counted) and not is_accounted(unseen)
     assert uncounted(gpu.device) == 1200
-    del unseen
+    with pytest.raises(RuntimeError, match="1,200 bytes no one accounts for"):
+        torch.add(counted[:1], 1, out=unseen)
+    around: list[object] = [unseen]
+    around.append(around)
+    del unseen, around  # a cycle, which only the collector ends
     assert uncounted(gpu.device) == 0
 
 
@@ -96,3 +110,18 @@ def test_what_comes_from_the_host_is_a_batch_and_a_copy_on_the_card_is_not(gpu: 
     copy = batch.double()
     found = gpu.breakdown()
     assert (found["batch"], found["activations"]) == (batch.nbytes, copy.nbytes)
+
+
+def test_a_thread_that_outlives_the_gpu_goes_on_as_without_one() -> None:
+    closed, made = threading.Event(), list[torch.Tensor]()
+
+    def run() -> None:
+        closed.wait(60)
+        made.append(torch.zeros(3, dtype=torch.float64))
+
+    with VirtualGPU():
+        thread = threading.Thread(target=run)
+        thread.start()
+    closed.set()
+    thread.join(60)
+    assert made[0].dtype is torch.float64

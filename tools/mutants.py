@@ -38,8 +38,11 @@ PARTS = {
         "every_byte/estimate",
         ["kept_estimates", "estimate", "fit", "serving", "catalogue", "edges"],
     ),
-    "tracker": ("every_byte/tracker.py", ["gpu", "edges", "in_place", "no_silence", "unwatched"]),
-    "kernels": ("every_byte/virtual/kernels", ["cuda_kernels", "edges", "cases", "quantised"]),
+    "tracker": ("every_byte/tracker.py", ["tracker", "gpu", "edges", "in_place", "no_silence"]),
+    "kernels": (
+        "every_byte/virtual/kernels",
+        ["kernels", "cuda_kernels", "measured", "edges", "quantised"],
+    ),
 }
 LONGEST = 2.0  # seconds of the processor for a test that is asked
 PATIENCE = 20.0  # seconds for all tests of a change; beyond it those that take longest are left
