@@ -108,8 +108,11 @@ def test_a_gpu_opened_again_inside_of_untracked_looks_again() -> None:
 def test_what_comes_from_the_host_is_a_batch_and_a_copy_on_the_card_is_not(gpu: VirtualGPU) -> None:
     batch = torch.empty(128).to(gpu.device)
     copy = batch.double()
+    weight = torch.nn.Parameter(copy)
+    other = weight.half()  # and not under autocast
     found = gpu.breakdown()
-    assert (found["batch"], found["activations"]) == (batch.nbytes, copy.nbytes)
+    assert (found["batch"], found["activations"]) == (batch.nbytes, copy.nbytes + other.nbytes)
+    assert found["cast weights"] == 0
 
 
 def test_a_thread_that_outlives_the_gpu_goes_on_as_without_one() -> None:

@@ -38,10 +38,10 @@ PARTS = {
         "every_byte/estimate",
         ["kept_estimates", "estimate", "fit", "serving", "catalogue", "edges"],
     ),
-    "tracker": ("every_byte/tracker.py", ["tracker", "gpu", "edges", "in_place", "no_silence"]),
+    "tracker": ("every_byte/tracker.py", ["tracker", "gpu", "edges", "in_place", "cuda_kernels"]),
     "kernels": (
         "every_byte/virtual/kernels",
-        ["kernels", "cuda_kernels", "measured", "edges", "quantised"],
+        ["kernels", "cuda_kernels", "measured", "quantised"],
     ),
 }
 LONGEST = 2.0  # seconds of the processor for a test that is asked
