@@ -213,6 +213,10 @@ def changes(source: str, count: int, seed: int) -> Iterator[Change]:
         name, occurrence = chance.choice(places[file, place])
         before = (COPY / file).read_text("utf-8")
         after = mutate_code(before, operators[name], occurrence)
+        try:
+            compile(after, file, "exec")
+        except SyntaxError:  # nothing that a test is needed for
+            continue
         parts = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
         yield Change(file, place[0], after, "\n".join(list(parts)[3:]))
 
