@@ -30,7 +30,7 @@ test: env ## prove it: the helpers, every notebook again, the built book
 		notebooks tests
 
 # No page, no notebook, no model of full size: what tells most of an edit in a minute.
-QUICK := allocator autocast catalogue cli cluster edges environment explain files fit imports \
+QUICK := allocator autocast catalogue cli cluster edges environment explain files fit imports kept_estimates \
 	patches placement precision private_names pytest_plugin units
 check: env ## what one runs after each edit: style, types and the quick tests, in a minute
 	@$(PY) -m ruff check .
@@ -41,12 +41,11 @@ check: env ## what one runs after each edit: style, types and the quick tests, i
 faults: env ## kill it, fill the disk, take the network away: what it promises on its worst day
 	@$(PY) -m pytest -m slow tests/faults
 
-# mutmut copies the project into mutants/, and runs there with the packages of .venv.
-MUTMUT := PYTHONPATH=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
-	OMP_NUM_THREADS=1 $(PY) -m uv tool run --quiet --python $(PY) mutmut@3.8.1
-mutants: env ## change the allocator in each place: which change does no test notice? (an hour)  [MUTANTS=names]
-	@$(MUTMUT) run --max-children 2 $(MUTANTS)
-	@$(MUTMUT) results
+# cosmic-ray and coverage, with the packages of .venv.
+mutants: env ## change the engine's core in 600 places: which change does no test notice? (an hour)  [MUTANTS="tracker --count 50"]
+	@PYTHONPATH=$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
+		OMP_NUM_THREADS=1 $(PY) -m uv tool run --quiet --python $(PY) --from cosmic-ray==8.7.0 \
+		--with coverage==7.17.5 python -m tools.mutants $(MUTANTS)
 
 audit: env ## look for known vulnerabilities in what requirements.lock pins; needs PyPI's database
 	@$(PY) -m uv tool run --quiet pip-audit@2.10.1 --strict --progress-spinner off --disable-pip \

@@ -20,7 +20,7 @@ from benchmarks import estimates
 from every_byte import estimate
 from every_byte.allocator import CachingAllocator
 from every_byte.data import known_models
-from every_byte.estimate import Dimensions, Setup, architecture, optimizers
+from every_byte.estimate import Dimensions, Setup, architecture, forward, optimizers
 from every_byte.gpu import VirtualGPU
 from every_byte.kinds import FIELDS
 from helpers import models
@@ -43,6 +43,24 @@ def test_a_mixture_of_experts_uses_fewer_than_it_loads() -> None:
     assert round(estimate.active_parameters(sizes) / 1e9) == 13
     dense = estimate.dimensions("Llama-3.1-8B")
     assert estimate.active_parameters(dense) == sum(estimate.parameters(dense).values())
+
+
+def test_a_setup_without_a_length_has_no_activations() -> None:
+    assert estimate.memory(estimate.dimensions("gpt2"), Setup()).activations == 0
+
+
+def test_a_window_of_one_token_is_one() -> None:
+    sizes = dataclasses.replace(
+        estimate.dimensions("Mistral-7B-v0.1"), sliding_window=1, sliding_layers=5
+    )
+    assert forward.masked_layers(sizes, 1, "sdpa") == 5
+    assert forward.masked_layers(sizes, 0, "sdpa") == 0
+
+
+def test_apollo_still_has_a_matrixs_gradient_when_adamw_takes_the_rest() -> None:
+    matrix, rest = Counter({(8, 16): 3}), Counter({(1000,): 1})
+    taken = optimizers.step_temporaries(matrix, rest, "apollo", "fp32", "foreach")
+    assert taken == 2 * 4 * 1000 + 4 * 8 * 16  # AdamW's two, and the limited gradient
 
 
 # Against replays

@@ -244,6 +244,12 @@ def test_the_way_to_24_gib() -> None:
     assert memory(sizes, PRESETS["qlora"][1]).needed < 24 * GiB
 
 
+def test_three_changes_are_tried_together() -> None:
+    sizes, setup = dimensions("Llama-3.1-8B"), Setup(batch=8, length=2048)
+    ways = [way.names for way in fit.shortest(sizes, setup, 40 * GiB)]
+    assert ("checkpointing", "QLoRA: LoRA of rank 16 on NF4", "half the batch") in ways
+
+
 @settings(deadline=None, derandomize=True, max_examples=30)
 @given(MODELS, SETUPS, st.integers(1, 60))
 def test_the_largest_batch(model: str, setup: Setup, gib: int) -> None:

@@ -49,7 +49,7 @@ FLOORS = {
     ],
     "tools": [
         {"repository", "setup_cell", "bootstrap", "kernel_imports"},
-        {"book", "kernels", "notebooks", "serve", "versions", "licences"},
+        {"book", "kernels", "notebooks", "serve", "versions", "licences", "mutants"},
     ],
 }
 # What else the engine may import: its dependencies, and what says what an environment lacks.
