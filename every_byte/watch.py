@@ -96,7 +96,8 @@ class _Trained(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.optimizers: list[torch.optim.Optimizer] = []
+        # Held by the program alone: what it drops is free, as on a card.
+        self.optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self.models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._parts: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
@@ -132,14 +133,14 @@ class _Trained(torch.nn.Module):
         """Those of all models, and of all optimizers' groups."""
         for model in list(self.models):
             yield from model.parameters()
-        for optimizer in self.optimizers:
+        for optimizer in list(self.optimizers):
             for group in optimizer.param_groups:
                 yield from group["params"]
 
     @property
     def state(self) -> dict[int, Any]:
         """All optimizers' states."""
-        return dict(enumerate(list(o.state.values()) for o in self.optimizers))
+        return dict(enumerate(list(o.state.values()) for o in list(self.optimizers)))
 
 
 @dataclass
@@ -219,8 +220,7 @@ class Watch:
 
         def begins(optimizer: torch.optim.Optimizer, *_: object) -> None:
             self._in_optimizer = True
-            if not any(o is optimizer for o in trained.optimizers):
-                trained.optimizers.append(optimizer)
+            trained.optimizers.add(optimizer)
 
         def ends(optimizer: torch.optim.Optimizer, *_: object) -> None:
             self._in_optimizer = False
