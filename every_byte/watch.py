@@ -9,7 +9,7 @@ import linecache
 import os
 import time
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -185,7 +185,9 @@ class Watch:
         """Look at the program that runs meanwhile."""
         memory, trained = self.gpu.memory, self._trained
         malloc, free = memory.malloc, memory.free
-        taken: dict[int, int] = defaultdict(int)  # steps by optimizer
+        taken: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = (
+            weakref.WeakKeyDictionary()
+        )  # steps
         began = told = self.clock()
 
         def watched_malloc(nbytes: int, stream: int | None = None) -> int:
@@ -224,8 +226,10 @@ class Watch:
 
         def ends(optimizer: torch.optim.Optimizer, *_: object) -> None:
             self._in_optimizer = False
-            taken[id(optimizer)] += 1
-            if taken[id(optimizer)] <= len(self.after_step):
+            taken[optimizer] = taken.get(optimizer, 0) + 1
+            if taken[optimizer] == 1:
+                self.timeline.see()  # its states, which the program may drop before the end
+            if taken[optimizer] <= len(self.after_step):
                 return  # another one's, of the same step
             self.after_step.append(memory.memory_allocated())
             self._asked.append(memory.memory_requested())

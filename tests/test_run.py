@@ -715,9 +715,9 @@ def test_a_model_that_is_not_at_work_has_parameters(
 def test_an_optimizer_that_is_dropped_takes_nothing_any_more(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    lines = ASIDE.format(average="").replace("SGD", "Adam").replace("\n", "\n    ")
     text = f"""
-def train():
-    {ASIDE.format(average="").replace(chr(10), chr(10) + "    ")}
+def train():{lines}
 train()
 import gc, torch
 gc.collect()
@@ -725,7 +725,9 @@ torch._C._cuda_clearCublasWorkspaces()
 print(torch.cuda.memory_allocated())
 """
     assert main(["run", script(tmp_path, text), *CARD, "--steps", "0"]) == 0
-    assert capsys.readouterr().out.startswith("0\n")
+    said = capsys.readouterr().out
+    assert said.startswith("0\n")
+    assert re.search(r"^  optimizer states .* 8,388,608 B$", said, re.MULTILINE), said
 
 
 def test_a_model_that_does_not_fit_has_parameters(
