@@ -9,7 +9,7 @@ import linecache
 import os
 import time
 import weakref
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -96,7 +96,8 @@ class _Trained(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.optimizers: list[torch.optim.Optimizer] = []
+        # Held by the program alone: what it drops is free, as on a card.
+        self.optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self.models: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._parts: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
@@ -132,14 +133,14 @@ class _Trained(torch.nn.Module):
         """Those of all models, and of all optimizers' groups."""
         for model in list(self.models):
             yield from model.parameters()
-        for optimizer in self.optimizers:
+        for optimizer in list(self.optimizers):
             for group in optimizer.param_groups:
                 yield from group["params"]
 
     @property
     def state(self) -> dict[int, Any]:
         """All optimizers' states."""
-        return dict(enumerate(list(o.state.values()) for o in self.optimizers))
+        return dict(enumerate(list(o.state.values()) for o in list(self.optimizers)))
 
 
 @dataclass
@@ -184,7 +185,9 @@ class Watch:
         """Look at the program that runs meanwhile."""
         memory, trained = self.gpu.memory, self._trained
         malloc, free = memory.malloc, memory.free
-        taken: dict[int, int] = defaultdict(int)  # steps by optimizer
+        taken: weakref.WeakKeyDictionary[torch.optim.Optimizer, int] = (
+            weakref.WeakKeyDictionary()
+        )  # steps
         began = told = self.clock()
 
         def watched_malloc(nbytes: int, stream: int | None = None) -> int:
@@ -219,13 +222,14 @@ class Watch:
 
         def begins(optimizer: torch.optim.Optimizer, *_: object) -> None:
             self._in_optimizer = True
-            if not any(o is optimizer for o in trained.optimizers):
-                trained.optimizers.append(optimizer)
+            trained.optimizers.add(optimizer)
 
         def ends(optimizer: torch.optim.Optimizer, *_: object) -> None:
             self._in_optimizer = False
-            taken[id(optimizer)] += 1
-            if taken[id(optimizer)] <= len(self.after_step):
+            taken[optimizer] = taken.get(optimizer, 0) + 1
+            if taken[optimizer] == 1:
+                self.timeline.see()  # its states, which the program may drop before the end
+            if taken[optimizer] <= len(self.after_step):
                 return  # another one's, of the same step
             self.after_step.append(memory.memory_allocated())
             self._asked.append(memory.memory_requested())

@@ -712,6 +712,24 @@ def test_a_model_that_is_not_at_work_has_parameters(
     assert held["parameters"] == (1 + bool(average)) * 4 * 1024**2
 
 
+def test_an_optimizer_that_is_dropped_takes_nothing_any_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ASIDE.format(average="").replace("SGD", "Adam").replace("\n", "\n    ")
+    text = f"""
+def train():{lines}
+train()
+import gc, torch
+gc.collect()
+torch._C._cuda_clearCublasWorkspaces()
+print(torch.cuda.memory_allocated())
+"""
+    assert main(["run", script(tmp_path, text), *CARD, "--steps", "0"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("0\n")
+    assert re.search(r"^  optimizer states .* 8,388,608 B$", said, re.MULTILINE), said
+
+
 def test_a_model_that_does_not_fit_has_parameters(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
