@@ -41,7 +41,7 @@ PARTS = {
     "tracker": ("every_byte/tracker.py", ["tracker", "gpu", "edges", "in_place", "cuda_kernels"]),
     "kernels": (
         "every_byte/virtual/kernels",
-        ["kernels", "cuda_kernels", "measured", "quantised"],
+        ["kernels", "cuda_kernels", "measured", "quantised", "unwatched"],
     ),
 }
 LONGEST = 2.0  # seconds of the processor for a test that is asked
