@@ -95,3 +95,40 @@ def test_grouped_products_fit_together() -> None:
         for inner in (16, 48):
             with pytest.raises(RuntimeError, match="contraction dimension"):
                 events(lambda inner=inner: run(inner), card=card)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("k", "sorts"), [(4096, False), (4097, True)])
+def test_many_results_of_a_row_are_sorted_where_that_is_asked(k: int, sorts: bool) -> None:
+    """As native/cuda/TensorTopK.cpp says: their places, their values and their order anew."""
+    rows = 3
+
+    def taken(in_order: bool) -> list[int]:
+        return [
+            n for n in events(lambda: torch.empty(rows, 5000).topk(k, sorted=in_order)) if n > 0
+        ]
+
+    more = [8 * rows * k, 4 * rows * k, 8 * rows * k] if sorts else []
+    assert sorted(taken(True)) == sorted([*taken(False), *more])
+
+
+def test_a_recurrent_layer_gives_what_it_was_given_first() -> None:
+    given = {"batch_first": True, "proj_size": 2, "bidirectional": True}
+    with VirtualGPU(CARD, torch=TORCH) as gpu:
+        layer = torch.nn.LSTM(4, 6, **given).to(gpu.device)  # type: ignore[arg-type]
+        output, (hidden, cell) = layer(torch.empty(3, 5, 4, device=gpu.device))
+        assert output.shape == (3, 5, 4) and output.transpose(0, 1).is_contiguous()
+    assert (hidden.shape, cell.shape) == ((2, 3, 2), (2, 3, 6))
+
+
+def test_a_mask_is_padded_to_eight_columns() -> None:
+    """As ``pad_bias`` in native/transformers/attention.cpp: by what is left to a multiple of 8."""
+    batch, heads, length, keys = 2, 4, 16, 13
+
+    def attend() -> object:
+        query, key = torch.empty(batch, heads, length, 32), torch.empty(batch, heads, keys, 32)
+        mask = torch.empty(batch, heads, length, keys)
+        return torch.nn.functional.scaled_dot_product_attention(query, key, key, mask)
+
+    found = events(attend)
+    assert 4 * batch * heads * length * 16 in found
+    assert 4 * batch * heads * length * 17 not in found
