@@ -289,7 +289,10 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"{unknown[0]!r} is unknown: expected {', '.join(PARTS)}")
     shutil.rmtree(COPY, ignore_errors=True)
-    left = shutil.ignore_patterns(".*", "mutants", "_build", "*.ipynb", "__pycache__")
+    # Of the settings of biome it takes one file alone, in the project itself.
+    left = shutil.ignore_patterns(
+        *(".*", "mutants", "_build", "*.ipynb", "__pycache__", "biome.json")
+    )
     shutil.copytree(ROOT, COPY, ignore=left)
     os.chdir(COPY)
     sys.path.insert(0, str(COPY))
