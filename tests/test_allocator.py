@@ -34,10 +34,12 @@ from every_byte.units import GiB, KiB, MiB
 )
 def test_one_request(requested: int, allocated: int, reserved: int) -> None:
     allocator = CachingAllocator()
-    allocator.malloc(requested)
+    handle = allocator.malloc(requested)
     assert allocator.memory_allocated() == allocated
     assert allocator.memory_reserved() == reserved
     assert allocator.memory_requested() == requested
+    allocator.free(handle)
+    assert (allocator.memory_allocated(), allocator.memory_requested()) == (0, 0)
 
 
 @pytest.mark.parametrize("stream", ["x", -1, math.nan, 1.0, True, None])
