@@ -3,6 +3,7 @@
 import importlib
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +29,9 @@ PAGES = [
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The notebooks' kernels share their imports."""
+    """The notebooks' kernels share their imports. Ctrl-C ends what tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("nbval", False):
         from tools.kernels import fork_kernels
 
